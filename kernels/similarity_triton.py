@@ -1,0 +1,283 @@
+"""Launchers of the Triton similarity kernels: workspaces, grids and the library products around them.
+
+The forward is one kernel and two small merges. The backward holds one square chunk of dS at a time, made by
+one fused kernel, and adds dS y and dS^T x to accumulators by two library products. Scale, bias and incoming
+gradients are read on the device; nothing here waits for it.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM, SPREAD
+from betaclip.kernels.similarity_reference import accumulation_dtype
+from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MISSING = [] if find_spec("triton") else ["triton is not installed"]
+
+
+def why_not(x: Tensor, y: Tensor) -> list[str]:
+    """Reasons from metadata alone."""
+    reasons = list(_MISSING)
+    if INTERPRETED:
+        if x.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 products wrongly")
+    elif not x.is_cuda:
+        reasons.append(f"needs a GPU, the tensors are on {x.device} (TRITON_INTERPRET=1 interprets the kernels)")
+    elif x.dtype == torch.float64:
+        reasons.append("float64 runs only in the interpreter (TRITON_INTERPRET=1)")
+    return reasons
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, or ``"interpreter"``."""
+    if INTERPRETED:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 4 if INTERPRETED else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """Of tl.dot: float32 at float32's error everywhere (AMD knows no TF32x3)."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
+
+
+class _Launch:
+    """What every launch on a pair of operands shares."""
+
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None) -> None:
+        import triton.language as tl
+
+        from betaclip.kernels import similarity_triton_kernels
+
+        self.kernels = similarity_triton_kernels
+        self.x, self.y = (t if t.stride(1) == 1 else t.contiguous() for t in (x, y))
+        self.scale, self.x_group, self.y_group = scale, x_group, y_group
+        self.dtype = accumulation_dtype(x.dtype)
+        self.arch = architecture(x.device)
+        self.tile = choose(self.arch, min(x.element_size(), 4))
+        self.programs = self.tile.programs * _processors(x.device)
+        self.constants = {
+            "D": x.shape[1],
+            "HAS_GROUP": x_group is not None,
+            "PRECISION": precision(self.arch, x.dtype),
+            "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+        }
+
+    def swapped(self) -> "_Launch":
+        return _Launch(self.y, self.x, self.scale, self.y_group, self.x_group)
+
+    def tiles(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many tiles cover (rows, cols)."""
+        return -(-rows // self.tile.block_m), -(-cols // self.tile.block_n)
+
+    def __call__(self, kernel: str, grid: int, *args: Any, **constants: Any) -> None:
+        """Run a kernel with the operands, then ``args``."""
+        tile, x, y = self.tile, self.x, self.y
+        tma = tile.tma and _fits_tma(x) and _fits_tma(y)
+        if tma:
+            x, y = _descriptor(x, tile.block_m, tile), _descriptor(y, tile.block_n, tile)
+        getattr(self.kernels, kernel)[(grid,)](
+            x, y, self.scale, *args, **self.constants, **constants, TMA=tma,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.x.device)
+
+
+def _fits_tma(t: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read these rows: 16-byte alignment, no overlap."""
+    pitch = t.stride(0) * t.element_size()
+    return t.data_ptr() % 16 == 0 and pitch % 16 == 0 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
+
+
+def _descriptor(t: Tensor, rows: int, tile: Tile) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, tile.block_d])
+
+
+def _largest_norm(x: Tensor, group: Tensor | None, dtype: torch.dtype) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    return (norm if group is None else torch.where(group >= 0, norm, 0)).max()
+
+
+def similarity_logsumexp_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    launch = _Launch(x, y, scale, x_group, y_group)
+    n, m = x.shape[0], y.shape[0]
+    row_tiles, col_tiles = launch.tiles(n, m)
+    strips, ranges = rectangles(row_tiles, col_tiles, launch.programs)
+    row_sum, col_sum = launch.new(ranges, n).zero_(), launch.new(strips, m).zero_()
+    bound = scale.abs() * _largest_norm(x, x_group, launch.dtype) * _largest_norm(y, y_group, launch.dtype)
+    # 0 where it can be: an exponent's rounding error grows with its size.
+    reference = (bound - HEADROOM[launch.dtype]).clamp_min(0)
+    launch(
+        "_similarity_logsumexp_fwd_kernel", strips * ranges,
+        reference, x_group, y_group, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
+        -(-row_tiles // strips), -(-col_tiles // ranges), ranges,
+    )  # fmt: skip
+    statistics = []
+    for side, sums in ((launch, row_sum), (launch.swapped(), col_sum)):
+        rows, others = side.x.shape[0], side.y.shape[0]
+        lse = side.new(rows)
+        side(
+            "_similarity_logsumexp_merge_kernel", side.tiles(rows, others)[0],
+            reference, side.x_group, side.y_group, sums, lse, rows, others, side.x.stride(0), side.y.stride(0),
+            sums.shape[0], LEAST=math.exp(-FOOTROOM[launch.dtype]),
+        )  # fmt: skip
+        statistics.append(lse)
+    return statistics[0], statistics[1]
+
+
+class _Accumulators:
+    """dS y and dS^T x of chunks of dS, added up in accumulation dtype; dx and dy up to a common factor."""
+
+    def __init__(self, launch: _Launch, need_dx: bool, need_dy: bool) -> None:
+        self.x, self.y, self.launch = launch.x, launch.y, launch
+        self.side = chunk(launch.arch, min(self.x.element_size(), 4))
+        # dscale = sum(x * (dS y)) = sum(y * (dS^T x)) takes one of the two.
+        self.use_dx, self.need_dx, self.need_dy = need_dx or not need_dy, need_dx, need_dy
+        self.dx = launch.new(*(self.x.shape if self.use_dx else (0,)))
+        self.dy = launch.new(*(self.y.shape if need_dy else (0,)))
+        self.workspace = launch.new(*(min(self.side, t.shape[0]) for t in (self.x, self.y)), dtype=self.x.dtype)
+
+    def chunks(self) -> Iterator[tuple[int, int, int, int, Tensor]]:
+        """Bounds of each chunk and room for its dS; what was written there is added before the next."""
+        for row in range(0, self.x.shape[0], self.side):
+            row_end = min(row + self.side, self.x.shape[0])
+            for col in range(0, self.y.shape[0], self.side):
+                col_end = min(col + self.side, self.y.shape[0])
+                ds = self.workspace[: row_end - row, : col_end - col]
+                yield row, col, row_end, col_end, ds
+                if self.use_dx:
+                    _add_product(self.dx[row:row_end], ds, self.y[col:col_end], first=col == 0)
+                if self.need_dy:
+                    _add_product(self.dy[col:col_end], ds.T, self.x[row:row_end], first=row == 0)
+
+    def finish(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dy and dscale, for dS times ``factor``."""
+        operand, gradient = (self.x, self.dx) if self.use_dx else (self.y, self.dy)
+        dscale = self.launch.new().zero_()
+        for row in range(0, operand.shape[0], self.side):
+            dscale += (operand[row : row + self.side] * gradient[row : row + self.side]).sum()
+        for gradient in (self.dx, self.dy):
+            gradient.mul_(self.launch.scale * factor)
+        return self.dx if self.need_dx else self.launch.new(0), self.dy, dscale * factor
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or = if ``first``; 16-bit operands with accumulation and result in float32."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    else:  # the interpreter's tensors: no such product on the CPU
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def similarity_logsumexp_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_group: Tensor | None,
+    y_group: Tensor | None,
+    lse_x: Tensor,
+    lse_y: Tensor,
+    dlse_x: Tensor,
+    dlse_y: Tensor,
+    need_dx: bool,
+    need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = _Launch(x, y, scale, x_group, y_group)
+    sums = _Accumulators(launch, need_dx, need_dy)
+    # Incoming gradients of size 1 keep dS within float16's range.
+    factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max())
+    weight_x, weight_y = (torch.where(factor > 0, dlse / factor, 0) for dlse in (dlse_x, dlse_y))
+    stat_x, stat_y = (torch.where(lse == -torch.inf, torch.inf, lse) for lse in (lse_x, lse_y))
+    least = stat_y.min()
+    narrow = torch.where(stat_x == torch.inf, -torch.inf, stat_x).max() - least < SPREAD[launch.dtype]
+    factor_x = torch.where(stat_x == torch.inf, 0, torch.exp(stat_x - least))
+    factor_y = torch.where(stat_y == torch.inf, 0, torch.exp(least - stat_y)) * weight_y
+    vectors = stat_x, stat_y, weight_x, weight_y, narrow.to(torch.int32), factor_x, factor_y
+    for row, col, row_end, col_end, ds in sums.chunks():
+        tiles = math.prod(launch.tiles(row_end - row, col_end - col))
+        launch(
+            "_similarity_logsumexp_bwd_kernel", min(tiles, launch.programs),
+            x_group, y_group, *vectors, ds, x.shape[0], y.shape[0],
+            launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
+        )  # fmt: skip
+    return sums.finish(factor)
+
+
+def similarity_softplus_fwd(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
+) -> Tensor:
+    launch = _Launch(x, y, scale, x_group, y_group)
+    side = chunk(launch.arch, min(x.element_size(), 4))
+    rows = launch.new(x.shape[0]).zero_()
+    for row in range(0, x.shape[0], side):
+        for col in range(0, y.shape[0], side):
+            bounds = row, col, min(row + side, x.shape[0]), min(col + side, y.shape[0])
+            rows[bounds[0] : bounds[2]] += _softplus_chunk(launch, bias, None, None, bounds)[0]
+    return rows
+
+
+def similarity_softplus_fwd_bwd(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    x_group: Tensor | None,
+    y_group: Tensor | None,
+    drows: Tensor,
+    need_dx: bool,
+    need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    launch = _Launch(x, y, scale, x_group, y_group)
+    sums = _Accumulators(launch, need_dx, need_dy)
+    rows, dbias = launch.new(x.shape[0]).zero_(), launch.new().zero_()
+    factor = drows.abs().max()
+    weight = torch.where(factor > 0, drows / factor, 0)
+    for row, col, row_end, col_end, ds in sums.chunks():
+        softplus, sigmoid = _softplus_chunk(launch, bias, weight, ds, (row, col, row_end, col_end))
+        rows[row:row_end] += softplus
+        if sigmoid is not None:
+            dbias += (sigmoid * drows[row:row_end]).sum()
+    return rows, *sums.finish(factor), dbias
+
+
+def _softplus_chunk(
+    launch: _Launch, bias: Tensor | None, weight: Tensor | None, ds: Tensor | None, bounds: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Row sums of softplus over a chunk, and of sigmoid if there is a bias to differentiate; writes dS into ``ds``."""
+    row, col, row_end, col_end = bounds
+    row_tiles, col_tiles = launch.tiles(row_end - row, col_end - col)
+    softplus = launch.new(col_tiles, row_end - row)
+    sigmoid = None if bias is None or ds is None else torch.empty_like(softplus)
+    launch(
+        "_similarity_softplus_kernel", min(row_tiles * col_tiles, launch.programs),
+        bias, launch.x_group, launch.y_group, weight, softplus, sigmoid, ds, launch.x.shape[0], launch.y.shape[0],
+        launch.x.stride(0), launch.y.stride(0), 0 if ds is None else ds.stride(0), row, col, row_end, col_end,
+        HAS_BIAS=bias is not None, HAS_GRADIENT=ds is not None,
+    )  # fmt: skip
+    return softplus.sum(0), None if sigmoid is None else sigmoid.sum(0)
