@@ -9,9 +9,11 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -20,7 +22,21 @@ from betaclip.kernels.similarity_reference import accumulation_dtype
 from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_MISSING = [] if find_spec("triton") else ["triton is not installed"]
+
+
+def _missing() -> list[str]:
+    """What keeps the kernels from running on any tensor."""
+    if not find_spec("triton"):
+        return ["triton is not installed"]
+    if INTERPRETED and version("triton").startswith("3.6."):
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            return [f"the interpreter of Triton 3.6 fails with NumPy {numpy.__version__}: it needs an older NumPy"]
+    return []
+
+
+_MISSING = _missing()
 
 
 def why_not(x: Tensor, y: Tensor) -> list[str]:

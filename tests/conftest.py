@@ -19,3 +19,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _skip_missing_backend(request: pytest.FixtureRequest) -> None:
+    """Skip a test of a backend that serves nothing on this machine, with the backend's own reasons."""
+    from betaclip.kernels.similarity import BACKENDS
+
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if backend in BACKENDS:
+        probe = torch.zeros(1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+        if reasons := BACKENDS[backend](probe, probe):
+            pytest.skip(f"{backend}: {'; '.join(reasons)}")
