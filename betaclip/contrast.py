@@ -1,0 +1,365 @@
+"""What a contrastive loss over images with many texts needs to know of its similarities.
+
+The pairs of *different* images are all N * N of the work, and need only statistics: ``betaclip.kernels`` forms
+those without the matrix. The pairs *within* an image, a (B, K, K) block, are returned as cosines in
+accumulation dtype, so that targets, weights and masks are ordinary PyTorch around them.
+
+Both come from one autograd node that starts at the raw embeddings. L2 normalisation belongs to it because
+autograd would keep the normalised copies and add up three full-size gradients; here the copies are made anew
+in the backward and the gradient is finished in place, a few images at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import nvtx
+import torch
+from torch import Tensor
+
+from betaclip.kernels.backends import resolve, without_autocast
+from betaclip.kernels.similarity import (
+    BACKENDS,
+    logsumexp,
+    logsumexp_backward,
+    softplus,
+    softplus_with_gradients,
+)
+
+# Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.
+_SHORTEST = 1e-12
+# Elements of one operand that the within-image part holds at a time.
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How N rows belong to B images.
+
+    group: (N,) int32 image of each row, -1 for a row that takes no part.
+    slots: (B, K) int64 row in each slot, -1 for none; None if row b * K + k is in slot (b, k).
+    """
+
+    images: int
+    texts: int
+    group: Tensor
+    slots: Tensor | None
+
+    def to_slots(self, rows: Tensor, fill: float) -> Tensor:
+        """(B, K) from a vector over rows."""
+        if self.slots is None:
+            return rows.view(self.images, self.texts)
+        return torch.where(self.slots >= 0, rows[self.slots.clamp_min(0)], fill)
+
+
+def contrast_logsumexp(
+    image: Tensor, text: Tensor, scale: Tensor, texts: Texts, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
+
+    Args:
+        image, text: (N, D) embeddings, any norm, any floating dtype; N = B * K, or ragged.
+        scale: () in accumulation dtype.
+        texts: which image each row belongs to.
+        dtype: of the normalised copies that are multiplied.
+        backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+
+    Returns:
+        (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
+    """
+    backend = resolve("similarity_logsumexp", backend, BACKENDS, image[:0].to(dtype), text[:0].to(dtype))
+    return _LogSumExp.apply(image, text, scale, texts.group, texts.slots, texts.images, texts.texts, dtype, backend)
+
+
+def contrast_softplus(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, texts: Texts, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    """() sum of softplus of all logits between different images, and the (B, K, K) cosines within images.
+
+    The arguments are those of :func:`contrast_logsumexp`. The gradient is formed together with the value when
+    one is wanted, which saves forming the logits again.
+    """
+    backend = resolve("similarity_softplus", backend, BACKENDS, image[:0].to(dtype), text[:0].to(dtype))
+    differentiable = torch.is_grad_enabled()
+    return _Softplus.apply(
+        image, text, scale, bias, texts.group, texts.slots, texts.images, texts.texts, dtype, backend, differentiable
+    )
+
+
+def _inverse_norm(x: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) 1 / |x|; 0 for rows that take no part or have no direction."""
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    return torch.where((group >= 0) & (norm > _SHORTEST), norm.reciprocal(), 0)
+
+
+def _unit(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, D) normalised rows; zero where ``inverse`` is, whatever x holds there."""
+    unit = torch.mul(x, inverse[:, None], out=torch.empty(x.shape, dtype=dtype, device=x.device))
+    return unit.masked_fill_(inverse[:, None] == 0, 0)
+
+
+def _chunks(images: int, texts: int, depth: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK // max(texts * depth, 1))
+    for lo in range(0, images, step):
+        yield lo, min(lo + step, images)
+
+
+def _rows(x: Tensor, slots: Tensor | None, texts: int, lo: int, hi: int) -> Tensor:
+    """(hi - lo, K, ...) rows of images lo to hi; an empty slot repeats row 0."""
+    part = x[lo * texts : hi * texts] if slots is None else x[slots[lo:hi].clamp_min(0).flatten()]
+    return part.unflatten(0, (hi - lo, texts))
+
+
+def _unit_rows(x: Tensor, inverse: Tensor, slots: Tensor | None, texts: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """(hi - lo, K, D) normalised rows and (hi - lo, K, 1) inverse norms of images lo to hi, zero in empty slots."""
+    length = _rows(inverse, slots, texts, lo, hi)
+    if slots is not None:
+        length = length.masked_fill(slots[lo:hi] < 0, 0)
+    length = length.unsqueeze(2)
+    unit = _rows(x, slots, texts, lo, hi).to(inverse.dtype) * length
+    return unit.masked_fill_(length == 0, 0), length
+
+
+def _cosines(
+    image: Tensor, text: Tensor, inverse: tuple[Tensor, Tensor], slots: Tensor | None, images: int, texts: int
+) -> Tensor:
+    """(B, K, K)"""
+    cosines = inverse[0].new_empty(images, texts, texts)
+    for lo, hi in _chunks(images, texts, image.shape[1]):
+        x, _ = _unit_rows(image, inverse[0], slots, texts, lo, hi)
+        y, _ = _unit_rows(text, inverse[1], slots, texts, lo, hi)
+        torch.bmm(x, y.mT, out=cosines[lo:hi])
+    return cosines
+
+
+def _through_norm(
+    x: Tensor,
+    y: Tensor,
+    inverse: tuple[Tensor, Tensor],
+    between: Tensor,
+    gain: Tensor,
+    dcosines: Tensor,
+    slots: Tensor | None,
+    *,
+    reuse: bool,
+) -> Tensor:
+    """The gradient of raw rows x from that of their normalised rows u.
+
+    u receives g = gain * between + dcosines @ unit(y), and x receives (g - u <u, g>) / |x|.
+    ``reuse`` allows writing the result over ``between``.
+    """
+    images, texts, _ = dcosines.shape
+    if reuse and slots is None and between.dtype == x.dtype:
+        out = between
+    else:
+        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for lo, hi in _chunks(images, texts, x.shape[1]):
+        u, length = _unit_rows(x, inverse[0], slots, texts, lo, hi)
+        v, _ = _unit_rows(y, inverse[1], slots, texts, lo, hi)
+        g = torch.baddbmm(_rows(between, slots, texts, lo, hi) * gain, dcosines[lo:hi], v)
+        g.addcmul_(u, torch.linalg.vecdot(u, g).unsqueeze(2), value=-1).mul_(length)
+        if slots is None:
+            out[lo * texts : hi * texts] = g.flatten(0, 1)
+        else:  # each row is in one slot; what the empty slots add to row 0 is zero
+            out.index_add_(0, slots[lo:hi].clamp_min(0).flatten(), g.flatten(0, 1).to(out.dtype))
+    return out
+
+
+@torch.library.custom_op("betaclip::contrast_logsumexp", mutates_args=())
+@without_autocast
+def _logsumexp_op(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    group: Tensor,
+    slots: Tensor | None,
+    images: int,
+    texts: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
+    with nvtx.annotate("between images", domain="betaclip"):
+        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
+        lse_x, lse_y = logsumexp(x, y, scale, group, group, backend)
+        del x, y
+    with nvtx.annotate("within images", domain="betaclip"):
+        return lse_x, lse_y, _cosines(image, text, inverse, slots, images, texts)
+
+
+@_logsumexp_op.register_fake
+def _(image, text, scale, group, slots, images, texts, dtype, backend):  # type: ignore[no-untyped-def]
+    return scale.new_empty(image.shape[0]), scale.new_empty(text.shape[0]), scale.new_empty(images, texts, texts)
+
+
+@torch.library.custom_op("betaclip::contrast_logsumexp_backward", mutates_args=())
+@without_autocast
+def _logsumexp_backward_op(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    group: Tensor,
+    slots: Tensor | None,
+    lse_x: Tensor,
+    lse_y: Tensor,
+    dlse_x: Tensor,
+    dlse_y: Tensor,
+    dcosines: Tensor,
+    need_dx: bool,
+    need_dy: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
+    with nvtx.annotate("between images, backward", domain="betaclip"):
+        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
+        dx, dy, dscale = logsumexp_backward(
+            x, y, scale, group, group, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy, backend
+        )
+        del x, y
+    return *_raw_gradients(image, text, inverse, dx, dy, torch.ones_like(dscale), dcosines, slots, True), dscale
+
+
+@_logsumexp_backward_op.register_fake
+def _(image, text, scale, group, slots, lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, dtype, backend):  # type: ignore[no-untyped-def]
+    return _like(image, need_dx), _like(text, need_dy), torch.empty_like(scale)
+
+
+def _raw_gradients(
+    image: Tensor,
+    text: Tensor,
+    inverse: tuple[Tensor, Tensor],
+    dx: Tensor,
+    dy: Tensor,
+    gain: Tensor,
+    dcosines: Tensor,
+    slots: Tensor | None,
+    reuse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the raw embeddings; empty for a side whose ``dx`` or ``dy`` is."""
+    with nvtx.annotate("within images, backward", domain="betaclip"):
+        dimage, dtext = (
+            _through_norm(x, y, lengths, between, gain, block, slots, reuse=reuse)
+            if between.dim() == 2
+            else _like(x, False)
+            for x, y, lengths, between, block in (
+                (image, text, inverse, dx, dcosines),
+                (text, image, inverse[::-1], dy, dcosines.mT),
+            )
+        )
+    return dimage, dtext
+
+
+def _like(x: Tensor, needed: bool) -> Tensor:
+    return torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image, text, scale, group, slots, images, texts, dtype, backend):  # type: ignore[no-untyped-def]
+        lse_x, lse_y, cosines = _logsumexp_op(image, text, scale, group, slots, images, texts, dtype, backend)
+        ctx.save_for_backward(image, text, scale, group, slots, lse_x, lse_y)
+        ctx.dtype, ctx.backend = dtype, backend
+        return lse_x, lse_y, cosines
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx, need_dy, need_dscale, *_ = ctx.needs_input_grad
+        dimage, dtext, dscale = _logsumexp_backward_op(
+            *ctx.saved_tensors, *gradients, need_dx, need_dy, ctx.dtype, ctx.backend
+        )
+        return dimage if need_dx else None, dtext if need_dy else None, dscale if need_dscale else None, *[None] * 6
+
+
+@torch.library.custom_op("betaclip::contrast_softplus", mutates_args=())
+@without_autocast
+def _softplus_op(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group: Tensor,
+    slots: Tensor | None,
+    images: int,
+    texts: int,
+    dtype: torch.dtype,
+    backend: str,
+    differentiable: bool,
+    need_dx: bool,
+    need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum and the cosines, and the sum's gradients for normalised rows, scale and bias."""
+    inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
+    with nvtx.annotate("between images", domain="betaclip"):
+        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
+        if differentiable:
+            ones = scale.new_ones(x.shape[0])
+            rows, *gradients = softplus_with_gradients(x, y, scale, bias, group, group, ones, need_dx, need_dy, backend)
+        else:
+            rows = softplus(x, y, scale, bias, group, group, backend)
+            gradients = [scale.new_empty(0), scale.new_empty(0), torch.zeros_like(scale), torch.zeros_like(scale)]
+        del x, y
+    with nvtx.annotate("within images", domain="betaclip"):
+        return rows.sum(), _cosines(image, text, inverse, slots, images, texts), *gradients
+
+
+@_softplus_op.register_fake
+def _(image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable, need_dx, need_dy):  # type: ignore[no-untyped-def]
+    dx, dy = (
+        scale.new_empty(x.shape if differentiable and need else (0,)) for x, need in ((image, need_dx), (text, need_dy))
+    )
+    return (
+        torch.empty_like(scale),
+        scale.new_empty(images, texts, texts),
+        dx,
+        dy,
+        *map(torch.empty_like, (scale, scale)),
+    )
+
+
+@torch.library.custom_op("betaclip::contrast_softplus_backward", mutates_args=())
+@without_autocast
+def _softplus_backward_op(
+    image: Tensor,
+    text: Tensor,
+    group: Tensor,
+    slots: Tensor | None,
+    dx: Tensor,
+    dy: Tensor,
+    dtotal: Tensor,
+    dcosines: Tensor,
+) -> tuple[Tensor, Tensor]:
+    inverse = _inverse_norm(image, group, dtotal.dtype), _inverse_norm(text, group, dtotal.dtype)
+    return _raw_gradients(image, text, inverse, dx, dy, dtotal, dcosines, slots, False)
+
+
+@_softplus_backward_op.register_fake
+def _(image, text, group, slots, dx, dy, dtotal, dcosines):  # type: ignore[no-untyped-def]
+    return _like(image, dx.dim() == 2), _like(text, dy.dim() == 2)
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable
+    ):
+        need_dx, need_dy, need_dscale, need_dbias, *_ = ctx.needs_input_grad
+        differentiable = differentiable and (need_dx or need_dy or need_dscale or need_dbias)
+        total, cosines, *gradients = _softplus_op(
+            image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable, need_dx, need_dy
+        )
+        ctx.save_for_backward(image, text, group, slots, *gradients)
+        return total, cosines
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, dcosines: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx, need_dy, need_dscale, need_dbias, *_ = ctx.needs_input_grad
+        image, text, group, slots, dx, dy, dscale, dbias = ctx.saved_tensors
+        dimage, dtext = _softplus_backward_op(image, text, group, slots, dx, dy, dtotal, dcosines)
+        return (
+            dimage if need_dx else None,
+            dtext if need_dy else None,
+            dtotal * dscale if need_dscale else None,
+            dtotal * dbias if need_dbias else None,
+            *[None] * 7,
+        )

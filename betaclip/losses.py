@@ -1,0 +1,390 @@
+"""β-CAL, the contrastive loss of β-CLIP (arXiv 2512.12678), and CLIP's loss, linear in memory.
+
+B images with K texts each; a text conditions its image, so there are N = B * K image embeddings v_i and text
+embeddings t_j, S_ij = logit_scale * cos(v_i, t_j). Text j is a positive of image embedding i with weight
+w_ij: ``alpha`` for its own, ``beta`` for the other texts of its image, 0 for every other image.
+
+Targets touch only pairs within one image, so every sum splits: between images, statistics from
+``betaclip.contrast`` that know no targets; within an image, a (B, K, K) block of ordinary PyTorch, here.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from betaclip.contrast import Texts, contrast_logsumexp, contrast_softplus
+from betaclip.kernels.similarity import BACKENDS
+from betaclip.kernels.similarity_reference import accumulation_dtype
+
+FORMS = ("ce", "bce")
+PADDINGS = ("ignore", "published")
+
+
+def beta_cal_ce_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    beta: Tensor | float = 0.5,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    image_index: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    padding: str = "ignore",
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax form of β-CAL, without the (B·K)² similarity matrix.
+
+    Row i is compared with a target of weight ``alpha`` on its own text, ``beta`` on the other valid texts of
+    its image and 0 elsewhere, normalised to sum to 1 (arXiv 2512.12678). Without mask, equivalent to:
+
+        v, t = (F.normalize(e.float(), dim=-1).flatten(0, 1) for e in (image_embeds, text_embeds))
+        s = logit_scale * v @ t.T
+        w = torch.block_diag(*[beta + (alpha - beta) * torch.eye(K)] * B)
+        loss = (F.cross_entropy(s, w / w.sum(1, keepdim=True))
+              + F.cross_entropy(s.T, w.T / w.T.sum(1, keepdim=True))) / 2
+
+    in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic.
+
+    Args:
+        image_embeds: (B, K, D) text-conditioned image embeddings, any norm; or (N, D) with ``image_index``.
+        text_embeds: text embeddings of the same shape.
+        logit_scale: () inverse temperature, after exp; may require a gradient.
+        beta: weight of the other texts of the same image; a float or a () tensor that may require a gradient.
+        alpha: weight of the own text.
+        mask: (B, K) bool, True = valid text.
+        image_index: (N,) integer image of each row, sorted, for ragged batches: any number of texts per image.
+        pair_weights: (K, K) or (B, K, K) weights w of the pairs within an image, instead of alpha and beta; K
+            is the largest number of texts per image if the batch is ragged.
+        padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
+            released code (``"published"``).
+        backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+
+    Returns:
+        () in accumulation dtype, nats: the mean over valid rows of each direction, then of both directions.
+        0 if no text is valid.
+
+    Raises:
+        ValueError: an argument is malformed or disagrees with another; the message names it.
+        NotImplementedError: the named backend cannot serve these inputs; the message says why.
+    """
+    batch = _prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
+    weights = _pair_weights(batch, alpha, beta, pair_weights)
+    group = batch.texts.group if padding == "ignore" else _image_of_row(batch)
+    texts = Texts(batch.texts.images, batch.texts.texts, group, batch.texts.slots)
+    between_x, between_y, cosines = contrast_logsumexp(
+        batch.image, batch.text, batch.scale, texts, batch.dtype, backend
+    )
+    between_x, between_y = (texts.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
+    logits = batch.scale * cosines
+    contrasted = logits
+    if batch.valid is not None:
+        weights = weights * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
+        if padding == "ignore":
+            # Finite, so that an image without any text has finite gradients.
+            least = torch.finfo(logits.dtype).min
+            contrasted = logits.masked_fill(~(batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1)), least)
+    image_to_text = _soft_cross_entropy(between_x, contrasted, logits, weights, batch.valid, 2)
+    text_to_image = _soft_cross_entropy(between_y, contrasted, logits, weights, batch.valid, 1)
+    return (image_to_text + text_to_image) / 2
+
+
+def beta_cal_bce_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    logit_bias: Tensor | float | None = None,
+    beta: Tensor | float = 0.5,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    image_index: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    padding: str = "ignore",
+    backend: str = "auto",
+) -> Tensor:
+    """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
+
+    A pair of different images is a negative, a pair within an image a positive of weight w_ij (arXiv
+    2512.12678; the released code has no ``alpha``, which is 1 there). Without mask, equivalent to:
+
+        v, t = (F.normalize(e.float(), dim=-1).flatten(0, 1) for e in (image_embeds, text_embeds))
+        s = logit_scale * v @ t.T + logit_bias
+        w = torch.block_diag(*[beta + (alpha - beta) * torch.eye(K)] * B)
+        same_image = torch.block_diag(*[torch.ones(K, K)] * B).bool()
+        loss = torch.where(same_image, w * F.softplus(-s), F.softplus(s)).sum() / N**2
+
+    in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic. For K = 1 it
+    is 1 / N of SigLIP's loss, which divides by N.
+
+    Args:
+        logit_bias: () added to every logit, may require a gradient; None for none.
+        padding: padded texts take part in nothing; the divisor is the square of the number of valid texts
+            (``"ignore"``) or (B·K)² as in the released code (``"published"``).
+        image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend: as for
+            :func:`beta_cal_ce_loss`.
+
+    Returns:
+        () in accumulation dtype, nats. 0 if no text is valid.
+
+    Raises:
+        ValueError, NotImplementedError: as for :func:`beta_cal_ce_loss`.
+    """
+    batch = _prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
+    bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
+    weights = _pair_weights(batch, alpha, beta, pair_weights)
+    between, cosines = contrast_softplus(batch.image, batch.text, batch.scale, bias, batch.texts, batch.dtype, backend)
+    logits = batch.scale * cosines
+    if bias is not None:
+        logits = logits + bias
+    positives = weights * F.softplus(-logits)
+    if batch.valid is None:
+        count = logits.new_tensor(batch.image.shape[0])
+    else:
+        positives = positives * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
+        count = batch.valid.sum() if padding == "ignore" else logits.new_tensor(batch.valid.numel())
+    return (between + positives.sum()) / count.clamp_min(1).to(logits.dtype) ** 2
+
+
+class BetaCALLoss(nn.Module):
+    """β-CAL as a module: :func:`beta_cal_ce_loss` or :func:`beta_cal_bce_loss` with its options kept.
+
+    Args:
+        form: ``"ce"`` (softmax) or ``"bce"`` (sigmoid).
+        beta: weight of the other texts of the same image; a tensor is used as it is, an ``nn.Parameter`` learned.
+        alpha: weight of the own text.
+        padding: ``"ignore"`` or ``"published"``.
+        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+
+    Raises:
+        ValueError: unknown form, padding or backend; a negative weight.
+    """
+
+    def __init__(
+        self,
+        form: str = "ce",
+        beta: Tensor | float = 0.5,
+        alpha: float = 1.0,
+        padding: str = "ignore",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_choice("form", form, FORMS)
+        _check_choice("padding", padding, PADDINGS)
+        _check_choice("backend", backend, ("auto", *BACKENDS))
+        _check_weight("alpha", alpha)
+        _check_weight("beta", beta)
+        self.form, self.beta, self.alpha, self.padding, self.backend = form, beta, alpha, padding, backend
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
+        pair_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, (). ``logit_bias`` is of the sigmoid form only: a softmax does not see it."""
+        options: Any = {
+            "beta": self.beta,
+            "alpha": self.alpha,
+            "mask": mask,
+            "image_index": image_index,
+            "pair_weights": pair_weights,
+            "padding": self.padding,
+            "backend": self.backend,
+        }
+        if self.form == "ce":
+            return beta_cal_ce_loss(image_embeds, text_embeds, logit_scale, **options)
+        return beta_cal_bce_loss(image_embeds, text_embeds, logit_scale, logit_bias=logit_bias, **options)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, beta={self.beta}, alpha={self.alpha}, padding={self.padding!r}"
+
+
+class ClipLoss(nn.Module):
+    """CLIP's loss of one text per image: β-CAL's softmax form at K = 1, the same kernel.
+
+    Equivalent to:
+
+        v, t = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
+        s, own = logit_scale * v @ t.T, torch.arange(B)
+        loss = (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
+
+    in O(B·D) memory.
+
+    Args:
+        backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        _check_choice("backend", backend, ("auto", *BACKENDS))
+        self.backend = backend
+
+    def forward(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """() from (B, D) image and text embeddings, any norm, and the () inverse temperature."""
+        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+            if embeds.dim() != 2:
+                raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
+        return beta_cal_ce_loss(
+            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend
+        )
+
+
+class _Batch(NamedTuple):
+    """Checked inputs. image, text: (N, D); scale: () in accumulation dtype; valid: (B, K) bool or None (all)."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    texts: Texts
+    valid: Tensor | None
+    dtype: torch.dtype
+
+
+def _soft_cross_entropy(
+    between: Tensor, contrasted: Tensor, logits: Tensor, weights: Tensor, valid: Tensor | None, dim: int
+) -> Tensor:
+    """() mean over valid rows of logsumexp - sum_j q_ij S_ij, along ``dim`` of the (B, K, K) blocks.
+
+    A row whose weights are all zero has no target and does not count.
+    """
+    lse = torch.logaddexp(between, contrasted.logsumexp(dim))
+    total = weights.sum(dim if weights.dim() == 3 else dim - 1)
+    rows = (total > 0).expand_as(lse) if valid is None else valid & (total > 0)
+    target = (weights * logits).sum(dim) / torch.where(total > 0, total, 1)
+    return torch.where(rows, lse - target, 0).sum() / rows.sum().clamp_min(1)
+
+
+def _prepare(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    mask: Tensor | None,
+    image_index: Tensor | None,
+    padding: str,
+) -> _Batch:
+    _check_choice("padding", padding, PADDINGS)
+    _check_embeddings(image_embeds, text_embeds, mask, image_index)
+    dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
+    device_type = image_embeds.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    scale = _scalar("logit_scale", logit_scale, image_embeds, accumulation_dtype(dtype))
+    if image_index is not None:
+        texts = _ragged(image_index)
+        assert texts.slots is not None
+        return _Batch(image_embeds, text_embeds, scale, texts, texts.slots >= 0, dtype)
+    images, count, _ = image_embeds.shape
+    group = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(count)
+    if mask is not None:
+        group = torch.where(mask.flatten(), group, -1)
+    texts = Texts(images, count, group, None)
+    return _Batch(image_embeds.flatten(0, 1), text_embeds.flatten(0, 1), scale, texts, mask, dtype)
+
+
+def _check_embeddings(
+    image_embeds: Tensor, text_embeds: Tensor, mask: Tensor | None, image_index: Tensor | None
+) -> None:
+    layout = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
+    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        if not embeds.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype, got {embeds.dtype}")
+        if embeds.dim() != (3 if image_index is None else 2):
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(embeds.shape)}")
+    if text_embeds.shape != image_embeds.shape:
+        expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
+        raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
+    rows = image_embeds.shape[:-1]
+    for name, value, shape in (("mask", mask, rows), ("image_index", image_index, rows)):
+        if value is None:
+            continue
+        if name == "mask" and image_index is not None:
+            raise ValueError("mask: expected None with image_index (leave padded rows out instead), got a tensor")
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        if name == "mask" and value.dtype != torch.bool:
+            raise ValueError(f"mask: expected dtype torch.bool (True = valid), got {value.dtype}")
+        if name == "image_index" and value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+            raise ValueError(f"image_index: expected an integer dtype, got {value.dtype}")
+    for name, value in (("text_embeds", text_embeds), ("mask", mask), ("image_index", image_index)):
+        if value is not None and value.device != image_embeds.device:
+            raise ValueError(f"{name}: expected device {image_embeds.device} as image_embeds, got {value.device}")
+
+
+def _ragged(image_index: Tensor) -> Texts:
+    """Slots of a ragged batch. Reads four numbers back to the host: the check, and the slots' shape."""
+    index = image_index.to(torch.int64)
+    rows = torch.arange(len(index), device=index.device)
+    if len(index) == 0:
+        return Texts(0, 0, index.to(torch.int32), index.view(0, 0))
+    position = rows - torch.searchsorted(index, index)
+    image = (position == 0).cumsum(0) - 1
+    unsorted, least, images, texts = torch.stack(
+        ((index[1:] < index[:-1]).any().to(torch.int64), index.min(), image[-1] + 1, position.max() + 1)
+    ).tolist()
+    if unsorted:
+        raise ValueError("image_index: expected sorted values, rows of one image next to each other, got unsorted ones")
+    if least < 0:
+        raise ValueError(f"image_index: expected values >= 0, got {least}")
+    slots = torch.full((images, texts), -1, dtype=torch.int64, device=index.device)
+    slots[image, position] = rows
+    return Texts(images, texts, image.to(torch.int32), slots)
+
+
+def _image_of_row(batch: _Batch) -> Tensor:
+    """(N,) int32 image of each row, padded rows included."""
+    if batch.texts.slots is not None:
+        return batch.texts.group
+    rows = torch.arange(batch.texts.images, dtype=torch.int32, device=batch.image.device)
+    return rows.repeat_interleave(batch.texts.texts)
+
+
+def _pair_weights(batch: _Batch, alpha: float, beta: Tensor | float, pair_weights: Tensor | None) -> Tensor:
+    """(K, K) or (B, K, K) weights in accumulation dtype."""
+    images, texts, like = batch.texts.images, batch.texts.texts, batch.scale
+    if pair_weights is not None:
+        shapes = ((texts, texts), (images, texts, texts))
+        if tuple(pair_weights.shape) not in shapes:
+            raise ValueError(
+                f"pair_weights: expected shape {shapes[0]} or {shapes[1]}, got {tuple(pair_weights.shape)}"
+            )
+        if pair_weights.device != like.device:
+            raise ValueError(f"pair_weights: expected device {like.device}, got {pair_weights.device}")
+        return pair_weights.to(like.dtype)
+    _check_weight("alpha", alpha)
+    _check_weight("beta", beta)
+    own = torch.eye(texts, dtype=like.dtype, device=like.device)
+    return alpha * own + _scalar("beta", beta, like, like.dtype) * (1 - own)
+
+
+def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=dtype, device=like.device)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point scalar, got {value.dtype} of shape {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    return value.reshape(()).to(dtype)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_weight(name: str, value: Tensor | float) -> None:
+    """A weight that lives on an accelerator is taken on trust: reading it would synchronise."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = float(value.detach())
+    if not value >= 0:
+        raise ValueError(f"{name}: expected a weight >= 0, got {value}")
