@@ -18,18 +18,13 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.backends import resolve, without_autocast
-from betaclip.kernels.similarity import (
-    BACKENDS,
-    logsumexp,
-    logsumexp_backward,
-    softplus,
-    softplus_with_gradients,
-)
+from betaclip.kernels.operand import Operand
+from betaclip.kernels.similarity import BACKENDS, implementation
 
 # Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.
 _SHORTEST = 1e-12
 # Elements of one operand that the within-image part holds at a time.
-_CHUNK = 2**20
+_CHUNK = 2**19
 
 
 @dataclass(frozen=True)
@@ -87,15 +82,16 @@ def contrast_softplus(
 
 
 def _inverse_norm(x: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,) 1 / |x|; 0 for rows that take no part or have no direction."""
+    """(N,) 1 / |x|; 0 for rows that take no part or have no direction, NaN for rows that are not finite."""
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    return torch.where((group >= 0) & (norm > _SHORTEST), norm.reciprocal(), 0)
+    inverse = torch.where(norm.isfinite(), norm.reciprocal(), torch.nan)
+    return torch.where((group < 0) | (norm <= _SHORTEST), 0, inverse)
 
 
-def _unit(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, D) normalised rows; zero where ``inverse`` is, whatever x holds there."""
-    unit = torch.mul(x, inverse[:, None], out=torch.empty(x.shape, dtype=dtype, device=x.device))
-    return unit.masked_fill_(inverse[:, None] == 0, 0)
+def _operands(
+    image: Tensor, text: Tensor, inverse: tuple[Tensor, Tensor], group: Tensor, dtype: torch.dtype
+) -> tuple[Operand, Operand]:
+    return Operand(image, group, inverse[0], dtype), Operand(text, group, inverse[1], dtype)
 
 
 def _chunks(images: int, texts: int, depth: int) -> Iterator[tuple[int, int]]:
@@ -180,9 +176,8 @@ def _logsumexp_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
-        lse_x, lse_y = logsumexp(x, y, scale, group, group, backend)
-        del x, y
+        operands = _operands(image, text, inverse, group, dtype)
+        lse_x, lse_y = implementation(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
     with nvtx.annotate("within images", domain="betaclip"):
         return lse_x, lse_y, _cosines(image, text, inverse, slots, images, texts)
 
@@ -212,11 +207,10 @@ def _logsumexp_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
-        dx, dy, dscale = logsumexp_backward(
-            x, y, scale, group, group, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy, backend
+        operands = _operands(image, text, inverse, group, dtype)
+        dx, dy, dscale = implementation(backend, *operands).similarity_logsumexp_bwd(
+            *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
-        del x, y
     return *_raw_gradients(image, text, inverse, dx, dy, torch.ones_like(dscale), dcosines, slots, True), dscale
 
 
@@ -291,14 +285,14 @@ def _softplus_op(
     """The sum and the cosines, and the sum's gradients for normalised rows, scale and bias."""
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        x, y = _unit(image, inverse[0], dtype), _unit(text, inverse[1], dtype)
+        operands = _operands(image, text, inverse, group, dtype)
+        module = implementation(backend, *operands)
         if differentiable:
-            ones = scale.new_ones(x.shape[0])
-            rows, *gradients = softplus_with_gradients(x, y, scale, bias, group, group, ones, need_dx, need_dy, backend)
+            ones = scale.new_ones(image.shape[0])
+            rows, *gradients = module.similarity_softplus_fwd_bwd(*operands, scale, bias, ones, need_dx, need_dy)
         else:
-            rows = softplus(x, y, scale, bias, group, group, backend)
+            rows = module.similarity_softplus_fwd(*operands, scale, bias)
             gradients = [scale.new_empty(0), scale.new_empty(0), torch.zeros_like(scale), torch.zeros_like(scale)]
-        del x, y
     with nvtx.annotate("within images", domain="betaclip"):
         return rows.sum(), _cosines(image, text, inverse, slots, images, texts), *gradients
 
@@ -322,20 +316,34 @@ def _(image, text, scale, bias, group, slots, images, texts, dtype, backend, dif
 def _softplus_backward_op(
     image: Tensor,
     text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
     group: Tensor,
     slots: Tensor | None,
     dx: Tensor,
     dy: Tensor,
+    dscale: Tensor,
+    dbias: Tensor,
     dtotal: Tensor,
     dcosines: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scale and bias are arguments only so that a second differentiation by them meets this operator."""
     inverse = _inverse_norm(image, group, dtotal.dtype), _inverse_norm(text, group, dtotal.dtype)
-    return _raw_gradients(image, text, inverse, dx, dy, dtotal, dcosines, slots, False)
+    dimage, dtext = _raw_gradients(image, text, inverse, dx, dy, dtotal, dcosines, slots, False)
+    return dimage, dtext, dtotal * dscale, dtotal * dbias
 
 
 @_softplus_backward_op.register_fake
-def _(image, text, group, slots, dx, dy, dtotal, dcosines):  # type: ignore[no-untyped-def]
-    return _like(image, dx.dim() == 2), _like(text, dy.dim() == 2)
+def _(image, text, scale, bias, group, slots, dx, dy, dscale, dbias, dtotal, dcosines):  # type: ignore[no-untyped-def]
+    return _like(image, dx.dim() == 2), _like(text, dy.dim() == 2), torch.empty_like(dscale), torch.empty_like(dbias)
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("betaclip's losses can be differentiated once, not twice (create_graph=True)")
+
+
+_logsumexp_backward_op.register_autograd(_refuse)
+_softplus_backward_op.register_autograd(_refuse)
 
 
 class _Softplus(torch.autograd.Function):
@@ -348,18 +356,17 @@ class _Softplus(torch.autograd.Function):
         total, cosines, *gradients = _softplus_op(
             image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable, need_dx, need_dy
         )
-        ctx.save_for_backward(image, text, group, slots, *gradients)
+        ctx.save_for_backward(image, text, scale, bias, group, slots, *gradients)
         return total, cosines
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, dcosines: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, need_dy, need_dscale, need_dbias, *_ = ctx.needs_input_grad
-        image, text, group, slots, dx, dy, dscale, dbias = ctx.saved_tensors
-        dimage, dtext = _softplus_backward_op(image, text, group, slots, dx, dy, dtotal, dcosines)
+        dimage, dtext, dscale, dbias = _softplus_backward_op(*ctx.saved_tensors, dtotal, dcosines)
         return (
             dimage if need_dx else None,
             dtext if need_dy else None,
-            dtotal * dscale if need_dscale else None,
-            dtotal * dbias if need_dbias else None,
+            dscale if need_dscale else None,
+            dbias if need_dbias else None,
             *[None] * 7,
         )

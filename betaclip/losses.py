@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.contrast import Texts, contrast_logsumexp, contrast_softplus
+from betaclip.kernels.operand import accumulation_dtype
 from betaclip.kernels.similarity import BACKENDS
-from betaclip.kernels.similarity_reference import accumulation_dtype
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
@@ -55,7 +55,8 @@ def beta_cal_ce_loss(
         beta: weight of the other texts of the same image; a float or a () tensor that may require a gradient.
         alpha: weight of the own text.
         mask: (B, K) bool, True = valid text.
-        image_index: (N,) integer image of each row, sorted, for ragged batches: any number of texts per image.
+        image_index: (N,) integer image of each row, sorted, for ragged batches: any number of texts per image. Four
+            numbers are read back to the host, so this form does not compile into one graph.
         pair_weights: (K, K) or (B, K, K) weights w of the pairs within an image, instead of alpha and beta; K
             is the largest number of texts per image if the batch is ragged.
         padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
@@ -153,7 +154,8 @@ class BetaCALLoss(nn.Module):
 
     Args:
         form: ``"ce"`` (softmax) or ``"bce"`` (sigmoid).
-        beta: weight of the other texts of the same image; a tensor is used as it is, an ``nn.Parameter`` learned.
+        beta: weight of the other texts of the same image; a tensor becomes a buffer, an ``nn.Parameter`` is learned
+            (keep it >= 0, for example by a softplus: the loss takes it as it is).
         alpha: weight of the own text.
         padding: ``"ignore"`` or ``"published"``.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
@@ -176,7 +178,11 @@ class BetaCALLoss(nn.Module):
         _check_choice("backend", backend, ("auto", *BACKENDS))
         _check_weight("alpha", alpha)
         _check_weight("beta", beta)
-        self.form, self.beta, self.alpha, self.padding, self.backend = form, beta, alpha, padding, backend
+        self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
+        if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
+            self.register_buffer("beta", beta)
+        else:
+            self.beta = beta
 
     def forward(
         self,
@@ -204,7 +210,9 @@ class BetaCALLoss(nn.Module):
         return beta_cal_bce_loss(image_embeds, text_embeds, logit_scale, logit_bias=logit_bias, **options)
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, beta={self.beta}, alpha={self.alpha}, padding={self.padding!r}"
+        beta = "learned" if isinstance(self.beta, nn.Parameter) else float(self.beta)
+        options = f"form={self.form!r}, beta={beta}, alpha={self.alpha}"
+        return f"{options}, padding={self.padding!r}, backend={self.backend!r}"
 
 
 class ClipLoss(nn.Module):
@@ -230,8 +238,12 @@ class ClipLoss(nn.Module):
     def forward(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
         """() from (B, D) image and text embeddings, any norm, and the () inverse temperature."""
         for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+            _check_tensor(name, embeds)
             if embeds.dim() != 2:
                 raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
+        if text_embeds.shape != image_embeds.shape:
+            expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
+            raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
         return beta_cal_ce_loss(
             image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend
         )
@@ -257,8 +269,8 @@ def _soft_cross_entropy(
     """
     lse = torch.logaddexp(between, contrasted.logsumexp(dim))
     total = weights.sum(dim if weights.dim() == 3 else dim - 1)
-    rows = (total > 0).expand_as(lse) if valid is None else valid & (total > 0)
-    target = (weights * logits).sum(dim) / torch.where(total > 0, total, 1)
+    rows = (total != 0).expand_as(lse) if valid is None else valid & (total != 0)
+    target = (weights * logits).sum(dim) / torch.where(total != 0, total, 1)
     return torch.where(rows, lse - target, 0).sum() / rows.sum().clamp_min(1)
 
 
@@ -271,6 +283,8 @@ def _prepare(
     padding: str,
 ) -> _Batch:
     _check_choice("padding", padding, PADDINGS)
+    if padding == "published" and image_index is not None:
+        raise ValueError("padding: expected 'ignore' with image_index (a ragged batch has no padding), got 'published'")
     _check_embeddings(image_embeds, text_embeds, mask, image_index)
     dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
     device_type = image_embeds.device.type
@@ -294,6 +308,7 @@ def _check_embeddings(
 ) -> None:
     layout = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        _check_tensor(name, embeds)
         if not embeds.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point dtype, got {embeds.dtype}")
         if embeds.dim() != (3 if image_index is None else 2):
@@ -305,13 +320,20 @@ def _check_embeddings(
     for name, value, shape in (("mask", mask, rows), ("image_index", image_index, rows)):
         if value is None:
             continue
+        _check_tensor(name, value)
         if name == "mask" and image_index is not None:
             raise ValueError("mask: expected None with image_index (leave padded rows out instead), got a tensor")
         if value.shape != shape:
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
         if name == "mask" and value.dtype != torch.bool:
             raise ValueError(f"mask: expected dtype torch.bool (True = valid), got {value.dtype}")
-        if name == "image_index" and value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        if name == "image_index" and value.dtype not in (
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+        ):
             raise ValueError(f"image_index: expected an integer dtype, got {value.dtype}")
     for name, value in (("text_embeds", text_embeds), ("mask", mask), ("image_index", image_index)):
         if value is not None and value.device != image_embeds.device:
@@ -350,11 +372,14 @@ def _pair_weights(batch: _Batch, alpha: float, beta: Tensor | float, pair_weight
     """(K, K) or (B, K, K) weights in accumulation dtype."""
     images, texts, like = batch.texts.images, batch.texts.texts, batch.scale
     if pair_weights is not None:
+        _check_tensor("pair_weights", pair_weights)
         shapes = ((texts, texts), (images, texts, texts))
         if tuple(pair_weights.shape) not in shapes:
             raise ValueError(
                 f"pair_weights: expected shape {shapes[0]} or {shapes[1]}, got {tuple(pair_weights.shape)}"
             )
+        if pair_weights.is_complex():
+            raise ValueError(f"pair_weights: expected real weights, got {pair_weights.dtype}")
         if pair_weights.device != like.device:
             raise ValueError(f"pair_weights: expected device {like.device}, got {pair_weights.device}")
         return pair_weights.to(like.dtype)
@@ -366,8 +391,10 @@ def _pair_weights(batch: _Batch, alpha: float, beta: Tensor | float, pair_weight
 
 def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
-    if not isinstance(value, Tensor):
+    if isinstance(value, int | float):
         return torch.tensor(float(value), dtype=dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point scalar, got {value.dtype} of shape {tuple(value.shape)}")
     if value.device != like.device:
@@ -381,10 +408,15 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_weight(name: str, value: Tensor | float) -> None:
-    """A weight that lives on an accelerator is taken on trust: reading it would synchronise."""
+    """Numbers are checked, and constant tensors on the CPU; others are taken as they are, without reading them."""
     if isinstance(value, Tensor):
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or value.requires_grad or value.numel() != 1 or torch.compiler.is_compiling():
             return
-        value = float(value.detach())
-    if not value >= 0:
-        raise ValueError(f"{name}: expected a weight >= 0, got {value}")
+        value = float(value)
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite weight >= 0, got {value!r}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")

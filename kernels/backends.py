@@ -27,11 +27,12 @@ def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensor
         NotImplementedError: the named backend (or, for ``"auto"``, every backend) cannot serve the
             tensors; the message lists the reasons.
     """
+    source = "backend"
     if requested == "auto":
-        requested = os.environ.get("BETACLIP_BACKEND", "auto")
+        source, requested = "BETACLIP_BACKEND", os.environ.get("BETACLIP_BACKEND", "auto")
     if requested != "auto" and requested not in table:
         names = ", ".join(repr(name) for name in ("auto", *table))
-        raise ValueError(f"backend: expected one of {names} for {operation}, got {requested!r}")
+        raise ValueError(f"{source}: expected one of {names} for {operation}, got {requested!r}")
     candidates = list(table) if requested == "auto" else [requested]
     refusals = {}
     for name in candidates:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from betaclip.kernels import similarity_blockwise, similarity_reference, similarity_triton
 from betaclip.kernels.backends import resolve, without_autocast
-from betaclip.kernels.similarity_reference import accumulation_dtype
+from betaclip.kernels.operand import Operand, accumulation_dtype
 
 _MODULES: dict[str, ModuleType] = {
     "triton": similarity_triton,
@@ -145,9 +145,13 @@ def _zero_padding(rows: Tensor, group: Tensor | None) -> Tensor:
     return rows if group is None else rows.masked_fill((group < 0)[:, None], 0)
 
 
-def _implementation(backend: str, x: Tensor, y: Tensor) -> ModuleType:
+def _operands(x: Tensor, y: Tensor, x_group: Tensor | None, y_group: Tensor | None) -> tuple[Operand, Operand]:
+    return Operand(x, x_group, None, x.dtype), Operand(y, y_group, None, y.dtype)
+
+
+def implementation(backend: str, x: Operand, y: Operand) -> ModuleType:
     """The backend's module; nothing to launch on an empty side, where only the dense form has defined results."""
-    return _MODULES["reference" if 0 in (x.shape[0], y.shape[0]) else backend]
+    return _MODULES["reference" if 0 in (x.rows.shape[0], y.rows.shape[0]) else backend]
 
 
 @torch.library.custom_op("betaclip::similarity_logsumexp", mutates_args=())
@@ -155,7 +159,8 @@ def _implementation(backend: str, x: Tensor, y: Tensor) -> ModuleType:
 def logsumexp(
     x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend, x, y).similarity_logsumexp_fwd(x, y, scale, x_group, y_group)
+    operands = _operands(x, y, x_group, y_group)
+    return implementation(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
 
 
 @logsumexp.register_fake
@@ -181,8 +186,9 @@ def logsumexp_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dy (M, D) and dscale () in accumulation dtype; a gradient not needed is empty."""
-    return _implementation(backend, x, y).similarity_logsumexp_bwd(
-        x, y, scale, x_group, y_group, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
+    operands = _operands(x, y, x_group, y_group)
+    return implementation(backend, *operands).similarity_logsumexp_bwd(
+        *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
     )
 
 
@@ -208,7 +214,8 @@ def softplus(
     y_group: Tensor | None,
     backend: str,
 ) -> Tensor:
-    return _implementation(backend, x, y).similarity_softplus_fwd(x, y, scale, bias, x_group, y_group)
+    operands = _operands(x, y, x_group, y_group)
+    return implementation(backend, *operands).similarity_softplus_fwd(*operands, scale, bias)
 
 
 @softplus.register_fake
@@ -235,8 +242,9 @@ def softplus_with_gradients(
     The gradient needs no statistic of the whole matrix, so both come from one pass: a loss that knows its
     ``drows`` beforehand, such as a plain mean, saves the recomputation (6*N*M*D FLOP in all instead of 8).
     """
-    return _implementation(backend, x, y).similarity_softplus_fwd_bwd(
-        x, y, scale, bias, x_group, y_group, drows, need_dx, need_dy
+    operands = _operands(x, y, x_group, y_group)
+    return implementation(backend, *operands).similarity_softplus_fwd_bwd(
+        *operands, scale, bias, drows, need_dx, need_dy
     )
 
 

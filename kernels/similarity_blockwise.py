@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betaclip.kernels.operand import Operand, scale_rows
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM
-from betaclip.kernels.similarity_reference import accumulation_dtype
 
 
 def why_not(x: Tensor, y: Tensor) -> list[str]:
@@ -52,9 +52,9 @@ def _bfloat16_products() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def _products(x: Tensor) -> AbstractContextManager[None]:
+def _products(x: Operand) -> AbstractContextManager[None]:
     """The context for this operand's matrix products."""
-    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    half = x.rows.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return _bfloat16_products() if half and torch.ops.mkldnn._is_mkldnn_bf16_supported() else nullcontext()
 
 
@@ -66,26 +66,34 @@ def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
 class _Side:
     """The valid rows of one operand, read in blocks, in accumulation dtype. All ranges count valid rows."""
 
-    def __init__(self, rows: Tensor, group: Tensor | None, index: Tensor | None = None) -> None:
-        self.rows, self.group, self.index = rows, group, index
-        self.dtype = accumulation_dtype(rows.dtype)
-        self.count = rows.shape[0] if index is None else index.shape[0]
+    def __init__(self, operand: Operand, index: Tensor | None = None) -> None:
+        self.operand, self.index = operand, index
+        self.group = operand.group if operand.group is None or index is None else operand.group[index]
+        self.dtype, self.rows = operand.accumulation, operand.rows
+        self.count = self.rows.shape[0] if index is None else index.shape[0]
+        self._kept: Tensor | None = None
 
     @classmethod
-    def without_padding(cls, rows: Tensor, group: Tensor | None) -> "_Side":
-        if group is None or not bool((group < 0).any()):
-            return cls(rows, group)
-        index = (group >= 0).nonzero().squeeze(1)
-        return cls(rows, group[index], index)
+    def without_padding(cls, operand: Operand) -> "_Side":
+        if operand.group is None or not bool((operand.group < 0).any()):
+            return cls(operand)
+        return cls(operand, (operand.group >= 0).nonzero().squeeze(1))
 
     def pick(self, chosen: Tensor) -> "_Side":
-        index = chosen if self.index is None else self.index[chosen]
-        return _Side(self.rows, None if self.group is None else self.group[chosen], index)
+        return _Side(self.operand, chosen if self.index is None else self.index[chosen])
 
     def block(self, lo: int, hi: int) -> Tensor:
         """(hi - lo, D) rows, a view where they can be used as they are."""
-        rows = self.rows[lo:hi] if self.index is None else self.rows[self.index[lo:hi]]
-        return rows.to(self.dtype)
+        if self._kept is not None:
+            return self._kept[lo:hi]
+        part = slice(lo, hi) if self.index is None else self.index[lo:hi]
+        return scale_rows(
+            self.rows[part], None if self.operand.length is None else self.operand.length[part], self.dtype
+        )
+
+    def keep(self) -> None:
+        """Form the rows once, for blocks that are read again and again."""
+        self._kept = self.block(0, self.count)
 
     def longest(self) -> float:
         """The largest norm of a row."""
@@ -134,6 +142,7 @@ class _Tiles:
 
     def __init__(self, x: _Side, y: _Side, scale: Tensor, bias: Tensor | None = None) -> None:
         self.x, self.y = x, y
+        y.keep()
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self.block = block_shape(x.count, y.count)
         area = self.block[0] * self.block[1]
@@ -159,6 +168,10 @@ class _Tiles:
                 tile.sub_(shift)
             self._exclude_same_group(tile, lo, hi, begin, end)
             yield begin, end, right, tile
+
+    def bound(self) -> float:
+        """The largest possible |S|."""
+        return abs(self.scale) * self.x.longest() * self.y.longest() + abs(self.bias)
 
     def spare(self, tile: Tensor) -> Tensor:
         """Scratch of the tile's shape."""
@@ -194,11 +207,6 @@ def _same_group_ranges(x_group: Tensor | None, y_group: Tensor | None) -> list[l
     return torch.stack((first, last), 1).tolist()
 
 
-def _reference(x: _Side, y: _Side, scale: Tensor) -> float:
-    """c, from the largest possible |S|: 0 as long as exp(S) itself cannot overflow."""
-    return max(0.0, abs(float(scale)) * x.longest() * y.longest() - HEADROOM[x.dtype])
-
-
 def _exact_logsumexp(side: _Side, other: _Side, scale: Tensor) -> Tensor:
     """The statistics of ``side``'s rows, with their true maxima."""
     tiles, lse = _Tiles(side, other, scale), side.zeros().fill_(-torch.inf)
@@ -231,12 +239,10 @@ def _gradients(
     return dx.mul_(tiles.scale) if need_dx else x.nothing(), dy.mul_(tiles.scale), dscale
 
 
-def similarity_logsumexp_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    rows, cols = _Side.without_padding(x, x_group), _Side.without_padding(y, y_group)
-    reference = _reference(rows, cols, scale)
+def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     tiles, row_sum, col_sum = _Tiles(rows, cols, scale), rows.zeros(), cols.zeros()
+    reference = max(0.0, tiles.bound() - HEADROOM[rows.dtype])
     with _products(x):
         for lo, hi, left in tiles.strips():
             for begin, end, _, tile in tiles.along(lo, hi, left, reference):
@@ -252,11 +258,9 @@ def similarity_logsumexp_fwd(
 
 
 def similarity_logsumexp_bwd(
-    x: Tensor,
-    y: Tensor,
+    x: Operand,
+    y: Operand,
     scale: Tensor,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
     lse_x: Tensor,
     lse_y: Tensor,
     dlse_x: Tensor,
@@ -264,7 +268,7 @@ def similarity_logsumexp_bwd(
     need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = _Side.without_padding(x, x_group), _Side.without_padding(y, y_group)
+    rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     lse_x, lse_y = rows.compact(lse_x), cols.compact(lse_y)
     dlse_x, dlse_y = rows.compact(dlse_x), cols.compact(dlse_y)
     highest = float(lse_x.max()) if rows.count else 0.0  # no logit exceeds its row's statistic
@@ -291,41 +295,42 @@ def similarity_logsumexp_bwd(
         return _gradients(tiles, 0.0, two_exponentials, need_dx, need_dy)
 
 
-def _softplus_sums(tile: Tensor, spare: Tensor) -> Tensor:
-    """(r,): row sums of softplus(S) = max(S, 0) + log1p(exp(-|S|)), relatively exact in both tails."""
+def _softplus_sums(tile: Tensor, spare: Tensor, bound: float) -> Tensor:
+    """(r,): row sums of softplus, exact relative to their value in both tails, for |S| <= bound."""
+    if bound <= HEADROOM[tile.dtype]:
+        return torch.exp(tile, out=spare).log1p_().sum(1)
+    # softplus(S) = max(S, 0) + log1p(exp(-|S|)), which nothing overflows
     rows = torch.clamp_min(tile, 0, out=spare).sum(1)
     return rows.add_(torch.abs(tile, out=spare).neg_().exp_().log1p_().sum(1))
 
 
-def similarity_softplus_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
-) -> Tensor:
-    rows, cols = _Side.without_padding(x, x_group), _Side.without_padding(y, y_group)
+def similarity_softplus_fwd(x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     tiles, total = _Tiles(rows, cols, scale, bias), rows.zeros()
+    bound = tiles.bound()
     with _products(x):
         for lo, hi, left in tiles.strips():
             for _, _, _, tile in tiles.along(lo, hi, left):
-                total[lo:hi] += _softplus_sums(tile, tiles.spare(tile))
+                total[lo:hi] += _softplus_sums(tile, tiles.spare(tile), bound)
     return rows.spread(total, 0.0)
 
 
 def similarity_softplus_fwd_bwd(
-    x: Tensor,
-    y: Tensor,
+    x: Operand,
+    y: Operand,
     scale: Tensor,
     bias: Tensor | None,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
     drows: Tensor,
     need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, cols = _Side.without_padding(x, x_group), _Side.without_padding(y, y_group)
+    rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     tiles, total, dtotal = _Tiles(rows, cols, scale, bias), rows.zeros(), rows.zeros()
+    bound = tiles.bound()
     drows = rows.compact(drows)
 
     def sigmoid_gradient(lo: int, hi: int, begin: int, end: int, tile: Tensor) -> Tensor:
-        total[lo:hi] += _softplus_sums(tile, tiles.spare(tile))
+        total[lo:hi] += _softplus_sums(tile, tiles.spare(tile), bound)
         tile.sigmoid_().mul_(drows[lo:hi, None])
         if bias is not None:
             dtotal[lo:hi] += tile.sum(1)

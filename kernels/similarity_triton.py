@@ -5,6 +5,7 @@ one fused kernel, and adds dS y and dS^T x to accumulators by two library produc
 gradients are read on the device; nothing here waits for it.
 """
 
+import copy
 import functools
 import math
 import os
@@ -17,8 +18,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from betaclip.kernels.operand import Operand
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM, SPREAD
-from betaclip.kernels.similarity_reference import accumulation_dtype
 from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,27 +77,29 @@ def precision(arch: str, dtype: torch.dtype) -> str:
 class _Launch:
     """What every launch on a pair of operands shares."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None) -> None:
+    def __init__(self, x: Operand, y: Operand, scale: Tensor) -> None:
         import triton.language as tl
 
         from betaclip.kernels import similarity_triton_kernels
 
         self.kernels = similarity_triton_kernels
-        self.x, self.y = (t if t.stride(1) == 1 else t.contiguous() for t in (x, y))
-        self.scale, self.x_group, self.y_group = scale, x_group, y_group
-        self.dtype = accumulation_dtype(x.dtype)
-        self.arch = architecture(x.device)
-        self.tile = choose(self.arch, min(x.element_size(), 4))
-        self.programs = self.tile.programs * _processors(x.device)
+        matrices = [side.matrix(side.dtype) for side in (x, y)]
+        self.x, self.y = (t if t.stride(1) == 1 else t.contiguous() for t in matrices)
+        self.scale, self.x_group, self.y_group, self.dtype = scale, x.group, y.group, x.accumulation
+        self.arch = architecture(self.x.device)
+        self.tile = choose(self.arch, min(self.x.element_size(), 4))
+        self.programs = self.tile.programs * _processors(self.x.device)
         self.constants = {
-            "D": x.shape[1],
-            "HAS_GROUP": x_group is not None,
-            "PRECISION": precision(self.arch, x.dtype),
+            "D": self.x.shape[1],
+            "HAS_GROUP": x.group is not None,
+            "PRECISION": precision(self.arch, self.x.dtype),
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
         }
 
     def swapped(self) -> "_Launch":
-        return _Launch(self.y, self.x, self.scale, self.y_group, self.x_group)
+        swapped = copy.copy(self)
+        swapped.x, swapped.y, swapped.x_group, swapped.y_group = self.y, self.x, self.y_group, self.x_group
+        return swapped
 
     def tiles(self, rows: int, cols: int) -> tuple[int, int]:
         """How many tiles cover (rows, cols)."""
@@ -135,20 +138,20 @@ def _largest_norm(x: Tensor, group: Tensor | None, dtype: torch.dtype) -> Tensor
     return (norm if group is None else torch.where(group >= 0, norm, 0)).max()
 
 
-def similarity_logsumexp_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    launch = _Launch(x, y, scale, x_group, y_group)
-    n, m = x.shape[0], y.shape[0]
+def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
+    launch = _Launch(x, y, scale)
+    n, m = launch.x.shape[0], launch.y.shape[0]
     row_tiles, col_tiles = launch.tiles(n, m)
     strips, ranges = rectangles(row_tiles, col_tiles, launch.programs)
     row_sum, col_sum = launch.new(ranges, n).zero_(), launch.new(strips, m).zero_()
-    bound = scale.abs() * _largest_norm(x, x_group, launch.dtype) * _largest_norm(y, y_group, launch.dtype)
+    bound = (
+        scale.abs() * _largest_norm(launch.x, x.group, launch.dtype) * _largest_norm(launch.y, y.group, launch.dtype)
+    )
     # 0 where it can be: an exponent's rounding error grows with its size.
     reference = (bound - HEADROOM[launch.dtype]).clamp_min(0)
     launch(
         "_similarity_logsumexp_fwd_kernel", strips * ranges,
-        reference, x_group, y_group, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
+        reference, x.group, y.group, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
         -(-row_tiles // strips), -(-col_tiles // ranges), ranges,
     )  # fmt: skip
     statistics = []
@@ -212,11 +215,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def similarity_logsumexp_bwd(
-    x: Tensor,
-    y: Tensor,
+    x: Operand,
+    y: Operand,
     scale: Tensor,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
     lse_x: Tensor,
     lse_y: Tensor,
     dlse_x: Tensor,
@@ -224,7 +225,7 @@ def similarity_logsumexp_bwd(
     need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    launch = _Launch(x, y, scale, x_group, y_group)
+    launch = _Launch(x, y, scale)
     sums = _Accumulators(launch, need_dx, need_dy)
     # Incoming gradients of size 1 keep dS within float16's range.
     factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max())
@@ -239,39 +240,35 @@ def similarity_logsumexp_bwd(
         tiles = math.prod(launch.tiles(row_end - row, col_end - col))
         launch(
             "_similarity_logsumexp_bwd_kernel", min(tiles, launch.programs),
-            x_group, y_group, *vectors, ds, x.shape[0], y.shape[0],
+            x.group, y.group, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
             launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
         )  # fmt: skip
     return sums.finish(factor)
 
 
-def similarity_softplus_fwd(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
-) -> Tensor:
-    launch = _Launch(x, y, scale, x_group, y_group)
-    side = chunk(launch.arch, min(x.element_size(), 4))
-    rows = launch.new(x.shape[0]).zero_()
-    for row in range(0, x.shape[0], side):
-        for col in range(0, y.shape[0], side):
-            bounds = row, col, min(row + side, x.shape[0]), min(col + side, y.shape[0])
+def similarity_softplus_fwd(x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
+    launch = _Launch(x, y, scale)
+    n, m, side = launch.x.shape[0], launch.y.shape[0], chunk(launch.arch, min(launch.x.element_size(), 4))
+    rows = launch.new(n).zero_()
+    for row in range(0, n, side):
+        for col in range(0, m, side):
+            bounds = row, col, min(row + side, n), min(col + side, m)
             rows[bounds[0] : bounds[2]] += _softplus_chunk(launch, bias, None, None, bounds)[0]
     return rows
 
 
 def similarity_softplus_fwd_bwd(
-    x: Tensor,
-    y: Tensor,
+    x: Operand,
+    y: Operand,
     scale: Tensor,
     bias: Tensor | None,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
     drows: Tensor,
     need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launch = _Launch(x, y, scale, x_group, y_group)
+    launch = _Launch(x, y, scale)
     sums = _Accumulators(launch, need_dx, need_dy)
-    rows, dbias = launch.new(x.shape[0]).zero_(), launch.new().zero_()
+    rows, dbias = launch.new(launch.x.shape[0]).zero_(), launch.new().zero_()
     factor = drows.abs().max()
     weight = torch.where(factor > 0, drows / factor, 0)
     for row, col, row_end, col_end, ds in sums.chunks():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip.kernels import similarity_blockwise
 from betaclip.kernels.similarity import BACKENDS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "beta_cal.json").read_text())
@@ -327,10 +328,10 @@ def test_no_grad_forms_no_gradient(form, monkeypatch):
     b = batch()
     b.image.requires_grad_()
     called = []
-    monkeypatch.setattr("betaclip.contrast.softplus_with_gradients", lambda *args: called.append(args))
+    monkeypatch.setattr(similarity_blockwise, "similarity_softplus_fwd_bwd", lambda *args: called.append(args))
     expected = dense(form, b.image, b.text, b.scale)
     with torch.no_grad():
-        loss = LOSSES[form](b.image, b.text, b.scale)
+        loss = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
     torch.testing.assert_close(loss, expected.detach())
     assert not called and not loss.requires_grad
     with torch.inference_mode():
@@ -348,13 +349,37 @@ def test_retained_graph_gives_the_same_gradient_again(form):
         torch.autograd.grad(loss, b.image)
 
 
+@pytest.mark.parametrize("by", ["image", "scale", "bias"])
 @pytest.mark.parametrize("form", FORMS)
-def test_double_backward_raises(form):
+def test_double_backward_raises(form, by):
     b = batch()
-    b.image.requires_grad_()
-    (gradient,) = torch.autograd.grad(LOSSES[form](b.image, b.text, b.scale), b.image, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|twice"):
-        gradient.sum().backward()
+    bias = torch.tensor(-1.0, dtype=torch.float64, device=DEVICE)
+    leaves = {"image": b.image, "scale": b.scale, "bias": bias}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    loss = BetaCALLoss(form)(b.image, b.text, b.scale, logit_bias=bias)
+    if form == "ce" and by == "bias":
+        pytest.skip("a softmax does not see the bias")
+    (gradient,) = torch.autograd.grad(loss, leaves[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        torch.autograd.grad(gradient.sum(), b.image)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_diverged_embeddings_show(backend, form, poison):
+    """NaN or infinity in a valid row must reach the loss: a scaler or a guard waits for it."""
+    b = batch(dtype=torch.float32)
+    b.text[2, 1, 3] = poison
+    assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_weights_show(form):
+    b = batch()
+    weights = torch.full((5, 5), torch.nan, dtype=torch.float64, device=DEVICE)
+    assert BetaCALLoss(form)(b.image, b.text, b.scale, pair_weights=weights).isnan()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -404,6 +429,7 @@ def test_saved_for_backward_is_linear(form):
 def test_module_copies_and_learns_beta():
     loss = BetaCALLoss("bce", beta=nn.Parameter(torch.tensor(0.5)))
     assert [name for name, _ in loss.named_parameters()] == ["beta"]
+    assert "beta" in BetaCALLoss(beta=torch.tensor(0.5)).state_dict()
     copied = copy.deepcopy(loss).to(DEVICE)
     b = batch(dtype=torch.float32)
     copied(b.image, b.text, b.scale).backward()
@@ -443,16 +469,22 @@ E3, E2, INDEX = torch.ones(4, 3, 8), torch.ones(12, 8), torch.arange(12) // 3
         (E2, E2, {"image_index": INDEX - 1}, r"image_index: expected values >= 0, got -1"),
         (E3, E3, {"logit_scale": torch.ones(2)}, r"logit_scale: expected a floating-point scalar, got .* \(2,\)"),
         (E3, E3, {"logit_scale": torch.tensor(3)}, r"logit_scale: expected a floating-point scalar, got torch.int64"),
-        (E3, E3, {"beta": -0.1}, r"beta: expected a weight >= 0, got -0.1"),
-        (E3, E3, {"beta": torch.tensor(-1.0)}, r"beta: expected a weight >= 0, got -1.0"),
-        (E3, E3, {"beta": float("nan")}, r"beta: expected a weight >= 0, got nan"),
-        (E3, E3, {"alpha": -2.0}, r"alpha: expected a weight >= 0, got -2.0"),
+        (E3, E3, {"beta": -0.1}, r"beta: expected a finite weight >= 0, got -0.1"),
+        (E3, E3, {"beta": torch.tensor(-1.0)}, r"beta: expected a finite weight >= 0, got -1.0"),
+        (E3, E3, {"beta": float("nan")}, r"beta: expected a finite weight >= 0, got nan"),
+        (E3, E3, {"alpha": -2.0}, r"alpha: expected a finite weight >= 0, got -2.0"),
         (
             E3,
             E3,
             {"pair_weights": torch.ones(4, 4)},
             r"pair_weights: expected shape \(3, 3\) or \(4, 3, 3\), got \(4, 4\)",
         ),
+        (E2, E2, {"image_index": INDEX, "padding": "published"}, r"padding: expected 'ignore' with image_index"),
+        (E3.tolist(), E3, {}, r"image_embeds: expected a tensor, got list"),
+        (E3, E3, {"mask": [[True]]}, r"mask: expected a tensor, got list"),
+        (E3, E3, {"logit_scale": None}, r"logit_scale: expected a number or a tensor, got NoneType"),
+        (E3, E3, {"beta": float("inf")}, r"beta: expected a finite weight >= 0, got inf"),
+        (E3, E3, {"beta": torch.ones(2)}, r"beta: expected a floating-point scalar, got .* \(2,\)"),
         (E3, E3, {"padding": "drop"}, r"padding: expected one of 'ignore', 'published', got 'drop'"),
         (E3, E3, {"backend": "fast"}, r"backend: expected one of .*, got 'fast'"),
     ],
@@ -470,8 +502,8 @@ def test_rejects(form, image, text, change, message):
         ({"form": "softmax"}, r"form: expected one of 'ce', 'bce', got 'softmax'"),
         ({"padding": "none"}, r"padding: expected one of"),
         ({"backend": "gpu"}, r"backend: expected one of"),
-        ({"beta": -1.0}, r"beta: expected a weight >= 0"),
-        ({"alpha": -1.0}, r"alpha: expected a weight >= 0"),
+        ({"beta": -1.0}, r"beta: expected a finite weight >= 0"),
+        ({"alpha": -1.0}, r"alpha: expected a finite weight >= 0"),
     ],
 )
 def test_module_rejects(options, message):
