@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -31,7 +32,9 @@ def _missing() -> list[str]:
         return ["triton is not installed"]
     if INTERPRETED and version("triton").startswith("3.6."):
         try:
-            int(numpy.zeros(1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                int(numpy.zeros(1))
         except TypeError:
             return [f"the interpreter of Triton 3.6 fails with NumPy {numpy.__version__}: it needs an older NumPy"]
     return []
