@@ -10,6 +10,7 @@ in the backward and the gradient is finished in place, a few images at a time.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,16 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.backends import resolve, without_autocast
+from betaclip.kernels.backends import float32_products, resolve, without_autocast
 from betaclip.kernels.operand import Operand
 from betaclip.kernels.similarity import BACKENDS, implementation
 
 # Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.
 _SHORTEST = 1e-12
-# Elements of one operand that the within-image part holds at a time.
-_CHUNK = 2**19
+# Elements of one operand that the within-image part holds at a time: few on the CPU, for its cache and for memory in
+# proportion to the inputs; many elsewhere, where each chunk is a few dozen launches.
+_CHUNK = {"cpu": 2**19}
+_CHUNK_ELSEWHERE = 2**23
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ def _operands(
     return Operand(image, group, inverse[0], dtype), Operand(text, group, inverse[1], dtype)
 
 
-def _chunks(images: int, texts: int, depth: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK // max(texts * depth, 1))
+def _chunks(x: Tensor, images: int, texts: int) -> Iterator[tuple[int, int]]:
+    """Ranges of images."""
+    step = max(1, _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // max(texts * x.shape[1], 1))
     for lo in range(0, images, step):
         yield lo, min(lo + step, images)
 
@@ -116,12 +120,19 @@ def _unit_rows(x: Tensor, inverse: Tensor, slots: Tensor | None, texts: int, lo:
     return unit.masked_fill_(length == 0, 0), length
 
 
+@contextmanager
+def _within_images(name: str, image: Tensor) -> Iterator[None]:
+    """Products in float32 proper, whatever the process allows others to be rounded to: their differences matter."""
+    with nvtx.annotate(name, domain="betaclip"), float32_products("ieee", image.device.type):
+        yield
+
+
 def _cosines(
     image: Tensor, text: Tensor, inverse: tuple[Tensor, Tensor], slots: Tensor | None, images: int, texts: int
 ) -> Tensor:
     """(B, K, K)"""
     cosines = inverse[0].new_empty(images, texts, texts)
-    for lo, hi in _chunks(images, texts, image.shape[1]):
+    for lo, hi in _chunks(image, images, texts):
         x, _ = _unit_rows(image, inverse[0], slots, texts, lo, hi)
         y, _ = _unit_rows(text, inverse[1], slots, texts, lo, hi)
         torch.bmm(x, y.mT, out=cosines[lo:hi])
@@ -148,8 +159,10 @@ def _through_norm(
     if reuse and slots is None and between.dtype == x.dtype:
         out = between
     else:
-        out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    for lo, hi in _chunks(images, texts, x.shape[1]):
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if slots is not None:
+            out.zero_()
+    for lo, hi in _chunks(x, images, texts):
         u, length = _unit_rows(x, inverse[0], slots, texts, lo, hi)
         v, _ = _unit_rows(y, inverse[1], slots, texts, lo, hi)
         g = torch.baddbmm(_rows(between, slots, texts, lo, hi) * gain, dcosines[lo:hi], v)
@@ -178,7 +191,7 @@ def _logsumexp_op(
     with nvtx.annotate("between images", domain="betaclip"):
         operands = _operands(image, text, inverse, group, dtype)
         lse_x, lse_y = implementation(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
-    with nvtx.annotate("within images", domain="betaclip"):
+    with _within_images("within images", image):
         return lse_x, lse_y, _cosines(image, text, inverse, slots, images, texts)
 
 
@@ -231,7 +244,7 @@ def _raw_gradients(
     reuse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the raw embeddings; empty for a side whose ``dx`` or ``dy`` is."""
-    with nvtx.annotate("within images, backward", domain="betaclip"):
+    with _within_images("within images, backward", image):
         dimage, dtext = (
             _through_norm(x, y, lengths, between, gain, block, slots, reuse=reuse)
             if between.dim() == 2
@@ -293,7 +306,7 @@ def _softplus_op(
         else:
             rows = module.similarity_softplus_fwd(*operands, scale, bias)
             gradients = [scale.new_empty(0), scale.new_empty(0), torch.zeros_like(scale), torch.zeros_like(scale)]
-    with nvtx.annotate("within images", domain="betaclip"):
+    with _within_images("within images", image):
         return rows.sum(), _cosines(image, text, inverse, slots, images, texts), *gradients
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.contrast import Texts, contrast_logsumexp, contrast_softplus
-from betaclip.kernels.operand import accumulation_dtype
+from betaclip.kernels.operand import DTYPES, accumulation_dtype
 from betaclip.kernels.similarity import BACKENDS
 
 FORMS = ("ce", "bce")
@@ -141,12 +141,12 @@ def beta_cal_bce_loss(
     if bias is not None:
         logits = logits + bias
     positives = weights * F.softplus(-logits)
-    if batch.valid is None:
-        count = logits.new_tensor(batch.image.shape[0])
-    else:
+    count: Tensor | int = batch.image.shape[0]
+    if batch.valid is not None:
         positives = positives * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
-        count = batch.valid.sum() if padding == "ignore" else logits.new_tensor(batch.valid.numel())
-    return (between + positives.sum()) / count.clamp_min(1).to(logits.dtype) ** 2
+        count = batch.valid.sum().to(logits.dtype) if padding == "ignore" else batch.valid.numel()
+    total = between + positives.sum()
+    return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)) ** 2
 
 
 class BetaCALLoss(nn.Module):
@@ -309,8 +309,8 @@ def _check_embeddings(
     layout = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
         _check_tensor(name, embeds)
-        if not embeds.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point dtype, got {embeds.dtype}")
+        if embeds.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {embeds.dtype}")
         if embeds.dim() != (3 if image_index is None else 2):
             raise ValueError(f"{name}: expected {layout}, got shape {tuple(embeds.shape)}")
     if text_embeds.shape != image_embeds.shape:
@@ -392,7 +392,7 @@ def _pair_weights(batch: _Batch, alpha: float, beta: Tensor | float, pair_weight
 def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
     if isinstance(value, int | float):
-        return torch.tensor(float(value), dtype=dtype, device=like.device)
+        return torch.full((), float(value), dtype=dtype, device=like.device)  # unlike torch.tensor, no copy to wait for
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if value.numel() != 1 or not value.is_floating_point():

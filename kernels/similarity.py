@@ -14,7 +14,7 @@ from torch import Tensor
 
 from betaclip.kernels import similarity_blockwise, similarity_reference, similarity_triton
 from betaclip.kernels.backends import resolve, without_autocast
-from betaclip.kernels.operand import Operand, accumulation_dtype
+from betaclip.kernels.operand import DTYPES, Operand, accumulation_dtype
 
 _MODULES: dict[str, ModuleType] = {
     "triton": similarity_triton,
@@ -49,8 +49,8 @@ def similarity_logsumexp(
         x: (N, D) image embeddings, any norm.
         y: (M, D) text embeddings of the same dtype and device.
         scale: () inverse temperature, floating point; read on the device.
-        x_group: (N,) integer group of each row; ``< 0`` is padding, which takes part in nothing and may hold
-            anything. None: each row is in a group of its own.
+        x_group: (N,) integer group of each row, below 2^31 - 1; ``< 0`` is padding, which takes part in nothing and
+            may hold anything. None: each row is in a group of its own.
         y_group: (M,) likewise.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
 
@@ -111,8 +111,8 @@ def _check(
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2:
             raise ValueError(f"{name}: expected (rows, D), got shape {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: expected D = {x.shape[1]} as in x, got shape {tuple(y.shape)}")
     if x.dtype != y.dtype:

@@ -16,12 +16,12 @@ On devices other than the CPU this works too, but reads a few numbers back to th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from betaclip.kernels.backends import float32_products
 from betaclip.kernels.operand import Operand, scale_rows
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM
 
@@ -36,26 +36,15 @@ def block_shape(n: int, m: int) -> tuple[int, int]:
     return min(n, 768), min(m, 2304)
 
 
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """float32 products that round their operands to bfloat16 (exact for values that came from bfloat16).
-
-    Four times the rate of float32 with AMX. The setting belongs to the process: another thread's float32
-    product that runs meanwhile is rounded too.
-    """
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
 def _products(x: Operand) -> AbstractContextManager[None]:
-    """The context for this operand's matrix products."""
+    """The context for this operand's matrix products.
+
+    16-bit operands are read as float32 and multiplied as bfloat16, at four times float32's rate where the CPU has
+    AMX; float32 operands as the user's settings say.
+    """
     half = x.rows.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    return _bfloat16_products() if half and torch.ops.mkldnn._is_mkldnn_bf16_supported() else nullcontext()
+    bfloat16 = half and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return float32_products("bf16", "cpu") if bfloat16 else nullcontext()
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:

@@ -40,7 +40,7 @@ INTERPRETER = Tile(32, 16, 32, 4, 1, 1)
 
 
 def choose(architecture: str, itemsize: int) -> Tile:
-    """The tile for an architecture such as ``"sm_90"``; others are served by the nearest older entry."""
+    """The tile for an architecture such as ``"sm_90"``; NVIDIA's others share sm_80's, AMD's others gfx942's."""
     if architecture == "interpreter":
         return INTERPRETER
     if architecture.startswith("gfx"):

@@ -11,7 +11,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,7 +31,7 @@ def _missing() -> list[str]:
     """What keeps the kernels from running on any tensor."""
     if not find_spec("triton"):
         return ["triton is not installed"]
-    if INTERPRETED and version("triton").startswith("3.6."):
+    if INTERPRETED and import_module("triton").__version__.startswith("3.6."):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -86,8 +87,8 @@ class _Launch:
         from betaclip.kernels import similarity_triton_kernels
 
         self.kernels = similarity_triton_kernels
-        matrices = [side.matrix(side.dtype) for side in (x, y)]
-        self.x, self.y = (t if t.stride(1) == 1 else t.contiguous() for t in matrices)
+        self.depth = x.rows.shape[1]
+        self.x, self.y = (_aligned(side.matrix(side.dtype)) for side in (x, y))
         self.scale, self.x_group, self.y_group, self.dtype = scale, x.group, y.group, x.accumulation
         self.arch = architecture(self.x.device)
         self.tile = choose(self.arch, min(self.x.element_size(), 4))
@@ -111,23 +112,28 @@ class _Launch:
     def __call__(self, kernel: str, grid: int, *args: Any, **constants: Any) -> None:
         """Run a kernel with the operands, then ``args``."""
         tile, x, y = self.tile, self.x, self.y
-        tma = tile.tma and _fits_tma(x) and _fits_tma(y)
-        if tma:
+        if tile.tma:
             x, y = _descriptor(x, tile.block_m, tile), _descriptor(y, tile.block_n, tile)
-        getattr(self.kernels, kernel)[(grid,)](
-            x, y, self.scale, *args, **self.constants, **constants, TMA=tma,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        guard = torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
+        with guard:  # a kernel starts on the current device, wherever its tensors are
+            getattr(self.kernels, kernel)[(grid,)](
+                x, y, self.scale, *args, **self.constants, **constants, TMA=tile.tma,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.x.device)
 
 
-def _fits_tma(t: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read these rows: 16-byte alignment, no overlap."""
-    pitch = t.stride(0) * t.element_size()
-    return t.data_ptr() % 16 == 0 and pitch % 16 == 0 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
+def _aligned(t: Tensor) -> Tensor:
+    """Rows that vector loads and the tensor memory accelerator can read: a copy with zero columns if need be."""
+    rows, depth = t.shape
+    if t.stride(1) == 1 and t.stride(0) >= depth and all(v % 16 == 0 for v in (depth, t.stride(0), t.data_ptr())):
+        return t
+    padded = t.new_zeros(rows, -(-depth // 16) * 16)
+    padded[:, :depth] = t
+    return padded
 
 
 def _descriptor(t: Tensor, rows: int, tile: Tile) -> Any:
@@ -136,9 +142,8 @@ def _descriptor(t: Tensor, rows: int, tile: Tile) -> Any:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, tile.block_d])
 
 
-def _largest_norm(x: Tensor, group: Tensor | None, dtype: torch.dtype) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    return (norm if group is None else torch.where(group >= 0, norm, 0)).max()
+def _largest_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=dtype).max()
 
 
 def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,9 +152,7 @@ def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Ten
     row_tiles, col_tiles = launch.tiles(n, m)
     strips, ranges = rectangles(row_tiles, col_tiles, launch.programs)
     row_sum, col_sum = launch.new(ranges, n).zero_(), launch.new(strips, m).zero_()
-    bound = (
-        scale.abs() * _largest_norm(launch.x, x.group, launch.dtype) * _largest_norm(launch.y, y.group, launch.dtype)
-    )
+    bound = scale.abs() * _largest_norm(launch.x, launch.dtype) * _largest_norm(launch.y, launch.dtype)
     # 0 where it can be: an exponent's rounding error grows with its size.
     reference = (bound - HEADROOM[launch.dtype]).clamp_min(0)
     launch(
@@ -180,7 +183,8 @@ class _Accumulators:
         self.use_dx, self.need_dx, self.need_dy = need_dx or not need_dy, need_dx, need_dy
         self.dx = launch.new(*(self.x.shape if self.use_dx else (0,)))
         self.dy = launch.new(*(self.y.shape if need_dy else (0,)))
-        self.workspace = launch.new(*(min(self.side, t.shape[0]) for t in (self.x, self.y)), dtype=self.x.dtype)
+        rows, cols = (min(self.side, t.shape[0]) for t in (self.x, self.y))
+        self.workspace = launch.new(rows, -(-cols // 16) * 16, dtype=self.x.dtype)
 
     def chunks(self) -> Iterator[tuple[int, int, int, int, Tensor]]:
         """Bounds of each chunk and room for its dS; what was written there is added before the next."""
@@ -203,7 +207,8 @@ class _Accumulators:
             dscale += (operand[row : row + self.side] * gradient[row : row + self.side]).sum()
         for gradient in (self.dx, self.dy):
             gradient.mul_(self.launch.scale * factor)
-        return self.dx if self.need_dx else self.launch.new(0), self.dy, dscale * factor
+        dx, dy = (t[..., : self.launch.depth].contiguous() for t in (self.dx, self.dy))
+        return dx if self.need_dx else self.launch.new(0), dy if self.need_dy else self.launch.new(0), dscale * factor
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -211,10 +216,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
-    elif total.is_cuda:
+    elif total.is_cuda and not torch.version.hip:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    else:  # the interpreter's tensors: no such product on the CPU
+    else:  # no such product on the CPU, where the interpreter runs, nor in every ROCm build
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def _amplification(dtype: torch.dtype) -> float:
+    """The largest incoming gradient that a kernel is given. dS is at most twice that, and fits float16's range with
+    as much room as there is for small ones; bfloat16 has float32's range."""
+    return 2.0**14 if dtype == torch.float16 else 1.0
 
 
 def similarity_logsumexp_bwd(
@@ -230,8 +241,7 @@ def similarity_logsumexp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = _Launch(x, y, scale)
     sums = _Accumulators(launch, need_dx, need_dy)
-    # Incoming gradients of size 1 keep dS within float16's range.
-    factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max())
+    factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max()) / _amplification(x.dtype)
     weight_x, weight_y = (torch.where(factor > 0, dlse / factor, 0) for dlse in (dlse_x, dlse_y))
     stat_x, stat_y = (torch.where(lse == -torch.inf, torch.inf, lse) for lse in (lse_x, lse_y))
     least = stat_y.min()
@@ -272,7 +282,7 @@ def similarity_softplus_fwd_bwd(
     launch = _Launch(x, y, scale)
     sums = _Accumulators(launch, need_dx, need_dy)
     rows, dbias = launch.new(launch.x.shape[0]).zero_(), launch.new().zero_()
-    factor = drows.abs().max()
+    factor = drows.abs().max() / _amplification(x.dtype)
     weight = torch.where(factor > 0, drows / factor, 0)
     for row, col, row_end, col_end, ds in sums.chunks():
         softplus, sigmoid = _softplus_chunk(launch, bias, weight, ds, (row, col, row_end, col_end))

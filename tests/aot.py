@@ -1,7 +1,10 @@
-"""Ahead-of-time compilation of the Triton kernels without a GPU, and what their machine code says.
+"""Run the Triton launchers without a GPU, compiling for one, and report what the machine code says.
 
-Run as a program, in a process of its own: the kernels must be compiled ones, not the interpreter's. Takes a JSON
-list of cases on standard input and prints one JSON line per case.
+    python tests/aot.py sm_90 bfloat16
+
+Run as a program of its own, since the kernels must be compiled ones and not the interpreter's. The launchers do
+all that they would do on a GPU, except that a kernel is compiled and not started; each compiled kernel is one
+line of JSON. What they return is meaningless.
 """
 
 import json
@@ -10,64 +13,65 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from betaclip.kernels import similarity_triton_kernels
-from betaclip.kernels.similarity_tiles import choose
-from betaclip.kernels.similarity_triton import precision
+from betaclip.kernels import similarity_triton
+from betaclip.kernels.operand import Operand
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TRITON_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def compile_case(kernel: str, architecture: str, dtype: str, depth: int, tma: bool, flags: dict[str, bool]) -> dict:
-    """Compile a kernel as a launch would; its spilled bytes, and whether it uses wgmma, mma or AMD's mfma."""
-    function, element = getattr(similarity_triton_kernels, kernel), TRITON_NAME[dtype]
-    tile = choose(architecture, 4 if dtype == "float32" else 2)
-    tma = tma and tile.tma
-    import torch
+class CompileOnly:
+    """A Triton driver that knows its target and nothing else."""
 
-    constants = flags | {
-        "D": depth,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": tile.block_d,
-        "TMA": tma,
-        "PRECISION": precision(architecture, getattr(torch, dtype)),
-        "ACC": tl.float32,
-        "LEAST": 1e-25,
-    }
-    signature, attributes, used = {}, {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name], used[name] = "constexpr", constants[name]
-        elif name in ("x", "y") and tma:
-            rows = tile.block_m if name == "x" else tile.block_n
-            signature[name] = f"tensordesc<{element}[{rows},{tile.block_d}]>"
-        elif name in ("x", "y", "ds_ptr"):
-            signature[name] = f"*{element}"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32" if "group" in name or name == "narrow_ptr" else "*fp32"
-        else:
-            signature[name] = "i32"
-        if signature[name].startswith("*") or name.startswith("stride"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_launches(architecture: str) -> list[Any]:
+    """Point launchers and compiler at ``architecture``; the list that every compiled kernel will be added to."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    compiled = triton.compile(ASTSource(function, signature, used, attributes), target=target, options=options)
-    text = compiled.asm["amdgcn" if amd else "ptx"]
-    return {
-        "spilled": amd_spills(text) if amd else nvidia_spills(compiled.asm["cubin"]),
-        "shared": compiled.metadata.shared,
-        "wgmma": "wgmma.mma_async" in text,
-        "mma": "mma.sync" in text,
-        "mfma": "v_mfma" in text,
-    }
+    driver.set_active(CompileOnly(target))
+    similarity_triton.architecture = lambda device: architecture
+    similarity_triton._processors = lambda device: 132
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    JITFunction.run = compile_only
+    return compiled
+
+
+def launch(dtype: torch.dtype, depth: int, groups: bool, bias: bool) -> None:
+    """Every launcher once, N and M no multiple of a tile."""
+    n, m = 300, 200
+    x_group, y_group = (torch.arange(rows, dtype=torch.int32) if groups else None for rows in (n, m))
+    x = Operand(torch.zeros(n, depth, dtype=dtype), x_group, None, dtype)
+    y = Operand(torch.zeros(m, depth, dtype=dtype), y_group, None, dtype)
+    scale, b, of_x, of_y = torch.tensor(10.0), torch.tensor(-1.0) if bias else None, torch.zeros(n), torch.zeros(m)
+    similarity_triton.similarity_logsumexp_fwd(x, y, scale)
+    similarity_triton.similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
+    similarity_triton.similarity_softplus_fwd(x, y, scale, b)
+    similarity_triton.similarity_softplus_fwd_bwd(x, y, scale, b, of_x, True, True)
 
 
 def nvidia_spills(cubin: bytes) -> int:
@@ -90,6 +94,34 @@ def amd_spills(text: str) -> int:
     return sum(int(match[1]) for match in found if match)
 
 
+def describe(kernel: Any) -> dict[str, Any]:
+    amd = "amdgcn" in kernel.asm
+    text = kernel.asm["amdgcn" if amd else "ptx"]
+    return {
+        "kernel": kernel.metadata.name,
+        "spilled": amd_spills(text) if amd else nvidia_spills(kernel.asm["cubin"]),
+        "shared": kernel.metadata.shared,
+        "tma": "cp.async.bulk.tensor" in text,
+        "wgmma": "wgmma.mma_async" in text,
+        "mma": "mma.sync" in text,
+        "mfma": "v_mfma" in text,
+    }
+
+
+def main(architecture: str, dtype: str) -> None:
+    compiled = compile_launches(architecture)
+    # The depths' ends and the usual one; one whose rows are not aligned for TMA; with and without groups and bias.
+    for depth, groups, bias in (
+        (512, True, True),
+        (512, False, False),
+        (64, True, False),
+        (1024, True, True),
+        (100, True, True),
+    ):
+        launch(getattr(torch, dtype), depth, groups, bias)
+    for kernel in {id(kernel): kernel for kernel in compiled}.values():
+        print(json.dumps(describe(kernel)), flush=True)
+
+
 if __name__ == "__main__":
-    for case in json.load(sys.stdin):
-        print(json.dumps(compile_case(**case)), flush=True)
+    main(*sys.argv[1:])

@@ -144,9 +144,10 @@ def test_chunks_of_images(form, monkeypatch):
         return gradients(padded, *leaves) + gradients(ragged, *rows)
 
     whole = run()
-    monkeypatch.setattr("betaclip.contrast._CHUNK", 2 * 5 * 24)
-    for a, t in zip(run(), whole, strict=True):
-        torch.testing.assert_close(a, t)
+    for elements in (2 * 5 * 24, 1):  # two images at a time; less than one
+        monkeypatch.setattr("betaclip.contrast._CHUNK", {DEVICE: elements})
+        for a, t in zip(run(), whole, strict=True):
+            torch.testing.assert_close(a, t)
 
 
 def test_one_text_per_image_is_clip():
@@ -288,8 +289,71 @@ def test_autocast_casts_once(form, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_autocast_keeps_float64(form):
+    b = batch()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = LOSSES[form](b.image, b.text, b.scale)
+    assert loss.dtype == torch.float64 and torch.equal(loss, LOSSES[form](b.image, b.text, b.scale))
+
+
+def test_within_image_ignores_reduced_precision():
+    """torch.set_float32_matmul_precision("medium") rounds float32 products; not those whose differences matter."""
+    image = F.normalize(torch.randn(24, 1, 128, device=DEVICE), dim=-1).repeat(1, 4, 1)
+    text = (image + 0.005 * torch.randn(24, 4, 128, device=DEVICE)).requires_grad_()
+    exact = [t.detach().double() for t in (image, text)]
+    exact[1].requires_grad_()
+    truth = torch.autograd.grad(dense("ce", *exact, 100.0), exact[1])[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        gradient = torch.autograd.grad(beta_cal_ce_loss(image, text, 100.0), text)[0]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (gradient.double() - truth).norm() <= 1e-3 * truth.norm()
+
+
+def test_rows_without_target_do_not_count():
+    b = batch()
+    weights = torch.eye(5, dtype=torch.float64, device=DEVICE)
+    weights[1] = 0
+    v, t = (F.normalize(e, dim=-1).flatten(0, 1) for e in (b.image, b.text))
+    s, kept = b.scale * v @ t.T, torch.arange(30, device=DEVICE) % 5 != 1
+    expected = sum((s.logsumexp(dim) - s.diagonal())[kept].mean() for dim in (0, 1)) / 2
+    for mask in (None, torch.ones_like(b.mask)):
+        torch.testing.assert_close(
+            beta_cal_ce_loss(b.image, b.text, b.scale, pair_weights=weights, mask=mask), expected
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_opcheck(dtype, ragged):
+    b = batch(dtype=dtype)
+    rows = [e.flatten(0, 1).requires_grad_() for e in (b.image, b.text)]
+    index = torch.arange(30, device=DEVICE) // 5
+    slots = torch.arange(30, device=DEVICE).view(6, 5) if ragged else None
+    one, layout = torch.ones((), device=DEVICE), (index.int(), slots, 6, 5, dtype, "blockwise")
+    lse_x, lse_y, cosines = torch.ops.betaclip.contrast_logsumexp(*rows, b.scale, *layout)
+    given = (index.int(), slots, lse_x.detach(), lse_y.detach(), lse_x.detach(), lse_y.detach(), cosines.detach())
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    detached = [e.detach() for e in rows]
+    torch.library.opcheck(torch.ops.betaclip.contrast_logsumexp, (*detached, b.scale, *layout), test_utils=tests)
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        backward = (*detached, b.scale, *given, *need, dtype, "blockwise")
+        torch.library.opcheck(torch.ops.betaclip.contrast_logsumexp_backward, backward, test_utils=tests)
+        forward = (*detached, b.scale, one, *layout, True, *need)
+        torch.library.opcheck(torch.ops.betaclip.contrast_softplus, forward, test_utils=tests)
+        _, cosines, *saved = torch.ops.betaclip.contrast_softplus(*forward)
+        backward = (*detached, b.scale, one, index.int(), slots, *saved, one, cosines)
+        torch.library.opcheck(torch.ops.betaclip.contrast_softplus_backward, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_mixed_dtypes(form):
     b = batch(dtype=torch.float32)
+    swapped = LOSSES[form](b.image, b.text.bfloat16(), b.scale)
+    torch.testing.assert_close(swapped, LOSSES[form](b.image, b.text.bfloat16().float(), b.scale))
     image, text = b.image.bfloat16().requires_grad_(), b.text.requires_grad_()
     ours = gradients(LOSSES[form](image, text, b.scale), image, text)
     leaves = [image.detach().float().requires_grad_(), text]
@@ -462,7 +526,7 @@ E3, E2, INDEX = torch.ones(4, 3, 8), torch.ones(12, 8), torch.arange(12) // 3
         (E3, E2, {}, r"text_embeds: expected \(B, K, D\), or \(N, D\) with image_index, got shape \(12, 8\)"),
         (E2, E2, {}, r"image_embeds: expected \(B, K, D\), or \(N, D\) with image_index, got shape \(12, 8\)"),
         (E3, E3, {"image_index": INDEX}, r"image_embeds: expected \(N, D\) with image_index, got shape \(4, 3, 8\)"),
-        (E3.int(), E3, {}, r"image_embeds: expected a floating-point dtype, got torch.int32"),
+        (E3.int(), E3, {}, r"image_embeds: expected float16, bfloat16, float32 or float64, got torch.int32"),
         (E3, E3.to("meta"), {}, r"text_embeds: expected device cpu as image_embeds, got meta"),
         (E3, E3, {"mask": torch.ones(4, 4).bool()}, r"mask: expected shape \(4, 3\), got \(4, 4\)"),
         (E3, E3, {"mask": torch.ones(4, 3)}, r"mask: expected dtype torch.bool \(True = valid\), got torch.float32"),

@@ -196,7 +196,7 @@ def test_row_far_below_the_others(backend):
     x, y = (torch.zeros(20, 4, device=DEVICE) for _ in range(2))
     x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.9
     x.requires_grad_()
-    lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=backend)
+    lse_x, _ = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=backend)
     assert lse_x[7].item() == pytest.approx(-90 + torch.tensor(20.0).log().item(), rel=1e-6)
     (dx,) = torch.autograd.grad(lse_x[7], x)
     assert dx[7, 0].item() == pytest.approx(100, rel=1e-5)
@@ -210,7 +210,53 @@ def test_tiny_softplus_keeps_its_relative_accuracy(backend):
         x, y, torch.tensor(-20.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE), backend=backend
     )
     expected = 33 * F.softplus(torch.tensor(-25.0, dtype=torch.float64)).item()
-    assert rows[0].item() == pytest.approx(expected, rel=1e-5)
+    assert rows[0].item() == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiny_softplus_in_float64(backend):
+    x, y = (torch.ones(33, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    require(backend, x.dtype)
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (-40.0, -5.0))
+    rows = similarity_softplus(x, y, scale, bias, backend=backend)
+    expected = 33 * torch.tensor(-45.0, dtype=torch.float64).exp().item()
+    assert rows[0].item() == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("logit", [-20.0, -3.0, -1.0, -0.3, 0.0, 0.3, 60.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_softplus_over_its_range(backend, logit):
+    x, y = (torch.ones(3, 1, device=DEVICE) for _ in range(2))
+    rows = similarity_softplus(x, y, torch.tensor(logit, device=DEVICE), backend=backend)
+    expected = 3 * F.softplus(torch.tensor(logit, dtype=torch.float64)).item()
+    assert rows[0].item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("scale, bias", [(-300.0, -1.0), (3.0, 2.0), (3.0, 200.0)])
+@pytest.mark.parametrize("backend", FAST)
+def test_negative_scale_and_positive_bias(backend, scale, bias):
+    x = F.normalize(torch.randn(41, 8, device=DEVICE), dim=1)
+    s, b = torch.tensor(scale, device=DEVICE), torch.tensor(bias, device=DEVICE)
+    for operation, arguments in ((similarity_logsumexp, (x, -x[:30], s)), (similarity_softplus, (x, -x[:30], s, b))):
+        ours, truth = (operation(*arguments, backend=name) for name in (backend, "reference"))
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_gradients_of_any_size(backend, size):
+    """Incoming gradients far outside of float16, and sigmoids of a late SigLIP's bias near its smallest number."""
+    x, y = (F.normalize(torch.randn(n, 32, device=DEVICE), dim=1).half() for n in (64, 48))
+    scale, bias = torch.tensor(5.0, device=DEVICE), torch.tensor(-16.0, device=DEVICE)
+    lse = logsumexp(x, y, scale, None, None, "reference")
+    incoming = [size * torch.ones_like(t) for t in lse]
+
+    def run(name: str) -> list[Tensor]:
+        softmax = logsumexp_backward(x, y, scale, None, None, *lse, *incoming, True, True, name)
+        return [*softmax, *softplus_with_gradients(x, y, scale, bias, None, None, incoming[0], True, True, name)]
+
+    for ours, truth in zip(run(backend), run("reference"), strict=True):
+        assert (ours - truth).norm() <= 2e-2 * truth.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,6 +291,18 @@ def test_unsorted_groups(backend):
     )
     torch.testing.assert_close(mixed_x, sorted_x[order_x])
     torch.testing.assert_close(mixed_y, sorted_y[order_y])
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_groups_over_several_ranges_of_rows(in_order, monkeypatch):
+    """The blockwise form looks for equal groups range by range."""
+    monkeypatch.setattr(similarity_blockwise, "_GROUP_ROWS", 7)
+    x, y, x_group, y_group = operands(101, 75, 8)
+    if not in_order:
+        x_group, y_group = (group[torch.randperm(len(group), device=DEVICE)] for group in (x_group, y_group))
+    scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE)
+    ours, truth = (similarity_logsumexp(x, y, scale, x_group, y_group, backend=b) for b in ("blockwise", "reference"))
+    torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -386,12 +444,13 @@ def test_deterministic(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("pitch", [2**30, 2**31])
 @pytest.mark.parametrize("backend", FAST)
-def test_offsets_beyond_int32(backend):
-    """Rows 2^31 elements apart, over virtual memory of which only the touched pages exist."""
-    rows, pitch = 3, 2**31
-    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 80 * 2**30:
-        pytest.skip("needs 16 GiB of device memory for the stride alone")
+def test_offsets_beyond_int32(backend, pitch):
+    """Rows so far apart that a row's offset, or the pitch itself, passes 2^31; only the touched pages exist."""
+    rows = 3
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
+        pytest.skip("needs 8 GiB of device memory for the stride alone")
     storage = torch.empty((rows - 1) * pitch + 16, dtype=torch.float16, device=DEVICE)
     far = storage.as_strided((rows, 16), (pitch, 1))
     near = torch.randn(rows, 16, device=DEVICE).to(torch.float16)
@@ -464,7 +523,10 @@ def test_double_backward_raises():
     "change, message",
     [
         ({"x": torch.ones(2, 3, 4)}, r"x: expected \(rows, D\), got shape \(2, 3, 4\)"),
-        ({"x": torch.ones(2, 4, dtype=torch.int64)}, r"x: expected a floating-point dtype, got torch.int64"),
+        (
+            {"x": torch.ones(2, 4, dtype=torch.int64)},
+            r"x: expected float16, bfloat16, float32 or float64, got torch.int64",
+        ),
         ({"y": torch.ones(3, 5)}, r"y: expected D = 4 as in x, got shape \(3, 5\)"),
         ({"y": torch.ones(3, 4, dtype=torch.float64)}, r"y: expected dtype torch.float32 as in x, got torch.float64"),
         ({"y": torch.ones(3, 4, device="meta")}, r"y: expected device cpu as for x, got meta"),
