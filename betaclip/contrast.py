@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.backends import float32_products, resolve, without_autocast
-from betaclip.kernels.operand import Operand
+from betaclip.kernels.operand import Operand, zero_rows
 from betaclip.kernels.similarity import BACKENDS, implementation
 
 # Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.
 _SHORTEST = 1e-12
 # Elements of one operand that the within-image part holds at a time: few on the CPU, for its cache and for memory in
 # proportion to the inputs; many elsewhere, where each chunk is a few dozen launches.
-_CHUNK = {"cpu": 2**19}
+_CHUNK = {"cpu": 2**17}
 _CHUNK_ELSEWHERE = 2**23
 
 
@@ -110,14 +110,26 @@ def _rows(x: Tensor, slots: Tensor | None, texts: int, lo: int, hi: int) -> Tens
     return part.unflatten(0, (hi - lo, texts))
 
 
-def _unit_rows(x: Tensor, inverse: Tensor, slots: Tensor | None, texts: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+def _unit_rows(
+    x: Tensor, inverse: Tensor, slots: Tensor | None, texts: int, lo: int, hi: int, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
     """(hi - lo, K, D) normalised rows and (hi - lo, K, 1) inverse norms of images lo to hi, zero in empty slots."""
     length = _rows(inverse, slots, texts, lo, hi)
     if slots is not None:
         length = length.masked_fill(slots[lo:hi] < 0, 0)
-    length = length.unsqueeze(2)
-    unit = _rows(x, slots, texts, lo, hi).to(inverse.dtype) * length
-    return unit.masked_fill_(length == 0, 0), length
+    rows = _rows(x, slots, texts, lo, hi)
+    unit = torch.mul(rows, length.unsqueeze(2), out=_shaped(scratch, rows))
+    return zero_rows(unit, length), length.unsqueeze(2)
+
+
+def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
+    return scratch[: like.numel()].view(like.shape)
+
+
+def _chunk_scratch(x: Tensor, inverse: Tensor, images: int, texts: int, count: int) -> tuple[Tensor, ...]:
+    """``count`` buffers of a chunk's rows: allocated once, for fresh memory costs the CPU more than the work in it."""
+    _, rows = next(_chunks(x, images, texts), (0, 0))
+    return inverse.new_empty(count, rows * texts * x.shape[1]).unbind()
 
 
 @contextmanager
@@ -132,46 +144,18 @@ def _cosines(
 ) -> Tensor:
     """(B, K, K)"""
     cosines = inverse[0].new_empty(images, texts, texts)
+    scratch = _chunk_scratch(image, inverse[0], images, texts, 2)
     for lo, hi in _chunks(image, images, texts):
-        x, _ = _unit_rows(image, inverse[0], slots, texts, lo, hi)
-        y, _ = _unit_rows(text, inverse[1], slots, texts, lo, hi)
+        x, _ = _unit_rows(image, inverse[0], slots, texts, lo, hi, scratch[0])
+        y, _ = _unit_rows(text, inverse[1], slots, texts, lo, hi, scratch[1])
         torch.bmm(x, y.mT, out=cosines[lo:hi])
     return cosines
 
 
-def _through_norm(
-    x: Tensor,
-    y: Tensor,
-    inverse: tuple[Tensor, Tensor],
-    between: Tensor,
-    gain: Tensor,
-    dcosines: Tensor,
-    slots: Tensor | None,
-    *,
-    reuse: bool,
-) -> Tensor:
-    """The gradient of raw rows x from that of their normalised rows u.
-
-    u receives g = gain * between + dcosines @ unit(y), and x receives (g - u <u, g>) / |x|.
-    ``reuse`` allows writing the result over ``between``.
-    """
-    images, texts, _ = dcosines.shape
-    if reuse and slots is None and between.dtype == x.dtype:
-        out = between
-    else:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if slots is not None:
-            out.zero_()
-    for lo, hi in _chunks(x, images, texts):
-        u, length = _unit_rows(x, inverse[0], slots, texts, lo, hi)
-        v, _ = _unit_rows(y, inverse[1], slots, texts, lo, hi)
-        g = torch.baddbmm(_rows(between, slots, texts, lo, hi) * gain, dcosines[lo:hi], v)
-        g.addcmul_(u, torch.linalg.vecdot(u, g).unsqueeze(2), value=-1).mul_(length)
-        if slots is None:
-            out[lo * texts : hi * texts] = g.flatten(0, 1)
-        else:  # each row is in one slot; what the empty slots add to row 0 is zero
-            out.index_add_(0, slots[lo:hi].clamp_min(0).flatten(), g.flatten(0, 1).to(out.dtype))
-    return out
+def _through_norm(g: Tensor, u: Tensor, length: Tensor, scratch: Tensor) -> Tensor:
+    """(g - u <u, g>) / |x| in place: the gradient of rows x from that of the normalised rows u."""
+    along = torch.mul(u, g, out=_shaped(scratch, g)).sum(2, keepdim=True)
+    return g.addcmul_(u, along, value=-1).mul_(length)
 
 
 @torch.library.custom_op("betaclip::contrast_logsumexp", mutates_args=())
@@ -224,7 +208,7 @@ def _logsumexp_backward_op(
         dx, dy, dscale = implementation(backend, *operands).similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
-    return *_raw_gradients(image, text, inverse, dx, dy, torch.ones_like(dscale), dcosines, slots, True), dscale
+    return *_raw_gradients(image, text, inverse, dx, dy, None, dcosines, slots), dscale
 
 
 @_logsumexp_backward_op.register_fake
@@ -238,23 +222,46 @@ def _raw_gradients(
     inverse: tuple[Tensor, Tensor],
     dx: Tensor,
     dy: Tensor,
-    gain: Tensor,
+    gain: Tensor | None,
     dcosines: Tensor,
     slots: Tensor | None,
-    reuse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the raw embeddings; empty for a side whose ``dx`` or ``dy`` is."""
+    """Gradients of the raw embeddings; empty for a side whose ``dx`` or ``dy`` is.
+
+    A normalised row receives ``gain * dx`` (dx itself if gain is None, which may then be written over) from between
+    the images, and ``dcosines @ unit(other side)`` from within.
+    """
+    images, texts, _ = dcosines.shape
+    outs = [
+        between if gain is None and slots is None and between.dtype == x.dtype else _like(x, between.dim() == 2)
+        for x, between in ((image, dx), (text, dy))
+    ]
+    if slots is not None:
+        for out in outs:
+            out.zero_()
+    *scratch, sums, products = _chunk_scratch(image, inverse[0], images, texts, 4)
     with _within_images("within images, backward", image):
-        dimage, dtext = (
-            _through_norm(x, y, lengths, between, gain, block, slots, reuse=reuse)
-            if between.dim() == 2
-            else _like(x, False)
-            for x, y, lengths, between, block in (
-                (image, text, inverse, dx, dcosines),
-                (text, image, inverse[::-1], dy, dcosines.mT),
-            )
-        )
-    return dimage, dtext
+        for lo, hi in _chunks(image, images, texts):
+            u, u_length = _unit_rows(image, inverse[0], slots, texts, lo, hi, scratch[0])
+            v, v_length = _unit_rows(text, inverse[1], slots, texts, lo, hi, scratch[1])
+            block = dcosines[lo:hi]
+            for out, between, own, length, other, weights in (
+                (outs[0], dx, u, u_length, v, block),
+                (outs[1], dy, v, v_length, u, block.mT),
+            ):
+                if between.dim() == 2:
+                    g = _rows(between, slots, texts, lo, hi)
+                    g = torch.mul(g, 1.0 if gain is None else gain, out=_shaped(sums, g)).baddbmm_(weights, other)
+                    _write_rows(out, slots, lo, hi, _through_norm(g, own, length, products))
+    return outs[0], outs[1]
+
+
+def _write_rows(out: Tensor, slots: Tensor | None, lo: int, hi: int, rows: Tensor) -> None:
+    """Put the (hi - lo, K, D) rows of images lo to hi in their places."""
+    if slots is None:
+        out[lo * rows.shape[1] : hi * rows.shape[1]] = rows.flatten(0, 1)
+    else:  # each row is in one slot; what the empty slots add to row 0 is zero
+        out.index_add_(0, slots[lo:hi].clamp_min(0).flatten(), rows.flatten(0, 1).to(out.dtype))
 
 
 def _like(x: Tensor, needed: bool) -> Tensor:
@@ -342,7 +349,7 @@ def _softplus_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scale and bias are arguments only so that a second differentiation by them meets this operator."""
     inverse = _inverse_norm(image, group, dtotal.dtype), _inverse_norm(text, group, dtotal.dtype)
-    dimage, dtext = _raw_gradients(image, text, inverse, dx, dy, dtotal, dcosines, slots, False)
+    dimage, dtext = _raw_gradients(image, text, inverse, dx, dy, dtotal, dcosines, slots)
     return dimage, dtext, dtotal * dscale, dtotal * dbias
 
 

@@ -15,19 +15,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows to be compared: ``rows * length[:, None]``. Gradients are with respect to this product.
-
-    Backends that read blocks apply ``length`` on the way, so that normalised embeddings need not exist as a whole.
+    """Rows to be compared, normalised on the way if ``inverse_norm`` is given. Gradients are with respect to the
+    normalised rows. Backends that read blocks never hold the normalised rows of both sides.
 
     rows: (N, D) floating point.
     group: (N,) int32, < 0 for rows that take no part; None for both sides of an operation, or for neither.
-    length: (N,) in accumulation dtype, 0 for rows that count as zero whatever they hold; or None for 1.
+    inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None: the rows are used as they are.
     dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
     """
 
     rows: Tensor
     group: Tensor | None
-    length: Tensor | None
+    inverse_norm: Tensor | None
     dtype: torch.dtype
 
     @property
@@ -35,13 +34,16 @@ class Operand:
         return accumulation_dtype(self.dtype)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """(N, D) all rows in ``dtype``; no copy if they can be used as they are."""
-        return scale_rows(self.rows, self.length, dtype)
+        """(N, D) all rows in ``dtype``, zero where ``inverse_norm`` is; no copy if they can be used as they are."""
+        if self.inverse_norm is None:
+            return self.rows.to(dtype)
+        unit = torch.mul(self.rows, self.inverse_norm[:, None], out=self.rows.new_empty(self.rows.shape, dtype=dtype))
+        return zero_rows(unit, self.inverse_norm)
 
 
-def scale_rows(rows: Tensor, length: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``rows * length[:, None]`` in ``dtype``, zero where ``length`` is; no copy if nothing changes."""
-    if length is None:
-        return rows.to(dtype)
-    scaled = torch.mul(rows, length[:, None], out=torch.empty(rows.shape, dtype=dtype, device=rows.device))
-    return scaled.masked_fill_(length[:, None] == 0, 0)
+def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
+    """``rows`` (..., D) with zeros where ``inverse_norm`` (...) is 0, whatever they hold; in place."""
+    zero = inverse_norm == 0
+    if rows.device.type == "cpu" and not bool(zero.any()):  # elsewhere looking would cost more than doing it
+        return rows
+    return rows.masked_fill_(zero.unsqueeze(-1), 0)

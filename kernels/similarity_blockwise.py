@@ -15,6 +15,7 @@ bfloat16 and float16 inputs run as bfloat16 products with float32 accumulation a
 On devices other than the CPU this works too, but reads a few numbers back to the host.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.backends import float32_products
-from betaclip.kernels.operand import Operand, scale_rows
+from betaclip.kernels.operand import Operand
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM
 
 
@@ -60,7 +61,6 @@ class _Side:
         self.group = operand.group if operand.group is None or index is None else operand.group[index]
         self.dtype, self.rows = operand.accumulation, operand.rows
         self.count = self.rows.shape[0] if index is None else index.shape[0]
-        self._kept: Tensor | None = None
 
     @classmethod
     def without_padding(cls, operand: Operand) -> "_Side":
@@ -71,23 +71,21 @@ class _Side:
     def pick(self, chosen: Tensor) -> "_Side":
         return _Side(self.operand, chosen if self.index is None else self.index[chosen])
 
-    def block(self, lo: int, hi: int) -> Tensor:
-        """(hi - lo, D) rows, a view where they can be used as they are."""
-        if self._kept is not None:
-            return self._kept[lo:hi]
+    def block(self, lo: int, hi: int, factor: float, scratch: Tensor) -> Tensor:
+        """(hi - lo, D) rows times ``factor``, in ``scratch`` unless they can be used as they are."""
         part = slice(lo, hi) if self.index is None else self.index[lo:hi]
-        return scale_rows(
-            self.rows[part], None if self.operand.length is None else self.operand.length[part], self.dtype
-        )
-
-    def keep(self) -> None:
-        """Form the rows once, for blocks that are read again and again."""
-        self._kept = self.block(0, self.count)
+        rows, inverse = self.rows[part], self.operand.inverse_norm
+        out = scratch[: rows.numel()].view(rows.shape)
+        if inverse is not None:
+            return torch.mul(rows, (inverse[part] * factor)[:, None], out=out)
+        return rows if factor == 1 and rows.dtype == self.dtype else torch.mul(rows, factor, out=out)
 
     def longest(self) -> float:
-        """The largest norm of a row."""
-        blocks = (self.block(lo, hi) for lo, hi in _ranges(self.count, 4096))
-        return max((float(torch.linalg.vector_norm(block, dim=1).max()) for block in blocks), default=0.0)
+        """The largest norm of a row, or a bound on it."""
+        if self.operand.inverse_norm is not None:
+            return 1.0 + 1e-3  # rounded
+        rows = self.rows if self.index is None else self.rows[self.index]
+        return float(torch.linalg.vector_norm(rows, dim=1, dtype=self.dtype).max()) if self.count else 0.0
 
     def zeros(self) -> Tensor:
         """(count,)"""
@@ -120,43 +118,57 @@ class _Side:
         else:
             gradient.index_add_(0, self.index[lo:hi], a @ b)
 
-    def dot(self, gradient: Tensor, lo: int, hi: int) -> Tensor:
-        """sum(rows * gradient) over lo:hi"""
-        part = gradient[lo:hi] if self.index is None else gradient[self.index[lo:hi]]
-        return torch.dot(self.block(lo, hi).reshape(-1), part.reshape(-1))
+
+_kept = threading.local()
+
+
+def _scratch(size: int, side: _Side) -> Tensor:
+    """(size,) not initialised; on the CPU the same memory in every call of a thread, some 20 MiB at D = 512.
+
+    Fresh pages cost the CPU several times what is done with them, and its allocator returns large blocks at once.
+    """
+    if side.rows.device.type != "cpu":
+        return side.rows.new_empty(size, dtype=side.dtype)
+    buffers = _kept.__dict__
+    key = str(side.dtype)
+    if key not in buffers or buffers[key].numel() < size:
+        buffers[key] = torch.empty(size, dtype=side.dtype)
+    return buffers[key][:size]
 
 
 class _Tiles:
-    """Tiles of the logits of two operands, all in the same scratch; pairs of the same group hold -inf."""
+    """Tiles of the logits of two operands, all in the same scratch; pairs of the same group hold -inf.
+
+    Columns are the outer loop: their wide block of y is formed once, and x's narrow ones again for each.
+    """
 
     def __init__(self, x: _Side, y: _Side, scale: Tensor, bias: Tensor | None = None) -> None:
         self.x, self.y = x, y
-        y.keep()
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self.block = block_shape(x.count, y.count)
-        area = self.block[0] * self.block[1]
-        self._tile = x.rows.new_empty(area, dtype=x.dtype)
-        self._spare = x.rows.new_empty(area, dtype=x.dtype)
-        self._left = x.rows.new_empty(self.block[0] * x.rows.shape[1], dtype=x.dtype)
+        rows, cols, depth = *self.block, x.rows.shape[1]
+        sizes = [rows * cols, rows * cols, rows * depth, cols * depth]
+        self._tile, self._spare, self.left, self.right = _scratch(sum(sizes), x).split(sizes)
         self._same_group = _same_group_ranges(x.group, y.group)
 
-    def strips(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Row ranges with their rows of x, (r, D)."""
-        for lo, hi in _ranges(self.x.count, self.block[0]):
-            yield lo, hi, self.x.block(lo, hi)
-
-    def along(self, lo: int, hi: int, left: Tensor, shift: float = 0.0) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Column ranges of a strip with their rows of y, (c, D), and the tile S - shift, (r, c)."""
-        shift -= self.bias
-        scaled = torch.mul(left, self.scale, out=self._left[: left.numel()].view(left.shape))
+    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Column ranges with their rows of y, (c, D)."""
         for begin, end in _ranges(self.y.count, self.block[1]):
-            right = self.y.block(begin, end)
+            yield begin, end, self.y.block(begin, end, 1.0, self.right)
+
+    def down(
+        self, begin: int, end: int, right: Tensor, shift: float = 0.0
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Row ranges of these columns with their rows of x times the scale, (r, D), and the tile S - shift, (r, c)."""
+        shift -= self.bias
+        for lo, hi in _ranges(self.x.count, self.block[0]):
+            left = self.x.block(lo, hi, self.scale, self.left)
             tile = self._tile[: (hi - lo) * (end - begin)].view(hi - lo, end - begin)
-            torch.mm(scaled, right.T, out=tile)
+            torch.mm(left, right.T, out=tile)
             if shift:
                 tile.sub_(shift)
             self._exclude_same_group(tile, lo, hi, begin, end)
-            yield begin, end, right, tile
+            yield lo, hi, left, tile
 
     def bound(self) -> float:
         """The largest possible |S|."""
@@ -199,8 +211,8 @@ def _same_group_ranges(x_group: Tensor | None, y_group: Tensor | None) -> list[l
 def _exact_logsumexp(side: _Side, other: _Side, scale: Tensor) -> Tensor:
     """The statistics of ``side``'s rows, with their true maxima."""
     tiles, lse = _Tiles(side, other, scale), side.zeros().fill_(-torch.inf)
-    for lo, hi, left in tiles.strips():
-        for _, _, _, tile in tiles.along(lo, hi, left):
+    for begin, end, right in tiles.columns():
+        for lo, hi, _, tile in tiles.down(begin, end, right):
             lse[lo:hi] = torch.logaddexp(lse[lo:hi], tile.logsumexp(1))
     return lse
 
@@ -210,22 +222,24 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy and dscale; ``tile_gradient(lo, hi, begin, end, tile of S - shift)`` returns the tile of dS."""
     x, y = tiles.x, tiles.y
-    use_dx = need_dx or not need_dy  # dscale = sum(x * (dS @ y)) = sum(y * (dS.T @ x)) takes one of the two
+    # dscale = sum(x * (dS @ y)) = sum(y * (dS.T @ x)) takes one of the two; the second one comes times the scale.
+    use_dx = need_dx or not need_dy or tiles.scale == 0
     dx, dy = (side.new_gradient() if use else side.nothing() for side, use in ((x, use_dx), (y, need_dy)))
     dscale = x.rows.new_zeros((), dtype=x.dtype)
     if 0 in (x.count, y.count):  # all of one side is padding
         return dx.zero_() if need_dx else x.nothing(), dy.zero_(), dscale
-    for lo, hi, left in tiles.strips():
-        for begin, end, right, tile in tiles.along(lo, hi, left, shift):
+    for begin, end, right in tiles.columns():
+        for lo, hi, left, tile in tiles.down(begin, end, right, shift):
             ds = tile_gradient(lo, hi, begin, end, tile)
             if use_dx:
                 x.add_product(dx, lo, hi, ds, right, first=begin == 0)
             if need_dy:
                 y.add_product(dy, begin, end, ds.T, left, first=lo == 0)
-    side, gradient = (x, dx) if use_dx else (y, dy)
+    side, gradient, factor = (x, dx, 1.0) if use_dx else (y, dy, 1 / tiles.scale)
     for lo, hi in _ranges(side.count, tiles.block[0]):
-        dscale += side.dot(gradient, lo, hi)
-    return dx.mul_(tiles.scale) if need_dx else x.nothing(), dy.mul_(tiles.scale), dscale
+        part = gradient[lo:hi] if side.index is None else gradient[side.index[lo:hi]]
+        dscale += torch.dot(side.block(lo, hi, factor, tiles.left).reshape(-1), part.reshape(-1))
+    return dx.mul_(tiles.scale) if need_dx else x.nothing(), dy, dscale
 
 
 def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,8 +247,8 @@ def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Ten
     tiles, row_sum, col_sum = _Tiles(rows, cols, scale), rows.zeros(), cols.zeros()
     reference = max(0.0, tiles.bound() - HEADROOM[rows.dtype])
     with _products(x):
-        for lo, hi, left in tiles.strips():
-            for begin, end, _, tile in tiles.along(lo, hi, left, reference):
+        for begin, end, right in tiles.columns():
+            for lo, hi, _, tile in tiles.down(begin, end, right, reference):
                 tile.exp_()
                 row_sum[lo:hi] += tile.sum(1)
                 col_sum[begin:end] += tile.sum(0)
@@ -298,8 +312,8 @@ def similarity_softplus_fwd(x: Operand, y: Operand, scale: Tensor, bias: Tensor 
     tiles, total = _Tiles(rows, cols, scale, bias), rows.zeros()
     bound = tiles.bound()
     with _products(x):
-        for lo, hi, left in tiles.strips():
-            for _, _, _, tile in tiles.along(lo, hi, left):
+        for begin, end, right in tiles.columns():
+            for lo, hi, _, tile in tiles.down(begin, end, right):
                 total[lo:hi] += _softplus_sums(tile, tiles.spare(tile), bound)
     return rows.spread(total, 0.0)
 
