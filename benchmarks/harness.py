@@ -214,18 +214,22 @@ def busy_core_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def with_peak_bytes(run: Run, device: torch.device, seconds: float = 0.4) -> tuple[Any, int | None, float]:
+def with_peak_bytes(
+    run: Run, device: torch.device, seconds: float = 0.4, forget: Callable[[], None] = lambda: None
+) -> tuple[Any, int | None, float]:
     """The result, how far memory rose above what was in use before (None where that cannot be measured), and ms.
 
     On the CPU it is resident memory, whose high-water mark Linux lets a process reset: it counts everything
     (libraries' scratch, temporaries, the results), needs no child process, and after ``release`` nothing
     freed earlier hides in it. A call of the same code should have gone before: what a library allocates once is
-    not counted. The heap's fragmentation varies, so it is the median of three calls if those fit ``seconds``.
+    not counted, save what ``forget`` lets go of: scratch that the code under test keeps between calls is its own.
+    The heap's fragmentation varies, so it is the median of three calls if those fit ``seconds``.
     """
     peaks: list[int | None] = []
     begin, result, elapsed = time.perf_counter(), None, 0.0
     while not peaks or (len(peaks) < 3 and time.perf_counter() - begin < seconds * len(peaks) / 3):
         result = None
+        forget()
         release()
         before = _reset_peak(device)
         called = time.perf_counter()

@@ -18,6 +18,7 @@ from harness import Unavailable
 from torch import Tensor
 
 from betaclip import BetaCALLoss
+from betaclip.kernels import similarity_blockwise
 from betaclip.kernels.similarity import BACKENDS
 
 FORMS = ("ce", "bce", "clip", "siglip")
@@ -36,7 +37,7 @@ class Implementation:
 
     copies: N × N matrices, and chunk: rows of one, of float32 at least, that exist at once in forward and in
     forward + backward; measured, rounded up. By them a run is refused that would exhaust the CPU's memory.
-    compiles: the first call at a size compiles.
+    compiles: the first call at a size compiles. forget: lets go of scratch kept between calls, for it to be counted.
     """
 
     forms: tuple[str, ...]
@@ -44,6 +45,7 @@ class Implementation:
     copies: tuple[float, float] = (0, 0)
     chunk: int = 0
     compiles: bool = False
+    forget: Callable[[], None] = lambda: None
 
     def estimated_bytes(self, phase: str, n: int, dim: int, itemsize: int) -> int:
         """Peak above the inputs: the matrices, and eight arrays of the inputs' shape."""
@@ -104,6 +106,11 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
         return (one_way + other) / 2 + mean_over_valid(positives, b.mask)
 
     return loss
+
+
+def _forget_scratch() -> None:
+    """The CPU backend keeps its tiles for the next call of the thread."""
+    similarity_blockwise._kept.__dict__.clear()
 
 
 def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
@@ -175,7 +182,7 @@ def _inf_cl(form: str, batch: Batch) -> Loss:
 def implementations() -> dict[str, Implementation]:
     """By name, in the order of the tables."""
     ours = {
-        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend))
+        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=_forget_scratch)
         for backend in BACKENDS
         if backend != "reference"
     }

@@ -139,7 +139,7 @@ class Comparison:
         run = runner(self.losses[name], self.batch, phase)
         _, status = attempt(warm_up)
         if status == OK:
-            result, status = attempt(lambda: with_peak_bytes(run, self.device))
+            result, status = attempt(lambda: with_peak_bytes(run, self.device, forget=implementation.forget))
         if status != OK:
             return replace(row, status=status), None, 0.0
         outputs, peak, elapsed_ms = result

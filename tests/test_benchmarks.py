@@ -169,6 +169,21 @@ def test_peak_memory_counts_temporaries_and_results():
         assert 195 * mebi < peak < 220 * mebi
 
 
+@pytest.mark.parametrize("form", ["ce", "bce"])
+def test_peak_memory_counts_scratch_kept_between_calls(form):
+    """The CPU backend keeps its tiles, so a call after the first allocates less than it uses."""
+    needs_peak_memory()
+    ours = {"betaclip/blockwise": implementations.implementations()["betaclip/blockwise"]}
+    batch = batches.made_up_batch(64, 36, 64, torch.float32, CPU)
+    comparison = loss_throughput.Comparison(form, batch, ours, "cpu")
+    progress = report.Progress(2)
+    rows = [comparison.measure(phase, 0.01, progress, [])[0] for phase in loss_throughput.PHASES]
+    kept = sum(x.nbytes for x in implementations.similarity_blockwise._kept.__dict__.values())
+    tile = 4 * 768 * 2304
+    assert kept > tile
+    assert all(row.peak_bytes > tile for row in rows)
+
+
 def test_foreign_cores_counts_other_processes_only():
     before = harness.busy_core_seconds()
     if before is None:
