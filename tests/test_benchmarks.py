@@ -270,7 +270,7 @@ def test_share_of_the_matrix_rate():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (harness.Unavailable("needs a GPU"), "unavailable: needs a GPU"),
         (RuntimeError("bad\nlong story"), "failed: RuntimeError: bad"),
-        (OSError("no /home/me/secret/file here"), "failed: OSError: no ... here"),
+        (OSError("no /srv/me/secret/file here"), "failed: OSError: no ... here"),
     ],
 )
 def test_status_of_a_failure(error, status):
@@ -433,7 +433,7 @@ def test_bad_options(argv, message, capsys):
 
 
 def test_command_holds_no_folder_of_this_machine():
-    command = loss_throughput.command(["--output", "/home/me/x", "--sizes", "72"])
+    command = loss_throughput.command(["--output", "/srv/me/x", "--sizes", "72"])
     assert command == "python benchmarks/loss_throughput.py --output x --sizes 72"
 
 
