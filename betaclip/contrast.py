@@ -5,8 +5,8 @@ those without the matrix. The pairs *within* an image, a (B, K, K) block, are re
 accumulation dtype, so that targets, weights and masks are ordinary PyTorch around them.
 
 Both come from one autograd node that starts at the raw embeddings. L2 normalisation belongs to it because
-autograd would keep the normalised copies and add up three full-size gradients; here the copies are made anew
-in the backward and the gradient is finished in place, a few images at a time.
+autograd would keep the normalised copies and add up three full-size gradients; here backends normalise on the
+way, again in the backward, and the gradient is finished a few images at a time.
 """
 
 from collections.abc import Iterator

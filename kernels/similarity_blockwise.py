@@ -132,7 +132,8 @@ def _scratch(size: int, side: _Side) -> Tensor:
     buffers = _kept.__dict__
     key = str(side.dtype)
     if key not in buffers or buffers[key].numel() < size:
-        buffers[key] = torch.empty(size, dtype=side.dtype)
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written in training
+            buffers[key] = torch.empty(size, dtype=side.dtype, device=side.rows.device)
     return buffers[key][:size]
 
 

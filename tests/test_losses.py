@@ -407,6 +407,20 @@ def test_no_grad_forms_no_gradient(form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_training_after_inference_mode(form):
+    """What the backend keeps between calls may be made in inference mode and must then serve training."""
+    b = batch()
+    similarity_blockwise._kept.__dict__.clear()
+    with torch.inference_mode():
+        expected = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
+    b.image.requires_grad_()
+    loss = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
+    (gradient,) = torch.autograd.grad(loss, b.image)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(loss.detach(), expected.clone())
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_retained_graph_gives_the_same_gradient_again(form):
     b = batch()
     b.image.requires_grad_()
