@@ -18,7 +18,7 @@ from harness import Unavailable
 from torch import Tensor
 
 from betaclip import BetaCALLoss
-from betaclip.kernels import similarity_blockwise
+from betaclip.kernels.scratch import forget
 from betaclip.kernels.similarity import BACKENDS
 
 FORMS = ("ce", "bce", "clip", "siglip")
@@ -108,11 +108,6 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
     return loss
 
 
-def _forget_scratch() -> None:
-    """The CPU backend keeps its tiles for the next call of the thread."""
-    similarity_blockwise._kept.__dict__.clear()
-
-
 def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
     if backend == "triton" and batch.image.device.type != "cuda":
         raise Unavailable("needs a GPU (its interpreter is for tests)")
@@ -182,7 +177,7 @@ def _inf_cl(form: str, batch: Batch) -> Loss:
 def implementations() -> dict[str, Implementation]:
     """By name, in the order of the tables."""
     ours = {
-        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=_forget_scratch)
+        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=forget)
         for backend in BACKENDS
         if backend != "reference"
     }

@@ -18,8 +18,9 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.backends import float32_products, resolve, without_autocast
+from betaclip.kernels.backends import resolve, without_autocast
 from betaclip.kernels.operand import Operand, zero_rows
+from betaclip.kernels.products import float32_products
 from betaclip.kernels.similarity import BACKENDS, implementation
 
 # Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.

@@ -7,8 +7,7 @@ read (device, dtype, shape), so that resolving works under ``torch.compile`` and
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,18 +56,3 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
             return implementation(x, *args)
 
     return run
-
-
-@contextmanager
-def float32_products(precision: str, device_type: str) -> Iterator[None]:
-    """float32 matrix products in ``"ieee"`` precision, or on the CPU with operands rounded to ``"bf16"``, meanwhile.
-
-    The setting belongs to the process: another thread's float32 product that runs meanwhile is affected too.
-    """
-    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    before = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before

@@ -15,15 +15,14 @@ bfloat16 and float16 inputs run as bfloat16 products with float32 accumulation a
 On devices other than the CPU this works too, but reads a few numbers back to the host.
 """
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from betaclip.kernels.backends import float32_products
 from betaclip.kernels.operand import Operand
+from betaclip.kernels.products import half_products
+from betaclip.kernels.scratch import scratch
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM
 
 
@@ -35,17 +34,6 @@ def why_not(x: Tensor, y: Tensor) -> list[str]:
 def block_shape(n: int, m: int) -> tuple[int, int]:
     """Rows and columns of a tile: enough for the matrix product's full rate, little enough for the cache."""
     return min(n, 768), min(m, 2304)
-
-
-def _products(x: Operand) -> AbstractContextManager[None]:
-    """The context for this operand's matrix products.
-
-    16-bit operands are read as float32 and multiplied as bfloat16, at four times float32's rate where the CPU has
-    AMX; float32 operands as the user's settings say.
-    """
-    half = x.rows.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    bfloat16 = half and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return float32_products("bf16", "cpu") if bfloat16 else nullcontext()
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
@@ -119,24 +107,6 @@ class _Side:
             gradient.index_add_(0, self.index[lo:hi], a @ b)
 
 
-_kept = threading.local()
-
-
-def _scratch(size: int, side: _Side) -> Tensor:
-    """(size,) not initialised; on the CPU the same memory in every call of a thread, some 20 MiB at D = 512.
-
-    Fresh pages cost the CPU several times what is done with them, and its allocator returns large blocks at once.
-    """
-    if side.rows.device.type != "cpu":
-        return side.rows.new_empty(size, dtype=side.dtype)
-    buffers = _kept.__dict__
-    key = str(side.dtype)
-    if key not in buffers or buffers[key].numel() < size:
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written in training
-            buffers[key] = torch.empty(size, dtype=side.dtype, device=side.rows.device)
-    return buffers[key][:size]
-
-
 class _Tiles:
     """Tiles of the logits of two operands, all in the same scratch; pairs of the same group hold -inf.
 
@@ -148,8 +118,8 @@ class _Tiles:
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self.block = block_shape(x.count, y.count)
         rows, cols, depth = *self.block, x.rows.shape[1]
-        sizes = [rows * cols, rows * cols, rows * depth, cols * depth]
-        self._tile, self._spare, self.left, self.right = _scratch(sum(sizes), x).split(sizes)
+        shapes = [(rows * cols,), (rows * cols,), (rows * depth,), (cols * depth,)]
+        self._tile, self._spare, self.left, self.right = scratch(shapes, x.dtype, x.rows.device)
         self._same_group = _same_group_ranges(x.group, y.group)
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -247,7 +217,7 @@ def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Ten
     rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     tiles, row_sum, col_sum = _Tiles(rows, cols, scale), rows.zeros(), cols.zeros()
     reference = max(0.0, tiles.bound() - HEADROOM[rows.dtype])
-    with _products(x):
+    with half_products(x.rows.device, x.dtype):
         for begin, end, right in tiles.columns():
             for lo, hi, _, tile in tiles.down(begin, end, right, reference):
                 tile.exp_()
@@ -293,7 +263,7 @@ def similarity_logsumexp_bwd(
         to_y = torch.sub(tile, lse_x[lo:hi, None], out=tiles.spare(tile)).exp_().mul_(dlse_x[lo:hi, None])
         return tile.sub_(lse_y[begin:end]).exp_().mul_(dlse_y[begin:end]).add_(to_y)
 
-    with _products(x):
+    with half_products(x.rows.device, x.dtype):
         if lowest >= reference - FOOTROOM[rows.dtype]:
             return _gradients(tiles, reference, one_exponential, need_dx, need_dy)
         return _gradients(tiles, 0.0, two_exponentials, need_dx, need_dy)
@@ -312,7 +282,7 @@ def similarity_softplus_fwd(x: Operand, y: Operand, scale: Tensor, bias: Tensor 
     rows, cols = _Side.without_padding(x), _Side.without_padding(y)
     tiles, total = _Tiles(rows, cols, scale, bias), rows.zeros()
     bound = tiles.bound()
-    with _products(x):
+    with half_products(x.rows.device, x.dtype):
         for begin, end, right in tiles.columns():
             for lo, hi, _, tile in tiles.down(begin, end, right):
                 total[lo:hi] += _softplus_sums(tile, tiles.spare(tile), bound)
@@ -340,6 +310,6 @@ def similarity_softplus_fwd_bwd(
             dtotal[lo:hi] += tile.sum(1)
         return tile
 
-    with _products(x):
+    with half_products(x.rows.device, x.dtype):
         dx, dy, dscale = _gradients(tiles, 0.0, sigmoid_gradient, need_dx, need_dy)
     return rows.spread(total, 0.0), dx, dy, dscale, dtotal.sum()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.operand import Operand
+from betaclip.kernels.products import add_product
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM, SPREAD
 from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
 
@@ -195,9 +196,9 @@ class _Accumulators:
                 ds = self.workspace[: row_end - row, : col_end - col]
                 yield row, col, row_end, col_end, ds
                 if self.use_dx:
-                    _add_product(self.dx[row:row_end], ds, self.y[col:col_end], first=col == 0)
+                    add_product(self.dx[row:row_end], ds, self.y[col:col_end], first=col == 0)
                 if self.need_dy:
-                    _add_product(self.dy[col:col_end], ds.T, self.x[row:row_end], first=row == 0)
+                    add_product(self.dy[col:col_end], ds.T, self.x[row:row_end], first=row == 0)
 
     def finish(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dx, dy and dscale, for dS times ``factor``."""
@@ -209,17 +210,6 @@ class _Accumulators:
             gradient.mul_(self.launch.scale * factor)
         dx, dy = (t[..., : self.launch.depth].contiguous() for t in (self.dx, self.dy))
         return dx if self.need_dx else self.launch.new(0), dy if self.need_dy else self.launch.new(0), dscale * factor
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or = if ``first``; 16-bit operands with accumulation and result in float32."""
-    beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=beta)
-    elif total.is_cuda and not torch.version.hip:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    else:  # no such product on the CPU, where the interpreter runs, nor in every ROCm build
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def _amplification(dtype: torch.dtype) -> float:

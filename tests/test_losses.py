@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from betaclip import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels import similarity_blockwise
 from betaclip.kernels.operand import Operand
+from betaclip.kernels.scratch import forget
 from betaclip.kernels.similarity import BACKENDS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "beta_cal.json").read_text())
@@ -410,7 +411,7 @@ def test_no_grad_forms_no_gradient(form, monkeypatch):
 def test_training_after_inference_mode(form):
     """What the backend keeps between calls may be made in inference mode and must then serve training."""
     b = batch()
-    similarity_blockwise._kept.__dict__.clear()
+    forget()
     with torch.inference_mode():
         expected = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
     b.image.requires_grad_()
