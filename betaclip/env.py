@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 import betaclip
-from betaclip.kernels import similarity
+from betaclip.kernels import attention_pool, similarity
 from betaclip.kernels.backends import WhyNot, resolve
 
 OPERATIONS: dict[str, Mapping[str, WhyNot]] = {
     "similarity_logsumexp": similarity.BACKENDS,
     "similarity_softplus": similarity.BACKENDS,
+    "attention_pool": attention_pool.BACKENDS,
 }
 VARIABLES = ("BETACLIP_BACKEND", "TRITON_INTERPRET")
 _PROBE_SHAPE = (36, 512)

@@ -47,3 +47,15 @@ def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
     if rows.device.type == "cpu" and not bool(zero.any()):  # elsewhere looking would cost more than doing it
         return rows
     return rows.masked_fill_(zero.unsqueeze(-1), 0)
+
+
+def least_norm(dtype: torch.dtype) -> float:
+    """Rows with a smaller norm count as zero: 1e-12, as in torch.nn.functional.normalize; for float16, which must hold
+    the inverse, its smallest normal number."""
+    return 2.0**-14 if dtype == torch.float16 else 1e-12
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension, in the dtype of x; 0, as is the gradient, where x counts as zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
+    return (x * norm.masked_fill(norm < least_norm(x.dtype), torch.inf).reciprocal()).to(x.dtype)

@@ -6,77 +6,24 @@ gradients are read on the device; nothing here waits for it.
 """
 
 import copy
-import functools
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from betaclip.kernels import triton_support
 from betaclip.kernels.operand import Operand
 from betaclip.kernels.products import add_product
 from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM, SPREAD
 from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _missing() -> list[str]:
-    """What keeps the kernels from running on any tensor."""
-    if not find_spec("triton"):
-        return ["triton is not installed"]
-    if INTERPRETED and import_module("triton").__version__.startswith("3.6."):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                int(numpy.zeros(1))
-        except TypeError:
-            return [f"the interpreter of Triton 3.6 fails with NumPy {numpy.__version__}: it needs an older NumPy"]
-    return []
-
-
-_MISSING = _missing()
-
 
 def why_not(x: Tensor, y: Tensor) -> list[str]:
     """Reasons from metadata alone."""
-    reasons = list(_MISSING)
-    if INTERPRETED:
-        if x.dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 products wrongly")
-    elif not x.is_cuda:
-        reasons.append(f"needs a GPU, the tensors are on {x.device} (TRITON_INTERPRET=1 interprets the kernels)")
-    elif x.dtype == torch.float64:
-        reasons.append("float64 runs only in the interpreter (TRITON_INTERPRET=1)")
-    return reasons
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, or ``"interpreter"``."""
-    if INTERPRETED:
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 4 if INTERPRETED else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def precision(arch: str, dtype: torch.dtype) -> str:
-    """Of tl.dot: float32 at float32's error everywhere (AMD knows no TF32x3)."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
+    return triton_support.why_not(x)
 
 
 class _Launch:
@@ -91,13 +38,13 @@ class _Launch:
         self.depth = x.rows.shape[1]
         self.x, self.y = (_aligned(side.matrix(side.dtype)) for side in (x, y))
         self.scale, self.x_group, self.y_group, self.dtype = scale, x.group, y.group, x.accumulation
-        self.arch = architecture(self.x.device)
+        self.arch = triton_support.architecture(self.x.device)
         self.tile = choose(self.arch, min(self.x.element_size(), 4))
-        self.programs = self.tile.programs * _processors(self.x.device)
+        self.programs = self.tile.programs * triton_support.processors(self.x.device)
         self.constants = {
             "D": self.x.shape[1],
             "HAS_GROUP": x.group is not None,
-            "PRECISION": precision(self.arch, self.x.dtype),
+            "PRECISION": triton_support.precision(self.arch, self.x.dtype),
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
         }
 

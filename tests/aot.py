@@ -1,6 +1,6 @@
 """Run the Triton launchers without a GPU, compiling for one, and report what the machine code says.
 
-    python tests/aot.py sm_90 bfloat16
+    python tests/aot.py similarity sm_90 bfloat16
 
 Run as a program of its own, since the kernels must be compiled ones and not the interpreter's. The launchers do
 all that they would do on a GPU, except that a kernel is compiled and not started; each compiled kernel is one
@@ -21,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from betaclip.kernels import similarity_triton
+from betaclip.kernels import similarity_triton, triton_support
+from betaclip.kernels.attention_pool_folded import Patches
+from betaclip.kernels.attention_pool_triton import Fused
 from betaclip.kernels.operand import Operand
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -48,8 +50,8 @@ def compile_launches(architecture: str) -> list[Any]:
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     driver.set_active(CompileOnly(target))
-    similarity_triton.architecture = lambda device: architecture
-    similarity_triton._processors = lambda device: 132
+    triton_support.architecture = lambda device: architecture
+    triton_support.processors = lambda device: 132
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -61,7 +63,19 @@ def compile_launches(architecture: str) -> list[Any]:
     return compiled
 
 
-def launch(dtype: torch.dtype, depth: int, groups: bool, bias: bool) -> None:
+def launch_similarity(dtype: torch.dtype) -> None:
+    """The depths' ends and the usual one; one whose rows are not aligned for TMA; with and without groups and bias."""
+    for depth, groups, bias in (
+        (512, True, True),
+        (512, False, False),
+        (64, True, False),
+        (1024, True, True),
+        (100, True, True),
+    ):
+        _launch_similarity(dtype, depth, groups, bias)
+
+
+def _launch_similarity(dtype: torch.dtype, depth: int, groups: bool, bias: bool) -> None:
     """Every launcher once, N and M no multiple of a tile."""
     n, m = 300, 200
     x_group, y_group = (torch.arange(rows, dtype=torch.int32) if groups else None for rows in (n, m))
@@ -72,6 +86,27 @@ def launch(dtype: torch.dtype, depth: int, groups: bool, bias: bool) -> None:
     similarity_triton.similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
     similarity_triton.similarity_softplus_fwd(x, y, scale, b)
     similarity_triton.similarity_softplus_fwd_bwd(x, y, scale, b, of_x, True, True)
+
+
+def launch_attention_pool(dtype: torch.dtype) -> None:
+    """Both kernels at every entry of the tile table, at widths of a power of two and others, masked and not."""
+    for width, heads, masked, least in (
+        (64, 8, False, 1e-12),
+        (96, 4, True, 1e-12),
+        (256, 8, True, None),
+        (512, 8, False, 1e-12),
+        (512, 8, True, 1e-12),
+        (768, 12, False, 1e-12),
+        (1024, 16, True, 1e-12),
+    ):
+        images, texts, patches = 2, 9, 197
+        # As in training: the patches are a view that leaves out the class token.
+        rows = torch.zeros(images, patches + 1, width, dtype=dtype)[:, 1:]
+        x = Patches(rows, torch.ones(images, patches, dtype=torch.bool) if masked else None, least)
+        z, spare = torch.zeros(images, texts * heads, width, dtype=dtype), torch.empty(0)
+        lse = Fused().forward(x, z, torch.empty_like(z), spare)
+        zg, weights = (torch.zeros(images, texts, 2, heads, n, dtype=dtype) for n in (width, patches))
+        Fused().backward(x, zg, lse, lse.view(images, texts, heads, 1), weights, spare)
 
 
 def nvidia_spills(cubin: bytes) -> int:
@@ -108,17 +143,9 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
-def main(architecture: str, dtype: str) -> None:
+def main(operation: str, architecture: str, dtype: str) -> None:
     compiled = compile_launches(architecture)
-    # The depths' ends and the usual one; one whose rows are not aligned for TMA; with and without groups and bias.
-    for depth, groups, bias in (
-        (512, True, True),
-        (512, False, False),
-        (64, True, False),
-        (1024, True, True),
-        (100, True, True),
-    ):
-        launch(getattr(torch, dtype), depth, groups, bias)
+    {"similarity": launch_similarity, "attention_pool": launch_attention_pool}[operation](getattr(torch, dtype))
     for kernel in {id(kernel): kernel for kernel in compiled}.values():
         print(json.dumps(describe(kernel)), flush=True)
 

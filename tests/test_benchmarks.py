@@ -1,6 +1,5 @@
 """The benchmark measures what it says: baselines equal the loss, statistics, memory, rows, and what is printed."""
 
-import csv
 import importlib
 import json
 import os
@@ -20,8 +19,9 @@ from betaclip.kernels.scratch import kept_bytes
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-batches, dense, harness, implementations, loss_throughput, report = map(
-    importlib.import_module, ("batches", "dense", "harness", "implementations", "loss_throughput", "report")
+batches, comparison, dense, harness, implementations, loss_throughput, report, smoke = map(
+    importlib.import_module,
+    ("batches", "comparison", "dense", "harness", "implementations", "loss_throughput", "report", "smoke"),
 )
 
 CPU = torch.device("cpu")
@@ -176,9 +176,9 @@ def test_peak_memory_counts_scratch_kept_between_calls(form):
     needs_peak_memory()
     ours = {"betaclip/blockwise": implementations.implementations()["betaclip/blockwise"]}
     batch = batches.made_up_batch(64, 36, 64, torch.float32, CPU)
-    comparison = loss_throughput.Comparison(form, batch, ours, "cpu")
+    compared = loss_throughput.LossComparison(form, batch, ours, "cpu")
     progress = report.Progress(2)
-    rows = [comparison.measure(phase, 0.01, progress, [])[0] for phase in loss_throughput.PHASES]
+    rows = [compared.measure(phase, 0.01, progress, [])[0] for phase in loss_throughput.PHASES]
     kept = kept_bytes()
     tile = 4 * 768 * 2304
     assert kept > tile
@@ -258,7 +258,7 @@ def test_matrix_rate_takes_the_fastest_median():
 
 
 def test_share_of_the_matrix_rate():
-    case = harness.Case("b", "ce", 10, 1, 8, "float32", "cpu", "x", "forward")
+    case = harness.Case("b", "ce", "float32", "cpu", "x", "forward")
     row = harness.Measurement(case).timed([8.0, 10.0, 12.0], flop=3e9, mm_tflops=0.6)
     assert (row.time_ms_p50, row.rounds) == (10.0, 3)
     assert row.share_of_mm == pytest.approx(0.5)  # 3e9 FLOP in 10 ms are 0.3 TFLOP/s
@@ -292,9 +292,9 @@ def fake_implementations(**losses):
 
 def measure(chosen, previous=(), seconds=0.01):
     batch = batches.made_up_batch(6, 4, 16, torch.float32, CPU)
-    comparison = loss_throughput.Comparison("ce", batch, chosen, "cpu")
+    compared = loss_throughput.LossComparison("ce", batch, chosen, "cpu")
     progress = report.Progress(10)
-    rows = comparison.measure("forward+backward", seconds, progress, list(previous))
+    rows = compared.measure("forward+backward", seconds, progress, list(previous))
     progress.close()
     return {row.case.implementation: row for row in rows}
 
@@ -316,7 +316,7 @@ def test_out_of_memory_is_a_row():
     assert "not tried" in rows["never"].note
     assert rows["good"].status == "ok"
     assert rows["good"].gradient_error < 1e-5
-    text = report.table([harness.as_row(row, harness.provenance("")) for row in rows.values()])
+    text = report.table([harness.as_row(row, harness.provenance("")) for row in rows.values()], loss_throughput.COLUMNS)
     assert [line.split()[0] for line in text.splitlines()[2:]] == ["greedy", "never", "good"]
     assert text.count("out of memory") == 2
 
@@ -330,7 +330,7 @@ def test_hopeless_runs_are_skipped():
 
 
 def test_a_long_first_call_is_the_only_round(monkeypatch):
-    monkeypatch.setattr(loss_throughput, "LONG_S", 0.0)
+    monkeypatch.setattr(comparison, "LONG_S", 0.0)
     calls = []
 
     def loss(b):
@@ -434,7 +434,7 @@ def test_bad_options(argv, message, capsys):
 
 
 def test_command_holds_no_folder_of_this_machine():
-    command = loss_throughput.command(["--output", "/srv/me/x", "--sizes", "72"])
+    command = comparison.command("loss_throughput", ["--output", "/srv/me/x", "--sizes", "72"])
     assert command == "python benchmarks/loss_throughput.py --output x --sizes 72"
 
 
@@ -449,15 +449,7 @@ def test_a_failure_of_ours_fails_the_run(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_smoke_run(tmp_path):
-    script, options = ROOT / "benchmarks/loss_throughput.py", ["--smoke", "--device", "cpu", "--output", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (file,) = tmp_path.glob("*.csv")
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows, shown = smoke.smoke_run("loss_throughput.py", tmp_path)
     table = implementations.implementations()
     expected = {
         (form, name, phase) for name, x in table.items() for form in x.forms for phase in loss_throughput.PHASES
@@ -465,15 +457,13 @@ def test_smoke_run(tmp_path):
     assert len(rows) == len(expected)
     assert {(row["form"], row["implementation"], row["phase"]) for row in rows} == expected
     for row in rows:
-        assert row["implementation"] in done.stdout
+        assert row["implementation"] in shown
         assert (row["n"], row["dim"], row["k"]) == ("96", "64", "12" if row["form"] in ("ce", "bce") else "1")
         assert row["torch"] == torch.__version__
-        assert str(tmp_path) not in "".join(row.values())
         if row["status"] != "ok":
             assert row["status"].startswith("unavailable: ")
             continue
-        low, middle, high = (float(row[f"time_ms_{p}"]) for p in ("p20", "p50", "p80"))
-        assert 0 < low <= middle <= high
+        middle = smoke.assert_timed(row)
         assert float(row["loss_error"]) < 1e-5
         assert (row["gradient_error"] == "") == (row["phase"] == "forward")
         flop = implementations.loss_flop(row["form"], row["phase"], 96, 64)
@@ -487,9 +477,11 @@ def test_smoke_run(tmp_path):
 
 def test_plot_is_drawn_from_rows_alone(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    case = harness.Case("loss_throughput", "ce", 72, 36, 64, "float32", "cpu", "dense", "forward+backward")
+    case = loss_throughput.LossCase(
+        "loss_throughput", "ce", "float32", "cpu", "dense", "forward+backward", n=72, k=36, dim=64
+    )
     source = harness.provenance("")
-    small = harness.Measurement(case, limit_bytes=9000).timed([1.0], 1e6, 1.0)
+    small = loss_throughput.LossMeasurement(case, limit_bytes=9000).timed([1.0], 1e6, 1.0)
     small = replace(small, peak_bytes=5000)
     large = replace(small, case=replace(case, n=144), status="out of memory", time_ms_p50=None)
     harness.append_rows(tmp_path / "x.csv", [harness.as_row(row, source) for row in (small, large)])
@@ -497,9 +489,10 @@ def test_plot_is_drawn_from_rows_alone(tmp_path):
     close = pyplot.close
     pyplot.close = drawn.append
     try:
-        assert loss_throughput.draw(tmp_path / "x.csv").startswith("figure: ")
+        drawn_where = comparison.figure(tmp_path / "x.csv", "loss_throughput", loss_throughput.draw)
     finally:
         pyplot.close = close
+    assert drawn_where == f"figure: {tmp_path / 'x.png'}"
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     time_axes, memory_axes = drawn[0].axes
     assert [line.get_xydata().tolist() for line in time_axes.lines] == [[[72.0, 1.0]], [[144.0, 1.0]]]

@@ -1,0 +1,53 @@
+"""What attention pooling costs, forward and backward, with its projections on either side.
+
+Per image, with L = H K latent queries, in multiply-adds:
+
+    projected   6 P D² (keys and values, their two gradients each) + 7 K P D (attention, which recomputes its logits)
+    folded      8 L P D (2 forward, 6 backward)                    + 7 K D² (folding, unfolding, their gradients)
+
+At D = 512, H = 8 and P = 196 that meets near K = 44. Bytes decide near there: projecting passes over arrays of the
+patches' size 27 times (normalised patches, keys, values and their gradients, each written and read); folding 3 times
+(x twice, dx), and works in scratch that stays in the outer caches, several times faster than memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_CACHED = 0.25  # a byte of scratch against a byte of memory
+
+# FLOP in the time of one byte of memory, by device and bytes per element. CPU, float32: from 165 GFLOP/s and 15 GB/s
+# that benchmarks/pooling_throughput.py implies on two cores. GPUs: from the data sheet of an H200, not measured.
+_BALANCE = {("cpu", 2): 22, ("cpu", 4): 11, ("cpu", 8): 5.5, ("cuda", 2): 206, ("cuda", 4): 35, ("cuda", 8): 14}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per image: flop, and bytes moved, with those of scratch in cache at ``_CACHED``."""
+
+    flop: float
+    bytes: float
+
+
+def projected_cost(texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+    """Keys and values of every patch, fused attention, and their gradients; without what both forms share."""
+    flop = 2 * (6 * patches * width**2 + 7 * texts * patches * width)
+    return Cost(flop, 27 * patches * width * itemsize)
+
+
+def folded_cost(texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+    """Latent queries on the patches themselves, and their gradients; without what both forms share."""
+    latents = num_heads * texts
+    flop = 2 * (8 * latents * patches * width + 7 * texts * width**2)
+    scratch = latents * (18 * patches + 16 * width)
+    return Cost(flop, (3 * patches * width + _CACHED * scratch) * itemsize)
+
+
+def folding_pays(texts: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether the folded form is expected to be faster. The same in training and evaluation, so that both compute the
+    same numbers."""
+    balance = _BALANCE.get((device, dtype.itemsize), _BALANCE["cuda", dtype.itemsize])
+    projected, folded = (
+        cost(texts, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)
+    )
+    return folded.flop + balance * folded.bytes < projected.flop + balance * projected.bytes
