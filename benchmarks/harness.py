@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
+Measured = TypeVar("Measured", bound="Measurement")
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 
 
@@ -35,13 +36,13 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. form and implementation name the code; phase is "forward" or "forward+backward"."""
+    """What is measured. form and implementation name the code; phase is "forward" or "forward+backward".
+
+    Each benchmark adds the sizes of its operation.
+    """
 
     benchmark: str
     form: str
-    n: int
-    k: int
-    dim: int
     dtype: str
     device: str
     implementation: str
@@ -53,7 +54,8 @@ class Measurement:
     """What came out. None: not measured, and ``note`` says why.
 
     status: ok, out of memory, skipped, or unavailable: or failed: with the reason. foreign_cores: how many cores
-    other processes kept busy meanwhile; times of the CPU mean little unless it is near 0.
+    other processes kept busy meanwhile; times of the CPU mean little unless it is near 0. Each benchmark adds errors
+    and what else its operation is judged by.
     """
 
     case: Case
@@ -63,16 +65,12 @@ class Measurement:
     time_ms_p80: float | None = None
     rounds: int = 0
     peak_bytes: int | None = None
-    limit_bytes: int | None = None
-    loss_error: float | None = None
-    gradient_error: float | None = None
-    scale_error: float | None = None
     mm_tflops: float | None = None
     share_of_mm: float | None = None
     foreign_cores: float | None = None
     note: str = ""
 
-    def timed(self, times_ms: list[float], flop: float, mm_tflops: float) -> "Measurement":
+    def timed(self: Measured, times_ms: list[float], flop: float, mm_tflops: float) -> Measured:
         """With the statistics of ``times_ms`` and the share of the matrix rate that they amount to."""
         p20, p50, p80 = percentiles(times_ms)
         return replace(
@@ -287,7 +285,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def matrix_products(n: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
-    """The three products that a similarity loss consists of, 2 n² dim FLOP each, into existing memory."""
+    """S = X Yᵀ of two (n, dim) and its gradients' two products, 2 n² dim FLOP each, into existing memory."""
     x, y = (torch.randn(n, dim, device=device).to(dtype) for _ in range(2))
     square, tall = torch.empty(n, n, dtype=dtype, device=device), torch.empty(n, dim, dtype=dtype, device=device)
     products: dict[str, Run] = {

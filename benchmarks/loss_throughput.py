@@ -15,79 +15,97 @@ max |difference| / max |truth| against betaclip's dense reference in float64.
 """
 
 import argparse
-import shlex
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from batches import SIGLIP_BIAS, Batch, made_up_batch, real_batch
-from harness import (
-    OK,
-    OUT_OF_MEMORY,
-    Case,
-    ForeignCores,
-    Measurement,
-    Provenance,
-    Run,
-    append_rows,
-    as_row,
-    attempt,
-    device_name,
-    free_bytes,
-    interleave,
-    matrix_products,
-    matrix_tflops,
-    provenance,
-    read_rows,
-    relative_error,
-    release,
-    slug,
-    with_peak_bytes,
+from comparison import (
+    PHASES,
+    Comparison,
+    add_common_options,
+    begin,
+    end,
+    figure,
+    mm_rate,
+    phase_run,
+    resolve_common_options,
+    run,
 )
+from harness import OK, OUT_OF_MEMORY, Case, Measurement, Run, attempt, free_bytes, relative_error
 from implementations import FORMS, Implementation, Loss, implementations, loss_flop, memory_limit_bytes, reference
-from report import Progress, Row, in_bytes, plot, summary, table
+from report import Figure, Row, in_bytes, number, plot, summary
 from torch import Tensor
 
 BENCHMARK = "loss_throughput"
-PHASES = ("forward+backward", "forward")
 SIZES = {"cpu": (2304, 4608, 9216), "cuda": (2304, 9216, 36864, 147456, 589824)}
 ONE_SIZE = {"cpu": (2304,), "cuda": (36864,)}  # of the forms of one text per image, unless sizes are given
 TRUTH_ROWS = {"cpu": 4608, "cuda": 9216}  # up to here the float64 truth is computed
 MATRIX_ROWS = {"cpu": 9216, "cuda": 16384}  # up to here torch.mm's rate is measured at the same N
-LONG_S = 20.0  # a call that takes longer is not repeated to be interleaved with others
 SLOWEST_S = {"cpu": 120.0, "cuda": 20.0}  # a call expected to take longer is not tried
 
 
+@dataclass(frozen=True)
+class LossCase(Case):
+    """n: side of the matrix of similarities, k: texts per image."""
+
+    n: int
+    k: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class LossMeasurement(Measurement):
+    """limit_bytes: what betaclip promises to take at the most."""
+
+    case: LossCase
+    limit_bytes: int | None = None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    scale_error: float | None = None
+
+
+def in_limit(row: Row) -> str:
+    """Does betaclip keep its promise?"""
+    if not row["implementation"].startswith("betaclip") or not row["peak_bytes"]:
+        return ""
+    return "yes" if float(row["peak_bytes"]) <= float(row["limit_bytes"]) else "no"
+
+
+COLUMNS = {
+    "of mm": lambda row: number(row["share_of_mm"], ".2f"),
+    "extra memory": lambda row: in_bytes(row["peak_bytes"]),
+    "in limit": in_limit,
+    "error: loss": lambda row: number(row["loss_error"], ".1e"),
+    "gradients": lambda row: number(row["gradient_error"], ".1e"),
+    "scale": lambda row: number(row["scale_error"], ".1e"),
+}
+FIGURE = Figure(
+    panel=lambda row: f"{row['form']}, K = {row['k']}",
+    x="n",
+    x_label="N = images × texts per image",
+    quantities=(("time_ms_p50", "forward + backward, ms", 1.0), ("peak_bytes", "peak extra memory, MiB", 2.0**20)),
+)
+
+
 def runner(loss: Loss, batch: Batch, phase: str) -> Run:
-    """A call that returns (loss,) or (loss, gradients); the incoming gradient exists beforehand."""
-    if phase == "forward":
-
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (loss(batch),)
-
-        return forward
-    one = torch.ones((), device=batch.image.device)
-
-    def both() -> tuple[Tensor, ...]:
-        value = loss(batch)
-        return value, *torch.autograd.grad(value, batch.leaves, one.to(value.dtype))
-
-    return both
+    """A call that returns (loss,) or (loss, gradients)."""
+    return phase_run(lambda: loss(batch), batch.leaves, torch.ones((), device=batch.image.device), phase)
 
 
-class Comparison:
+class LossComparison(Comparison[LossMeasurement]):
     """All implementations of one form on one batch."""
 
     def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], device: str) -> None:
-        self.form, self.batch, self.device = form, batch, batch.image.device
+        self.form, self.batch = form, batch
         self.chosen = {name: value for name, value in chosen.items() if form in value.forms}
-        images, self.k, self.dim = batch.image.shape
+        images, self.k, dim = batch.image.shape
         self.n, self.dtype = images * self.k, batch.image.dtype
-        self.case = Case(BENCHMARK, form, self.n, self.k, self.dim, str(self.dtype)[6:], device, "", "")
+        rows = min(self.n, MATRIX_ROWS[batch.image.device.type])
+        super().__init__(f"{form}, N = {self.n}", self.chosen, rows, dim, self.dtype, batch.image.device)
+        self.case = LossCase(BENCHMARK, form, str(self.dtype)[6:], device, "", "", self.n, self.k, dim)
         self.limit_bytes = memory_limit_bytes(self.device.type, self.n, self.dim, self.dtype.itemsize)
         self.losses: dict[str, Loss] = {}
         self.small = batch.to_leaves(images=max(2, 512 // self.k))
@@ -98,33 +116,20 @@ class Comparison:
             exact = batch.to_leaves(torch.float64)
             self.truth, status = attempt(runner(reference(form, exact), exact, PHASES[0]))
             self.no_truth = f"float64 truth: {status}"
-        self.mm_rows = min(self.n, MATRIX_ROWS[self.device.type])
-        self.products = matrix_products(self.mm_rows, self.dim, self.dtype, self.device)
 
-    def measure(self, phase: str, seconds: float, progress: Progress, previous: list[Row]) -> list[Measurement]:
-        """One row per implementation. ``previous``: rows of smaller sizes, by which hopeless runs are left out."""
-        rows, runs, slow = {}, {}, {}
-        for name in self.chosen:
-            progress.step(f"{self.form}, N = {self.n}, {phase}: {name}")
-            rows[name], run, elapsed_ms = self.first_call(name, phase, previous)
-            if elapsed_ms > max(seconds, LONG_S) * 1e3:  # not again: it was a round
-                slow[name] = [elapsed_ms]
-            elif run is not None:
-                runs[name] = run
-        if not runs and not slow:
-            return list(rows.values())
-        with ForeignCores() as foreign:
-            times = interleave({**self.products, **runs}, self.device, seconds) | slow
-        tflops = matrix_tflops({name: times[name] for name in self.products}, self.mm_rows, self.dim)
-        flop = loss_flop(self.form, phase, self.n, self.dim)
-        for name in [*runs, *slow]:
-            taken, row = times[name], replace(rows[name], foreign_cores=foreign.cores)
-            rows[name] = replace(row, status=taken) if isinstance(taken, str) else row.timed(taken, flop, tflops)
-        return list(rows.values())
+    def flop(self, phase: str) -> float:
+        return loss_flop(self.form, phase, self.n, self.dim)
 
-    def first_call(self, name: str, phase: str, previous: list[Row]) -> tuple[Measurement, Run | None, float]:
-        """Can it run, how much memory does it take, what is its error? And what to time if it can, and ms it took."""
-        row = Measurement(replace(self.case, implementation=name, phase=phase), limit_bytes=self.limit_bytes)
+    def heading(self, rows: list[Row]) -> str:
+        images = f"{self.n // self.k:,} images × {self.k} text{'s' * (self.k > 1)}"
+        limit = in_bytes(str(self.limit_bytes))
+        return (
+            f"\n{self.form}   N = {self.n:,} ({images})   D = {self.dim}   {self.case.dtype}   "
+            f"{mm_rate(rows)}limit of extra memory for betaclip {limit}"
+        )
+
+    def first_call(self, name: str, phase: str, previous: list[Row]) -> tuple[LossMeasurement, Run | None, float]:
+        row = LossMeasurement(replace(self.case, implementation=name, phase=phase), limit_bytes=self.limit_bytes)
         implementation = self.chosen[name]
         if name not in self.losses:
             loss, status = attempt(lambda: implementation.build(self.form, self.batch))
@@ -137,16 +142,12 @@ class Comparison:
         # Libraries initialise themselves and compilers compile in a first call, which is not what is measured.
         warm_up = runner(self.losses[name], self.batch if implementation.compiles else self.small, phase)
         run = runner(self.losses[name], self.batch, phase)
-        _, status = attempt(warm_up)
-        if status == OK:
-            result, status = attempt(lambda: with_peak_bytes(run, self.device, forget=implementation.forget))
-        if status != OK:
-            return replace(row, status=status), None, 0.0
-        outputs, peak, elapsed_ms = result
-        row = replace(row, peak_bytes=peak, note="" if peak is not None else "peak memory cannot be measured here")
+        row, outputs, elapsed_ms = self.call(row, run, warm_up, implementation.forget)
+        if row.status != OK:
+            return row, None, 0.0
         return self.with_errors(row, outputs), run, elapsed_ms
 
-    def refusal(self, case: Case, previous: list[Row]) -> tuple[str, str] | None:
+    def refusal(self, case: LossCase, previous: list[Row]) -> tuple[str, str] | None:
         """Status and note of a run that is not tried: it would exhaust the machine's memory, or everyone's patience."""
         implementation, free = self.chosen[case.implementation], free_bytes(self.device)
         needed = implementation.estimated_bytes(case.phase, self.n, self.dim, self.dtype.itemsize)
@@ -163,7 +164,7 @@ class Comparison:
                 return None
         return None
 
-    def with_errors(self, row: Measurement, outputs: tuple[Tensor, ...]) -> Measurement:
+    def with_errors(self, row: LossMeasurement, outputs: tuple[Tensor, ...]) -> LossMeasurement:
         if self.truth is None:
             return replace(row, note="; ".join(filter(None, (row.note, self.no_truth))))
         loss, *gradients = (relative_error(x, y) for x, y in zip(outputs, self.truth, strict=False))
@@ -179,29 +180,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--sizes", nargs="+", type=int, metavar="N", help="default: what fits the device")
     add("--texts", type=int, default=36, metavar="K", help="texts per image of ce and bce (default 36)")
     add("--dim", type=int, default=512, metavar="D", help="width of the embeddings (default 512)")
-    add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: bfloat16 on a GPU")
-    add("--implementations", nargs="+", metavar="NAME", help="those whose names begin so (default: all)")
     add("--embeddings", type=Path, metavar="FILE.safetensors", help="a real batch: image_embeds, text_embeds ...")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=1.5, help="timed per form, size and phase, one round at least (default 1.5)")
-    add("--smoke", action="store_true", help="tiny sizes, to see that all works; writes to a temporary folder")
-    add("--output", type=Path, help="folder of CSV and PNG (default: results, beside this file)")
+    add_common_options(parser, each="form, size and phase")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.sizes, args.texts, args.dim, args.seconds = [96], 12, 64, 0.2
-        args.output = args.output or Path(tempfile.mkdtemp(prefix="loss_throughput_"))
-    args.output = args.output or Path(__file__).parent / "results"
-    args.device = torch.device(args.device)
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
-    if args.device.type not in SIZES:
-        parser.error(f"--device: expected cpu or cuda, got {args.device}")
+        args.sizes, args.texts, args.dim = [96], 12, 64
+    resolve_common_options(parser, args, BENCHMARK, implementations())
     for n in args.sizes or ():
         if n % args.texts or n < 2 * args.texts:
             parser.error(f"--sizes: expected multiples of K = {args.texts} from {2 * args.texts} on, got {n}")
-    prefixes = tuple(args.implementations or ("",))
-    args.chosen = {name: value for name, value in implementations().items() if name.startswith(prefixes)}
-    if not args.chosen:
-        parser.error(f"--implementations: expected some of {', '.join(implementations())}")
     if args.embeddings is not None:
         try:
             args.embeddings = real_batch(args.embeddings, args.dtype, args.device)
@@ -234,78 +221,30 @@ def count_cases(args: argparse.Namespace) -> int:
     )
 
 
-def command(argv: list[str]) -> str:
-    """As typed, without this machine's folders."""
-    return shlex.join(
-        ["python", f"benchmarks/{BENCHMARK}.py", *(Path(x).name if Path(x).is_absolute() else x for x in argv)]
-    )
-
-
-def heading(comparison: Comparison, rows: list[Row]) -> str:
-    rates = [float(row["mm_tflops"]) for row in rows if row["mm_tflops"]]
-    rate = f"torch.mm {max(rates):.3g} TFLOP/s   " if rates else ""
-    images = f"{comparison.n // comparison.k:,} images × {comparison.k} text{'s' * (comparison.k > 1)}"
-    limit = in_bytes(str(comparison.limit_bytes))
-    return (
-        f"\n{comparison.form}   N = {comparison.n:,} ({images})   D = {comparison.dim}   {comparison.case.dtype}   "
-        f"{rate}limit of extra memory for betaclip {limit}"
-    )
-
-
-def run(args: argparse.Namespace, source: Provenance, path: Path, device: str) -> list[Row]:
-    progress = Progress(count_cases(args))
-    rows: list[Row] = []
-    for form, batch in batches(args):
-        comparison = Comparison(form, batch, args.chosen, device)
-        fresh = [
-            as_row(measurement, source)
-            for phase in PHASES
-            for measurement in comparison.measure(phase, args.seconds, progress, rows)
-        ]
-        append_rows(path, fresh)
-        progress.print(heading(comparison, fresh) + "\n" + table(fresh))
-        rows += fresh
-        del comparison, batch
-        release()
-    progress.close()
-    return rows
-
-
-def draw(path: Path) -> str:
-    """The figure beside a CSV, of the configuration that its last row has; where it is, or why there is none."""
-    rows = [row for row in read_rows(path) if row["benchmark"] == BENCHMARK]
+def draw(rows: list[Row], path: Path) -> str | None:
+    """Of the configuration that the last row has."""
     last = {row["form"]: row for row in rows}
     rows = [
         row
         for row in rows
         if all(row[key] == rows[-1][key] for key in ("dim", "dtype")) and row["k"] == last[row["form"]]["k"]
     ]
-    title = f"{rows[-1]['device']}, {rows[-1]['dtype']}, D = {rows[-1]['dim']}"
-    figure = path.with_suffix(".png")
-    reason = plot(rows, figure, title)
-    return f"figure: {figure}" if reason is None else f"no figure: {reason}"
+    return plot(rows, path, f"{rows[-1]['device']}, {rows[-1]['dtype']}, D = {rows[-1]['dim']}", FIGURE)
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args, source = arguments(argv), provenance(command(argv))
-    name = device_name(args.device)
-    path = args.output / f"{slug(name)}.csv"
-    print(f"{name}   torch {source.torch}   betaclip {source.betaclip}   {source.date}")
+    args = arguments(argv)
+    source, device = begin(args, BENCHMARK, argv)
+    path = args.output / f"{device}.csv"
     print("Times: median (20th-80th percentile) of interleaved rounds. Of mm, extra memory and errors against float64:")
     print("of forward+backward; see --help.")
-    rows = run(args, source, path, slug(name))
+    comparisons = (LossComparison(form, batch, args.chosen, device) for form, batch in batches(args))
+    rows = run(comparisons, args.seconds, source, path, count_cases(args), COLUMNS)
     compared = summary(rows, "betaclip/", ("published", "dense", "compiled"))
     if compared and not args.smoke:  # tiny sizes tell nothing
         print("", *compared, sep="\n")
-    disturbance = max((float(row["foreign_cores"]) for row in rows if row["foreign_cores"]), default=0.0)
-    if disturbance > 0.1:
-        print(f"\nDisturbed: other processes kept up to {disturbance:.1f} cores busy. Trust no time above.")
-    print("", f"rows: {path}", draw(path), sep="\n")
-    failed = [
-        row for row in rows if row["status"].startswith("failed") and row["implementation"].startswith("betaclip")
-    ]
-    return 1 if failed else 0
+    return end(rows, path, figure(path, BENCHMARK, draw))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the benchmarks show: tables, a progress bar, and plots drawn from CSV rows alone."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, str]
+Columns = Mapping[str, Callable[[Row], str]]  # heading: what it shows of a row
 
 
 class Progress:
@@ -69,26 +71,17 @@ def number(value: str, pattern: str) -> str:
     return format(float(value), pattern) if value else ""
 
 
-COLUMNS = (
-    "implementation",
-    "forward ms",
-    "forward+backward ms",
-    "of mm",
-    "extra memory",
-    "in limit",
-    "error: loss",
-    "gradients",
-    "scale",
-)
+def table(rows: Sequence[Row], columns: Columns) -> str:
+    """One line per implementation of a form at a size, both phases side by side; reasons where there is no time.
 
-
-def table(rows: Sequence[Row]) -> str:
-    """One line per implementation of a form at a size, both phases side by side; reasons where there is no time."""
+    ``columns`` show the row of forward + backward, or of forward where that is the only one.
+    """
     phases: dict[str, dict[str, Row]] = {}
     for row in rows:
         phases.setdefault(row["implementation"], {})[row["phase"]] = row
-    lines = [COLUMNS, *(_cells(name, by_phase) for name, by_phase in phases.items())]
-    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(COLUMNS))]
+    heading = ("implementation", "forward ms", "forward+backward ms", *columns)
+    lines = [heading, *(_cells(name, by_phase, columns) for name, by_phase in phases.items())]
+    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(heading))]
     widths[0] = max(len(line[0]) for line in lines)
     shown = []
     for line in lines:
@@ -102,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(shown)
 
 
-def _cells(name: str, by_phase: dict[str, Row]) -> tuple[str, ...]:
+def _cells(name: str, by_phase: dict[str, Row], columns: Columns) -> tuple[str, ...]:
     both = by_phase.get("forward+backward")
     forward = by_phase.get("forward")
     main = both or forward
@@ -110,11 +103,7 @@ def _cells(name: str, by_phase: dict[str, Row]) -> tuple[str, ...]:
     if all(row["status"] != "ok" for row in by_phase.values()):
         return name, main["status"] + (f" ({main['note']})" if main["note"] else "")
     times = [(spread(row) if row["status"] == "ok" else row["status"]) if row else "" for row in (forward, both)]
-    fits = ""
-    if name.startswith("betaclip") and main["peak_bytes"]:
-        fits = "yes" if float(main["peak_bytes"]) <= float(main["limit_bytes"]) else "no"
-    errors = (number(main[f"{what}_error"], ".1e") for what in ("loss", "gradient", "scale"))
-    return name, *times, number(main["share_of_mm"], ".2f"), in_bytes(main["peak_bytes"]), fits, *errors
+    return name, *times, *(show(main) for show in columns.values())
 
 
 def summary(rows: Iterable[Row], ours: str, baselines: Sequence[str]) -> list[str]:
@@ -142,8 +131,21 @@ def _ratio(theirs: str, ours: str, better: str, worse: str) -> str:
     return f"{ratio:.2f}× {better}" if ratio >= 1 else f"{1 / ratio:.2f}× {worse}"
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> str | None:
-    """Time and extra memory of forward + backward against N, one column per form; the reason if it cannot.
+@dataclass(frozen=True)
+class Figure:
+    """Quantities of forward + backward, a row of axes each, against the field x; a column of axes per ``panel(row)``.
+
+    quantities: field, label, and the unit to divide by.
+    """
+
+    panel: Callable[[Row], str]
+    x: str
+    x_label: str
+    quantities: tuple[tuple[str, str, float], ...]
+
+
+def plot(rows: Sequence[Row], path: Path, title: str, shown: Figure) -> str | None:
+    """Draws it, with the limit of peak memory where rows have one; the reason if it cannot.
 
     Of several rows of one case the last counts. Cases that ran out of memory are crosses at the top edge.
     """
@@ -155,35 +157,38 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> str | None:
     except ImportError:
         return "matplotlib is not installed (pip install matplotlib)"
     latest = {
-        (row["form"], row["implementation"], int(row["n"])): row for row in rows if row["phase"] == "forward+backward"
+        (shown.panel(row), row["implementation"], int(row[shown.x])): row
+        for row in rows
+        if row["phase"] == "forward+backward"
     }
-    sizes = {form: {n for f, _, n in latest if f == form} for form in dict.fromkeys(f for f, _, _ in latest)}
-    forms = [form for form in sizes if len(sizes[form]) > 1] or list(sizes)
-    if not forms:
+    sizes = {panel: {x for p, _, x in latest if p == panel} for panel in dict.fromkeys(p for p, _, _ in latest)}
+    panels = [panel for panel in sizes if len(sizes[panel]) > 1] or list(sizes)
+    if not panels:
         return "there is no row of forward + backward"
     names = list(dict.fromkeys(name for _, name, _ in latest))
     figure, grid = pyplot.subplots(
-        2, len(forms), figsize=(1 + 4.5 * len(forms), 8), squeeze=False, layout="constrained"
+        len(shown.quantities), len(panels), figsize=(1 + 4.5 * len(panels), 8), squeeze=False, layout="constrained"
     )
     figure.suptitle(title)
-    for column, form in enumerate(forms):
-        for axes, field, unit in zip(grid[:, column], ("time_ms_p50", "peak_bytes"), (1.0, 2.0**20), strict=True):
+    for column, panel in enumerate(panels):
+        for axes, (field, label, unit) in zip(grid[:, column], shown.quantities, strict=True):
             for index, name in enumerate(names):
-                own = {n: row for (f, i, n), row in sorted(latest.items()) if (f, i) == (form, name)}
+                own = {x: latest[p, i, x] for p, i, x in sorted(latest) if (p, i) == (panel, name)}
                 _line(axes, own, field, unit, name, index)
             limits = {
-                n: float(row["limit_bytes"]) for (f, _, n), row in latest.items() if f == form and row["limit_bytes"]
+                x: float(row["limit_bytes"])
+                for (p, _, x), row in latest.items()
+                if p == panel and row.get("limit_bytes")
             }
             if field == "peak_bytes" and limits:
                 ends = sorted(limits)
-                axes.plot(ends, [limits[n] / unit for n in ends], ":", color="black", label="limit for betaclip")
-            axes.set(xscale="log", yscale="log", xlabel="N = images × texts per image")
-            axes.set_xticks(sorted(sizes[form]), [f"{n:,}" for n in sorted(sizes[form])], minor=False)
-            axes.minorticks_off()
+                axes.plot(ends, [limits[x] / unit for x in ends], ":", color="black", label="limit for betaclip")
+            axes.set(xscale="log", yscale="log", xlabel=shown.x_label, ylabel="" if column else label)
+            axes.set_xticks(sorted(sizes[panel]), [f"{x:,}" for x in sorted(sizes[panel])], minor=False)
+            axes.set_xticks([], minor=True)
             axes.grid(alpha=0.3)
-        grid[0, column].set(title=f"{form}, K = {_common(latest, form, 'k')}", ylabel="forward + backward, ms")
-        grid[1, column].set(ylabel="peak extra memory, MiB")
-    grid[1, 0].legend(fontsize="small")
+        grid[0, column].set(title=panel)
+    grid[-1, 0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -191,8 +196,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> str | None:
 
 
 def _line(axes: Any, own: dict[int, Row], field: str, unit: float, name: str, index: int) -> None:
-    points = [(n, float(row[field]) / unit) for n, row in own.items() if row["status"] == "ok" and row[field]]
-    failed = [n for n, row in own.items() if row["status"] == "out of memory"]
+    points = [(x, float(row[field]) / unit) for x, row in own.items() if row["status"] == "ok" and row[field]]
+    failed = [x for x, row in own.items() if row["status"] == "out of memory"]
     style = {"color": f"C{index}", "linewidth": 2.5 if name.startswith("betaclip") else 1.2}
     if points:
         axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
@@ -206,7 +211,3 @@ def _line(axes: Any, own: dict[int, Row], field: str, unit: float, name: str, in
             color=style["color"],
             label=label,
         )
-
-
-def _common(latest: dict[tuple[str, str, int], Row], form: str, field: str) -> str:
-    return ", ".join(sorted({row[field] for (f, _, _), row in latest.items() if f == form}))

@@ -227,7 +227,7 @@ class TextConditionedPool(nn.Module):
 
     def _check(self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None) -> None:
         """Raise on malformed arguments."""
-        width = self.attn.embed_dim
+        width, weight = self.attn.embed_dim, self.attn.in_proj_weight
         if patches.dim() != 3 or patches.shape[1] == 0 or patches.shape[2] != width:
             raise ValueError(f"patches: expected (B, P, {width}) with P >= 1, got shape {tuple(patches.shape)}")
         images = patches.shape[0]
@@ -238,12 +238,10 @@ class TextConditionedPool(nn.Module):
         for name, tensor in (("patches", patches), ("queries", queries)):
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-            if tensor.device != self.logit_scale.device:
-                raise ValueError(
-                    f"{name}: expected device {self.logit_scale.device} as the module, got {tensor.device}"
-                )
-            if tensor.dtype != self.logit_scale.dtype and not torch.is_autocast_enabled(tensor.device.type):
-                expected = f"dtype {self.logit_scale.dtype} as the module's parameters (or autocast)"
+            if tensor.device != weight.device:
+                raise ValueError(f"{name}: expected device {weight.device} as the module, got {tensor.device}")
+            if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+                expected = f"dtype {weight.dtype} as the module's weights, or autocast"
                 raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
         shapes = {
             "patch_mask": (patch_mask, patches.shape[:2]),

@@ -109,6 +109,8 @@ class Eager:
         if inverse is not None and along is not None:  # Σ dS S + A dA = Σ dS (S + 1) + A δ
             along += logits.add_(1).mul_(ds).flatten(1, 2).sum(1)
             along *= inverse.squeeze(1).square()
+            if x.mask is not None:
+                along.masked_fill_(~x.mask, 0)  # 0 times a logit of -inf
         torch.mul(ds, factor, out=weights[:, :, 0])
         torch.mul(a, factor, out=weights[:, :, 1])
         return along

@@ -8,16 +8,13 @@ from torch import Tensor
 
 from betaclip.kernels import triton_support
 from betaclip.kernels.attention_pool_folded import Patches
-from betaclip.kernels.attention_pool_tiles import WIDEST, Tile, backward_tile, forward_tile
+from betaclip.kernels.attention_pool_tiles import Tile, backward_tile, forward_tile
 from betaclip.kernels.operand import accumulation_dtype
 
 
 def why_not(x: Tensor, q: Tensor) -> list[str]:
     """Reasons from metadata alone."""
-    reasons = triton_support.why_not(x)
-    if x.shape[-1] > WIDEST:
-        reasons.append(f"needs D <= {WIDEST}, D is {x.shape[-1]}")
-    return reasons
+    return triton_support.why_not(x)
 
 
 class Fused:
@@ -29,17 +26,20 @@ class Fused:
         return x.dtype
 
     def forward(self, x: Patches, z: Tensor, means: Tensor, spare: Tensor) -> Tensor:
-        tile = forward_tile(*_target(z), z.shape[2])
+        tile = forward_tile(*_target(z))
         lse = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
+        sums = z.new_empty(z.shape, dtype=lse.dtype) if x.rows.shape[1] > tile.block_p else None
         grid = z.shape[0] * -(-z.shape[1] // tile.block_l)
-        _launch("_attention_pool_fwd_kernel", grid, tile, x, z, (means, lse), z.shape[1])
+        _launch(
+            "_attention_pool_fwd_kernel", grid, tile, x, z, (means, lse, sums), z.shape[1], MANY_BLOCKS=sums is not None
+        )
         return lse
 
     def backward(
         self, x: Patches, zg: Tensor, lse: Tensor, delta: Tensor, weights: Tensor, spare: Tensor
     ) -> Tensor | None:
         tile = backward_tile(*_target(zg))
-        (images, texts, _, heads, width), patches = zg.shape, x.rows.shape[1]
+        (images, texts, _, heads, _), patches = zg.shape, x.rows.shape[1]
         blocks = -(-texts * heads // tile.block_l)
         along = None if x.least is None else lse.new_empty(images, blocks, patches)
         _launch(

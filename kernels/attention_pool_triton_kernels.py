@@ -3,8 +3,10 @@
 L latent queries of width D attend on an image's P patches x; 1 / |x_p|, from the loaded patches themselves, scales
 columns of logits and weights, so that no normalised patch exists.
 
-* forward: a program takes BLOCK_L latent queries of one image and reads its patches once, BLOCK_P at a time, with
-  online softmax. The running mean has all of D (BLOCK_D is the power of two from D on): no logit leaves the program.
+* forward: a program takes BLOCK_L latent queries of one image and its patches BLOCK_P at a time, with online softmax:
+  logits from D in steps of BLOCK_D, then weighted sums of the same patches, BLOCK_D columns at a time. Logits never
+  leave the program; weighted sums do only where P > BLOCK_P, to be rescaled. Patches come from memory once, for a
+  block of them is still in cache when it is read again.
 * backward: a program forms one tile of S = z x̂ᵀ and dA = g x̂ᵀ from D in steps of BLOCK_D and writes [dS; A] / |x|,
   the operand of two library products; of <x̂_p, dx̂_p> it writes its latent queries' share. No atomics.
 
@@ -28,49 +30,67 @@ def _valid(mask_ptr, stride_mask, image, patches, P, HAS_MASK: tl.constexpr):
 def _inverse(squares, LEAST: tl.constexpr):
     """1 / |x|, 0 where |x| < LEAST"""
     norm = tl.sqrt(squares)
-    return tl.where(norm < LEAST, 0.0, 1.0 / norm)
+    return tl.where(norm < LEAST, 0.0, 1.0 / tl.where(norm < LEAST, 1.0, norm))
 
 
 @triton.jit(do_not_specialize=["P", "L"])
 def _attention_pool_fwd_kernel(
     x_ptr, z_ptr, mask_ptr,  # (images, P, D), (images, L, D), (images, P)
     means_ptr, lse_ptr,  # (images, L, D), (images, L): +inf for an image without valid patches
+    sums_ptr,  # (images, L, D) if MANY_BLOCKS: scratch, weighted sums of the blocks before
     P, L, stride_image, stride_patch, stride_mask,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, LEAST: tl.constexpr, HAS_MASK: tl.constexpr,
+    D: tl.constexpr, NORMALIZE: tl.constexpr, LEAST: tl.constexpr, HAS_MASK: tl.constexpr, MANY_BLOCKS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, BLOCK_L)
     image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    latents, depth = block * BLOCK_L + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
-    rows = (image * L + latents)[:, None] * D + depth[None, :]
-    inside = (latents < L)[:, None] & (depth < D)[None, :]
-    z = tl.load(z_ptr + rows, mask=inside, other=0.0)
-    means = tl.zeros((BLOCK_L, BLOCK_D), dtype=ACC)
+    latents = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    of_z = (image * L + latents) * D
     total = tl.zeros((BLOCK_L,), dtype=ACC)
     top = tl.full((BLOCK_L,), -float("inf"), dtype=ACC)
     for start in range(0, P, BLOCK_P):
         patches = start + tl.arange(0, BLOCK_P)
         valid = _valid(mask_ptr, stride_mask, image, patches, P, HAS_MASK)
-        offsets = image * stride_image + patches.to(tl.int64)[:, None] * stride_patch + depth[None, :]
-        x = tl.load(x_ptr + offsets, mask=valid[:, None] & (depth < D)[None, :], other=0.0)
-        s = tl.dot(z, x.T, input_precision=PRECISION, out_dtype=ACC)
+        of_x = image * stride_image + patches.to(tl.int64) * stride_patch
+        s = tl.zeros((BLOCK_L, BLOCK_P), dtype=ACC)
+        squares = tl.zeros((BLOCK_P,), dtype=ACC)
+        for left in range(0, D, BLOCK_D):
+            depth = left + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + of_x[:, None] + depth[None, :], mask=valid[:, None] & (depth < D)[None, :], other=0.0)
+            inside = (latents < L)[:, None] & (depth < D)[None, :]
+            z = tl.load(z_ptr + of_z[:, None] + depth[None, :], mask=inside, other=0.0)
+            s = tl.dot(z, x.T, s, input_precision=PRECISION, out_dtype=ACC)
+            if NORMALIZE:
+                squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
         if NORMALIZE:
-            inverse = _inverse(tl.sum(x.to(ACC) * x.to(ACC), 1), LEAST)
+            inverse = _inverse(squares, LEAST)
             s *= inverse[None, :]
         s = tl.where(valid[None, :], s, -float("inf"))
         highest = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(highest == -float("inf"), 0.0, highest)
         weights, decay = tl.exp(s - finite[:, None]), tl.exp(top - finite)
         total = total * decay + tl.sum(weights, 1)
+        top = highest
         if NORMALIZE:
             weights *= inverse[None, :]
-        means = tl.dot(
-            weights.to(x.dtype), x, means * decay[:, None], input_precision=PRECISION, out_dtype=ACC
-        )
-        top = highest
-    means = means / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(means_ptr + rows, means.to(means_ptr.dtype.element_ty), mask=inside)
+        weights = weights.to(x_ptr.dtype.element_ty)
+        share = 1.0 / tl.where(total > 0, total, 1.0)
+        for left in range(0, D, BLOCK_D):
+            depth = left + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + of_x[:, None] + depth[None, :], mask=valid[:, None] & (depth < D)[None, :], other=0.0)
+            rows = of_z[:, None] + depth[None, :]
+            inside = (latents < L)[:, None] & (depth < D)[None, :]
+            sums = tl.dot(weights, x, input_precision=PRECISION, out_dtype=ACC)
+            if MANY_BLOCKS:
+                if start > 0:
+                    sums += decay[:, None] * tl.load(sums_ptr + rows, mask=inside, other=0.0)
+                if start + BLOCK_P < P:
+                    tl.store(sums_ptr + rows, sums, mask=inside)
+            if start + BLOCK_P >= P:
+                means = (sums * share[:, None]).to(means_ptr.dtype.element_ty)
+                tl.store(means_ptr + rows, means, mask=inside)
+        tl.debug_barrier()  # this program alone touches its sums; its threads meet between two blocks
     lse = tl.where(total > 0, tl.log(total) + top, float("inf"))
     tl.store(lse_ptr + image * L + latents, lse, mask=latents < L)
 

@@ -15,12 +15,16 @@ from torch import Tensor
 
 WhyNot = Callable[..., list[str]]
 
+# Of all operations: BETACLIP_BACKEND may name one that an operation does not have.
+NAMES = ("triton", "blockwise", "folded", "sdpa", "reference")
+
 
 def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensors: Tensor) -> str:
     """The name of the backend that runs ``operation`` on ``tensors``.
 
     ``"auto"`` takes the first of the table that can serve; the environment variable ``BETACLIP_BACKEND``
-    stands in for ``"auto"``. A backend asked for by name is never replaced by another.
+    stands in for ``"auto"``, in operations that have a backend of its name. A backend asked for by name is never
+    replaced by another.
 
     Raises:
         ValueError: no backend of that name.
@@ -30,6 +34,8 @@ def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensor
     source = "backend"
     if requested == "auto":
         source, requested = "BETACLIP_BACKEND", os.environ.get("BETACLIP_BACKEND", "auto")
+        if requested in NAMES and requested not in table:
+            requested = "auto"
     if requested != "auto" and requested not in table:
         names = ", ".join(repr(name) for name in ("auto", *table))
         raise ValueError(f"{source}: expected one of {names} for {operation}, got {requested!r}")

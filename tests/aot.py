@@ -89,17 +89,15 @@ def _launch_similarity(dtype: torch.dtype, depth: int, groups: bool, bias: bool)
 
 
 def launch_attention_pool(dtype: torch.dtype) -> None:
-    """Both kernels at every entry of the tile table, at widths of a power of two and others, masked and not."""
-    for width, heads, masked, least in (
-        (64, 8, False, 1e-12),
-        (96, 4, True, 1e-12),
-        (256, 8, True, None),
-        (512, 8, False, 1e-12),
-        (512, 8, True, 1e-12),
-        (768, 12, False, 1e-12),
-        (1024, 16, True, 1e-12),
+    """Both kernels at aligned and odd widths and numbers of patches, in one block and in several, masked and not."""
+    for width, heads, patches, masked, least in (
+        (64, 8, 196, False, 1e-12),
+        (96, 4, 577, True, None),
+        (512, 8, 196, False, 1e-12),
+        (768, 12, 577, True, 1e-12),
+        (1024, 16, 1024, True, 1e-12),
     ):
-        images, texts, patches = 2, 9, 197
+        images, texts = 2, 9
         # As in training: the patches are a view that leaves out the class token.
         rows = torch.zeros(images, patches + 1, width, dtype=dtype)[:, 1:]
         x = Patches(rows, torch.ones(images, patches, dtype=torch.bool) if masked else None, least)

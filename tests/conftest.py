@@ -24,10 +24,10 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _skip_missing_backend(request: pytest.FixtureRequest) -> None:
     """Skip a test of a backend that serves nothing on this machine, with the backend's own reasons."""
-    from betaclip.kernels.similarity import BACKENDS
+    from betaclip.env import OPERATIONS
 
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend in BACKENDS:
-        probe = torch.zeros(1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
-        if reasons := BACKENDS[backend](probe, probe):
+    probe = torch.zeros(1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+    for table in OPERATIONS.values():
+        if backend in table and (reasons := table[backend](probe, probe)):
             pytest.skip(f"{backend}: {'; '.join(reasons)}")

@@ -10,7 +10,7 @@ import torch
 
 import betaclip
 from betaclip import env
-from betaclip.kernels.backends import resolve
+from betaclip.kernels.backends import NAMES, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,11 @@ def test_every_table_of_backends_is_reported():
     operators = [file.stem for file in kernels.glob("*.py") if "\nBACKENDS" in file.read_text(encoding="utf-8")]
     tables = [importlib.import_module(f"betaclip.kernels.{operator}").BACKENDS for operator in operators]
     assert tables and all(any(table is reported for reported in env.OPERATIONS.values()) for table in tables)
+
+
+def test_every_name_of_a_backend_is_known():
+    """BETACLIP_BACKEND accepts a name if any operation has it."""
+    assert set(NAMES) == {name for table in env.OPERATIONS.values() for name in table}
 
 
 def test_prints_each_backend_with_its_reasons(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every entry of the tile table, launched and compiled without a GPU: no spills, and the matrix units in use."""
+"""Every entry of the tile tables, launched and compiled without a GPU: no spills, and the matrix units in use."""
 
 import importlib.util
 import json
@@ -10,19 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from betaclip.kernels.similarity_tiles import TILES, rectangles
+from betaclip.kernels import attention_pool_tiles, similarity_tiles
+from betaclip.kernels.similarity_tiles import rectangles
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 MATRIX_UNIT = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}
+ENTRIES = list(similarity_tiles.TILES)
 DTYPES = {2: ["bfloat16", "float16"], 4: ["float32"]}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("architecture, dtype", [(name, dtype) for name, size in TILES for dtype in DTYPES[size]])
-def test_launches_compile_without_spills(architecture, dtype, tmp_path):
+@pytest.mark.parametrize("operation, kernel_count", [("similarity", 4), ("attention_pool", 2)])
+@pytest.mark.parametrize("architecture, dtype", [(name, dtype) for name, size in ENTRIES for dtype in DTYPES[size]])
+def test_launches_compile_without_spills(operation, kernel_count, architecture, dtype, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).parent / "aot.py", architecture, dtype],
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "aot.py", operation, architecture, dtype],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -30,13 +33,18 @@ def test_launches_compile_without_spills(architecture, dtype, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     counts = Counter(kernel["kernel"] for kernel in kernels)
-    assert len(counts) == 4 and min(counts.values()) >= 5, counts
+    assert len(counts) == kernel_count and min(counts.values()) >= 5, counts
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED_BYTES[architecture], kernel
         assert kernel[MATRIX_UNIT[architecture]], kernel
-    # Aligned rows come through the tensor memory accelerator on sm_90, and only there.
-    assert any(kernel["tma"] for kernel in kernels) == (architecture == "sm_90")
+    if operation == "similarity":  # aligned rows come through the tensor memory accelerator on sm_90, and only there
+        assert any(kernel["tma"] for kernel in kernels) == (architecture == "sm_90")
+
+
+def test_every_table_has_every_entry():
+    tables = (similarity_tiles.TILES, attention_pool_tiles.FORWARD, attention_pool_tiles.BACKWARD)
+    assert all(list(table) == ENTRIES for table in tables)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,209 @@
+"""The poolings that benchmarks/pooling_throughput.py compares: as published, plain PyTorch, a peer, and ours.
+
+Parts: "attention", from raw patches and queries to the output projection; "block", the same and the MLP. Each is built
+on one batch, whose parameters all of them share, and returns the same (B, K, D).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from harness import Unavailable
+from torch import Tensor, nn
+
+from betaclip import TextConditionedPool
+from betaclip.kernels.attention_pool import BACKENDS, FOLDED
+
+PARTS = ("attention", "block")
+MLP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class PoolBatch:
+    """patches: (B, P, D) and queries: (B, K, D), raw; parameters: of the block, under their published names."""
+
+    patches: Tensor
+    queries: Tensor
+    parameters: dict[str, nn.Parameter]
+    heads: int
+
+    def leaves(self, part: str) -> tuple[Tensor, ...]:
+        """What gradients are taken of: the patches, the queries, all parameters of the part."""
+        own = (x for name, x in self.parameters.items() if part == "block" or name.startswith("attn."))
+        return self.patches, self.queries, *own
+
+    def to(self, dtype: torch.dtype) -> "PoolBatch":
+        """A copy as new leaves."""
+
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().to(dtype, copy=True).requires_grad_()
+
+        parameters = {name: nn.Parameter(leaf(x)) for name, x in self.parameters.items()}
+        return PoolBatch(leaf(self.patches), leaf(self.queries), parameters, self.heads)
+
+
+def made_up_pool_batch(
+    images: int, texts: int, patches: int, dim: int, heads: int, dtype: torch.dtype, device: torch.device
+) -> PoolBatch:
+    """Embeddings of varied norms; weights by which some patches count more than others; biases that are not zero."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        pool = PublishedPool(dim, heads)
+        for name, parameter in pool.named_parameters():
+            if name == "attn.in_proj_weight":
+                parameter.data.mul_((2 * dim) ** 0.5)  # inputs of unit length give logits of unit spread
+            elif name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
+        embeds = (torch.randn(images, n, dim) * torch.empty(images, n, 1).uniform_(0.5, 2) for n in (patches, texts))
+        x, t = (y.to(device) for y in embeds)
+    return PoolBatch(x, t, {k: nn.Parameter(v.to(device)) for k, v in pool.named_parameters()}, heads).to(dtype)
+
+
+Pool = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class PoolImplementation:
+    """build(part, batch) imports what it needs and returns the call, or raises Unavailable.
+
+    folds: whether projections are folded to the side of the queries, so that no patch is projected; None: as
+    betaclip's cost model chooses.
+    """
+
+    build: Callable[[str, PoolBatch], Pool]
+    folds: bool | None = False
+
+
+def forward_flop(part: str, images: int, texts: int, patches: int, dim: int, heads: int, *, fold: bool) -> int:
+    """FLOP of the products. Projected: keys and values of each patch, query and output of each text, and in between
+    scores and means of all heads, together P·D wide. Folded: each of H latent queries per text is D wide and needs its
+    own scores and means; per text four projections: query, its folding, values, output.
+    """
+    if fold:
+        products = 2 * heads * texts * patches * dim + 4 * texts * dim**2
+    else:
+        products = 2 * patches * dim**2 + 2 * texts * patches * dim + 2 * texts * dim**2
+    mlp = 2 * MLP_RATIO * texts * dim**2 if part == "block" else 0
+    return 2 * images * (products + mlp)
+
+
+def least_flop(part: str, phase: str, images: int, texts: int, patches: int, dim: int, heads: int) -> int:
+    """Folded or projected, whatever is less; the gradients are two more products for each."""
+    ways = (forward_flop(part, images, texts, patches, dim, heads, fold=fold) for fold in (False, True))
+    return min(ways) * (1 if phase == "forward" else 3)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class PublishedPool(nn.Module):
+    """Step by step as in the released code, which leaves the attention to nn.MultiheadAttention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.ln_2 = nn.LayerNorm(dim)
+        hidden = MLP_RATIO * dim
+        layers = [("c_fc", nn.Linear(dim, hidden)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(hidden, dim))]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def attend(self, patches: Tensor, queries: Tensor) -> Tensor:
+        x, t = F.normalize(patches, dim=-1), F.normalize(queries, dim=-1)
+        return self.attn(t, x, x, need_weights=False)[0]
+
+    def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
+        pooled = self.attend(patches, queries)
+        return pooled + self.mlp(self.ln_2(pooled))
+
+
+# (B, K, H, Dh) queries, (B, P, H, Dh) keys and values -> (B, K, H, Dh)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class ProjectedPool(PublishedPool):
+    """What a careful user would write instead: projections without nn.MultiheadAttention's copies and transposes."""
+
+    def __init__(self, dim: int, heads: int, attention: Attention) -> None:
+        super().__init__(dim, heads)
+        self.attention = attention
+
+    def attend(self, patches: Tensor, queries: Tensor) -> Tensor:
+        x, t = F.normalize(patches, dim=-1), F.normalize(queries, dim=-1)
+        dim, heads = x.shape[-1], (self.attn.num_heads, -1)
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        q = F.linear(t, weight[:dim], bias[:dim])
+        k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, -1)
+        pooled = self.attention(*(y.unflatten(-1, heads) for y in (q, k, v)))
+        return self.attn.out_proj(pooled.flatten(2))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def bound(pool: PublishedPool | TextConditionedPool, part: str, batch: PoolBatch, compiled: bool = False) -> Pool:
+    """A call of the part on the batch, by whose parameters those of the same names are replaced."""
+    missing, unexpected = pool.to(batch.patches).load_state_dict(batch.parameters, strict=False, assign=True)
+    if unexpected or set(missing) - {"logit_scale"}:
+        raise ValueError(f"parameters disagree: {missing} are missing, {unexpected} are unknown")
+    call: Callable[..., Tensor] = pool.attend if part == "attention" else pool.forward
+    if compiled:
+        torch._dynamo.reset()  # static shapes, the fastest code, and no limit of recompilations to run into
+        call = torch.compile(call, dynamic=False)
+    return lambda: call(batch.patches, batch.queries)
+
+
+def _dim(batch: PoolBatch) -> int:
+    return batch.patches.shape[-1]
+
+
+def published(part: str, batch: PoolBatch) -> Pool:
+    """In float64 the definition of correct."""
+    return bound(PublishedPool(_dim(batch), batch.heads), part, batch)
+
+
+def _projected(part: str, batch: PoolBatch, compiled: bool = False) -> Pool:
+    return bound(ProjectedPool(_dim(batch), batch.heads, _sdpa), part, batch, compiled)
+
+
+def _xformers(part: str, batch: PoolBatch) -> Pool:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except Exception as error:
+        raise Unavailable(f"xformers: {error}") from error
+    if batch.patches.device.type != "cuda":
+        raise Unavailable("xformers: needs a GPU")
+    return bound(ProjectedPool(_dim(batch), batch.heads, memory_efficient_attention), part, batch)
+
+
+def _betaclip(backend: str, part: str, batch: PoolBatch) -> Pool:
+    if backend == "triton" and batch.patches.device.type != "cuda":
+        raise Unavailable("needs a GPU (its interpreter is for tests)")
+    reasons = [] if backend == "auto" else BACKENDS[backend](batch.patches, batch.queries)
+    if reasons:
+        raise Unavailable("; ".join(reasons))
+    pool = TextConditionedPool(_dim(batch), batch.heads, MLP_RATIO, backend=backend)
+    return bound(pool, part, batch)
+
+
+def pool_implementations() -> dict[str, PoolImplementation]:
+    """By name, in the order of the tables."""
+    ours = {
+        f"betaclip/{backend}": PoolImplementation(partial(_betaclip, backend), backend in FOLDED)
+        for backend in BACKENDS
+        if backend != "reference"
+    }
+    return {
+        "published": PoolImplementation(published),
+        "projected sdpa": PoolImplementation(_projected),
+        "projected sdpa, compiled": PoolImplementation(partial(_projected, compiled=True)),
+        "xformers": PoolImplementation(_xformers),
+        "betaclip/auto": PoolImplementation(partial(_betaclip, "auto"), folds=None),
+        **ours,
+    }
