@@ -214,11 +214,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _autograd(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, mask, _out, _lse = ctx.saved_tensors
-    x = tensors[0]
-    gradients = folded_backward(
-        *ctx.saved_tensors, dout, ctx.num_heads, ctx.least, ctx.needs_input_grad[0], ctx.backend
-    )
+    tensors = ctx.saved_tensors  # once: checkpoints compute them at each access
+    x, mask = tensors[0], tensors[5]
+    gradients = folded_backward(*tensors, dout, ctx.num_heads, ctx.least, ctx.needs_input_grad[0], ctx.backend)
     if mask is not None:
         dout = dout.masked_fill(~mask.any(1)[:, None, None], 0)
     dv_bias = dout.sum((0, 1), dtype=gradients[2].dtype) if ctx.needs_input_grad[4] else None

@@ -160,7 +160,8 @@ class _Groups:
         images, patches, width = x.shape
         length = pooling.q.shape[1] * self.heads
         each = length * (latents * width + weights * patches) + self.wide * 2 * patches * width
-        self.step = max(1, min(SCRATCH_BYTES // max(each * self.dtype.itemsize, 1), images))
+        groups = -(-images * each * self.dtype.itemsize // SCRATCH_BYTES)
+        self.step = max(1, -(-images // max(groups, 1)))  # groups of one size
 
     def scratch(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         return scratch(shapes, self.dtype, self.pooling.x.device)

@@ -1,0 +1,322 @@
+"""The pooling block: the published one exactly, and what its masks, scores and dtypes promise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from betaclip import BetaCALLoss, TextConditionedPool, pooling
+from betaclip.kernels.attention_pool import BACKENDS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GOLDEN = load_file(Path(__file__).parent / "golden" / "text_conditioned_pool.safetensors")
+PREFIX = "text_conditioned_patches_block."
+
+
+def golden_pool(backend: str = "auto") -> TextConditionedPool:
+    pool = TextConditionedPool(32, 8, backend=backend)
+    pool.load_state_dict({name[len(PREFIX) :]: t for name, t in GOLDEN.items() if name.startswith(PREFIX)})
+    return pool.to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_outputs(backend):
+    """Values of the released code, on a small model of its layout."""
+    patches, texts = (GOLDEN[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
+    out = golden_pool(backend)(patches[:, 1:], texts)
+    torch.testing.assert_close(out, GOLDEN["out.pooled_image_embed"].to(DEVICE), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_gradients(backend, form):
+    """Through the loss: the block's gradients in the released code."""
+    pool = golden_pool(backend)
+    patches, texts = (GOLDEN[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
+    loss = BetaCALLoss(form, padding="published")(
+        pool(patches[:, 1:], texts), texts, pool.logit_scale.exp(), mask=GOLDEN["out.mask"].bool().to(DEVICE)
+    )
+    torch.testing.assert_close(loss, GOLDEN[f"{form}.loss_beta_cal"].to(DEVICE), atol=1e-5, rtol=1e-5)
+    loss.backward()
+    start = f"{form}.grad.{PREFIX}"
+    expected = {name[len(start) :]: t for name, t in GOLDEN.items() if name.startswith(start)}
+    assert set(expected) == {"attn.in_proj_weight", "mlp.c_fc.weight", "logit_scale"}
+    for name, t in expected.items():
+        largest = float(t.abs().max())
+        torch.testing.assert_close(pool.get_parameter(name).grad, t.to(DEVICE), atol=1e-4 * largest, rtol=0)
+
+
+def published(pool: TextConditionedPool, patches: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The docstring's formula, with nn.MultiheadAttention's own forward; and the attention."""
+    patches, queries = F.normalize(patches, dim=-1), F.normalize(queries, dim=-1)
+    if pool.ln_1 is not None:
+        queries, patches = pool.ln_1(queries), pool.ln_1_kv(patches)
+    out, weights = pool.attn(queries, patches, patches)
+    hidden = pool.mlp.c_fc(pool.ln_2(out))
+    return out + pool.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden)), weights
+
+
+def block(norm_inputs: bool = False, backend: str = "auto", **kwargs: int) -> TextConditionedPool:
+    """In float64, with biases and LayerNorms that are not at their initial 0 and 1."""
+    pool = TextConditionedPool(16, 4, norm_inputs=norm_inputs, backend=backend, **kwargs).to(DEVICE).double()
+    with torch.no_grad():
+        for p in pool.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return pool
+
+
+def inputs(b: int = 3, k: int = 5, p: int = 7) -> tuple[Tensor, Tensor]:
+    return tuple(3 * torch.randn(b, rows, 16, dtype=torch.float64, device=DEVICE) for rows in (p, k))
+
+
+@pytest.mark.parametrize("norm_inputs", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_multihead_attention_and_mlp(backend, norm_inputs):
+    """Value and every gradient, the keys' bias included: it has one, of zeros."""
+    if BACKENDS[backend](*inputs()):
+        pytest.skip("; ".join(BACKENDS[backend](*inputs())))
+    pool = block(norm_inputs, backend)
+    leaves = [t.requires_grad_() for t in inputs()]
+    weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE)
+    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    expected = published(pool, *leaves)[0]
+    torch.testing.assert_close(pool(*leaves), expected)
+    ours, truth = (torch.autograd.grad(out, wanted, weight) for out in (pool(*leaves), expected))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attend_is_everything_but_the_mlp():
+    pool, (patches, queries) = block(), inputs()
+    out = pool.attend(patches, queries)
+    unit = F.normalize(patches, dim=-1)
+    torch.testing.assert_close(out, pool.attn(F.normalize(queries, dim=-1), unit, unit)[0])
+    torch.testing.assert_close(pool(patches, queries), out + pool.mlp(pool.ln_2(out)))
+
+
+def test_parameters_have_the_published_names():
+    names = set(TextConditionedPool(16, 4).state_dict())
+    assert names == {name[len(PREFIX) :] for name in GOLDEN if name.startswith(PREFIX)} | {"ln_2.weight", "ln_2.bias"}
+    added = set(TextConditionedPool(16, 4, norm_inputs=True).state_dict()) - names
+    assert added == {f"{ln}.{p}" for ln in ("ln_1", "ln_1_kv") for p in ("weight", "bias")}
+
+
+def test_mlp_ratio_and_scale():
+    pool = TextConditionedPool(16, 4, mlp_ratio=2.5)
+    assert pool.mlp.c_fc.weight.shape == (40, 16)
+    assert float(pool.logit_scale.exp()) == pytest.approx(1 / 0.07)
+
+
+def test_need_weights():
+    pool, (patches, queries) = block(), inputs()
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [False] * 7], device=DEVICE)
+    of_queries = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
+    out, weights = pool(patches, queries, need_weights=True)
+    torch.testing.assert_close(out, pool(patches, queries))
+    torch.testing.assert_close(weights, published(pool, patches, queries)[1])
+    _, weights = pool(patches, queries, patch_mask=mask, query_mask=of_queries, need_weights=True)
+    assert not weights[1, :, 3:].any() and not weights[1, 3:].any() and not weights[2].any()
+    torch.testing.assert_close(weights[1, :3].sum(-1), torch.ones_like(weights[1, :3, 0]))
+
+
+@pytest.mark.parametrize("norm_inputs", [False, True])
+@pytest.mark.parametrize("backend", ["folded", "sdpa", "reference"])
+def test_masks(backend, norm_inputs):
+    """What is masked may hold anything, gives zeros and receives zeros; the rest is as if it were not there."""
+    pool, (patches, queries) = block(norm_inputs, backend), inputs()
+    patch_mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [False] * 7], device=DEVICE)
+    query_mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
+    leaves = [
+        t.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+        for t, mask in ((patches, patch_mask), (queries, query_mask))
+    ]
+    out = pool(*leaves, patch_mask=patch_mask, query_mask=query_mask)
+    torch.testing.assert_close(out[0], published(pool, patches[:1], queries[:1])[0][0])
+    torch.testing.assert_close(out[1, :3], published(pool, patches[1:2, :3], queries[1:2, :3])[0][0])
+    assert not out[1, 3:].any() and not out[2].any()
+    attended = pool.attend(*leaves, patch_mask=patch_mask, query_mask=query_mask)
+    assert not attended[1, 3:].any() and not attended[2].any() and attended[1, :3].all()
+    gradients = torch.autograd.grad(out.square().sum(), [*leaves, *(p for p in pool.parameters() if p.dim())])
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][~patch_mask].any() and not gradients[1][~query_mask].any() and not gradients[0][2].any()
+    assert gradients[0][0].all() and gradients[1][1, :3].all()
+
+
+def test_ragged_texts_cost_no_memory():
+    """A mask of texts keeps nothing but itself for the backward."""
+    pool, (patches, queries) = block(backend="folded"), inputs(k=40)
+    leaves = [t.requires_grad_() for t in (patches, queries)]
+    mask = torch.rand(3, 40, device=DEVICE) < 0.5
+
+    def kept(**kwargs: Tensor) -> int:
+        storages: dict[int, Tensor] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storages[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            pool(*leaves, **kwargs)
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    masks = 4 * mask.numel()  # bool, inverted, of queries and of the result
+    assert kept(query_mask=mask) <= kept() + masks
+
+
+def test_queries_shared_by_all_images():
+    pool, (patches, queries) = block(), inputs()
+    shared = queries[0]
+    torch.testing.assert_close(pool(patches, shared), pool(patches, shared.expand(3, 5, 16)))
+    mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
+    expected = pool(patches, shared).masked_fill(~mask[..., None], 0)
+    torch.testing.assert_close(pool(patches, shared, query_mask=mask), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any result of any operator has, but for views."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pair_bytes", [1, 9_000, 2**26])
+def test_score_is_the_cosine_of_all_pairs(pair_bytes, masked, monkeypatch):
+    """Also a pair at a time, texts of one image in parts, and several images at once."""
+    monkeypatch.setattr(pooling, "PAIR_BYTES", pair_bytes)
+    pool, (patches, _) = block(), inputs(b=5)
+    texts = torch.randn(11, 16, dtype=torch.float64, device=DEVICE)
+    mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
+    if mask is not None:
+        mask[3] = False
+
+    def score(patches: Tensor, texts: Tensor) -> Tensor:
+        return pool.score(patches, texts, patch_mask=mask)
+
+    def plain(patches: Tensor, texts: Tensor) -> Tensor:
+        return F.cosine_similarity(pool(patches, texts, patch_mask=mask), texts, dim=-1)
+
+    leaves = [patches.requires_grad_(), texts.requires_grad_()]
+    weight = torch.randn(5, 11, dtype=torch.float64, device=DEVICE)
+    ours, truth = score(*leaves), plain(*leaves)
+    assert ours.shape == (5, 11)
+    torch.testing.assert_close(ours, truth)
+    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(score(*leaves), truth)
+
+
+def test_score_in_bounded_memory(monkeypatch):
+    """Never a (B, M, D) tensor, forward or backward."""
+    monkeypatch.setattr(pooling, "PAIR_BYTES", 2**16)
+    pool, (patches, _) = block(), inputs(b=16, p=5)
+    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
+    pairs = 16 * 64 * 16
+    with LargestTensor() as largest:
+        pool.score(patches, texts).sum().backward()
+    # A hidden layer of the pairs at a time, at most.
+    assert max(16 * 64, texts.numel()) < largest.numel <= pairs / 4
+
+
+def test_score_of_nothing():
+    pool, (patches, queries) = block(), inputs()
+    assert pool.score(patches, queries[0, :0]).shape == (3, 0)
+    assert pool.score(patches[:0], queries[0]).shape == (0, 5)
+
+
+def test_autocast():
+    """Products in its dtype, LayerNorm and softmax in float32; parameters and gradients stay as they are."""
+    pool, (patches, queries) = block().float(), (t.float() for t in inputs())
+    patches, queries = patches.requires_grad_(), queries
+    expected = pool(patches, queries)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = pool(patches, queries)
+        mixed = pool(patches.to(torch.bfloat16), queries)
+        scores = pool.score(patches, queries[0])
+    assert out.dtype == mixed.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    size = float(expected.abs().max())
+    torch.testing.assert_close(out.float(), expected, atol=2e-2 * size, rtol=0)
+    torch.testing.assert_close(mixed.float(), expected, atol=2e-2 * size, rtol=0)
+    (dx,) = torch.autograd.grad(out.float().square().sum(), patches)
+    (truth,) = torch.autograd.grad(expected.square().sum(), patches)
+    assert dx.dtype == torch.float32
+    torch.testing.assert_close(dx, truth, atol=5e-2 * float(truth.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters(dtype):
+    pool, (patches, queries) = block(), inputs()
+    expected = pool(patches, queries)
+    out = pool.to(dtype)(patches.to(dtype), queries.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=3e-2 * float(expected.abs().max()), rtol=0)
+
+
+def test_compile():
+    pool = block()
+    compiled = torch.compile(pool, fullgraph=True)
+    for b, k in ((2, 3), (3, 4)):
+        leaves = [t.requires_grad_() for t in inputs(b, k)]
+        eager, graph = pool(*leaves), compiled(*leaves)
+        torch.testing.assert_close(graph, eager)
+        weight = torch.randn_like(eager)
+        for a, e in zip(*(torch.autograd.grad(out, leaves, weight) for out in (graph, eager)), strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'fast'"):
+        block(backend="fast")(*inputs())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"patches": torch.ones(2, 8)}, r"patches: expected \(B, P, 8\) with P >= 1, got shape \(2, 8\)"),
+        ({"patches": torch.ones(2, 0, 8)}, r"patches: expected \(B, P, 8\) with P >= 1, got shape \(2, 0, 8\)"),
+        ({"patches": torch.ones(2, 5, 4)}, r"patches: expected \(B, P, 8\) with P >= 1, got shape \(2, 5, 4\)"),
+        ({"patches": torch.ones(2, 5, 8).long()}, r"patches: expected float16, .* or float64, got torch.int64"),
+        ({"patches": torch.ones(2, 5, 8).bfloat16()}, r"patches: expected dtype torch.float32 as the module's weights"),
+        ({"queries": torch.ones(3, 6, 8)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(3, 6, 8\)"),
+        ({"queries": torch.ones(2, 6, 4)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(2, 6, 4\)"),
+        ({"queries": torch.ones(8)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(8,\)"),
+        ({"queries": torch.ones(2, 6, 8).double()}, r"queries: expected dtype torch.float32 as .*, got torch.float64"),
+        ({"queries": torch.ones(2, 6, 8, device="meta")}, r"queries: expected device cpu as the module, got meta"),
+        ({"patch_mask": torch.ones(2, 6) > 0}, r"patch_mask: expected bool of shape \(2, 5\), .* torch.bool \(2, 6\)"),
+        ({"patch_mask": torch.ones(2, 5)}, r"patch_mask: expected bool of shape \(2, 5\), .* torch.float32 \(2, 5\)"),
+        ({"query_mask": torch.ones(2, 5) > 0}, r"query_mask: expected bool of shape \(2, 6\), .* torch.bool \(2, 5\)"),
+        (
+            {"query_mask": (torch.ones(2, 6) > 0).to("meta")},
+            r"query_mask: expected device cpu as for patches, got meta",
+        ),
+    ],
+)
+def test_rejects(change, message):
+    given = {"patches": torch.ones(2, 5, 8), "queries": torch.ones(2, 6, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        TextConditionedPool(8, 2)(**given)
+
+
+def test_rejects_heads_and_scores():
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of embed_dim = 12, got 8"):
+        TextConditionedPool(12)
+    with pytest.raises(ValueError, match=r"queries: expected \(M, D\), got shape \(2, 6, 8\)"):
+        TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(2, 6, 8))
+
+
+def test_is_a_module_like_others():
+    pool = TextConditionedPool(16, 4, backend="sdpa")
+    assert "backend='sdpa'" in repr(pool)
+    assert isinstance(pool.attn.out_proj, nn.Linear)
