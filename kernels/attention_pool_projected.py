@@ -31,8 +31,6 @@ def _somewhere(mask: Tensor) -> Tensor:
 def _finish(out: Tensor, pooling: Pooling) -> Tensor:
     """(B, K, D) from the heads' (B, H, K, D / H)"""
     out = out.transpose(1, 2).flatten(2)
-    if pooling.v_bias is not None:
-        out = out + pooling.v_bias
     empty = pooling.empty()
     return out if empty is None else out.masked_fill(empty, 0)
 
@@ -56,16 +54,17 @@ def _wide(pooling: Pooling) -> Pooling:
 def reference(pooling: Pooling) -> Tensor:
     """The definition of correct: every step in accumulation dtype, written out."""
     wide = _unit_patches(_wide(pooling))
-    out = _attention(wide) @ _heads(F.linear(wide.x, wide.v_weight), wide)
+    out = _attention(wide) @ _heads(F.linear(wide.x, wide.v_weight, wide.v_bias), wide)
     return _finish(out, wide).to(pooling.x.dtype)
 
 
 def sdpa(pooling: Pooling) -> Tensor:
     """PyTorch's fused attention after the projections."""
     unit = _unit_patches(pooling)
-    k, v = (_heads(F.linear(unit.x, weight), unit) for weight in (unit.k_weight, unit.v_weight))
+    k, v = F.linear(unit.x, unit.k_weight), F.linear(unit.x, unit.v_weight, unit.v_bias)
     mask = None if unit.mask is None else _somewhere(unit.mask)
-    return _finish(F.scaled_dot_product_attention(_heads(unit.q, unit), k, v, mask, scale=1.0), unit)
+    q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
+    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=1.0), unit)
 
 
 def mean_attention(pooling: Pooling) -> Tensor:
