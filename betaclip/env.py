@@ -30,7 +30,8 @@ def report() -> dict[str, Any]:
     """Versions, devices, environment variables (None: unset) and backends, as plain data.
 
     ``["operations"][operation]`` is a list with one entry per device and dtype: ``{"device", "dtype",
-    "auto": the backend that "auto" takes or why there is none, "backends": {name: reasons why not}}``.
+    "auto": the backend that "auto" takes or why there is none, "backends": {name: reasons why not}}``. Of
+    attention_pool, whose "auto" weighs sizes too, it is the backend for few queries.
     """
     return {
         "versions": {
