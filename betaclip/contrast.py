@@ -9,15 +9,17 @@ autograd would keep the normalised copies and add up three full-size gradients; 
 way, again in the backward, and the gradient is finished a few images at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import nvtx
 import torch
 from torch import Tensor
 
+from betaclip.distributed import AcrossRanks, Ranks
 from betaclip.kernels.backends import resolve, without_autocast
 from betaclip.kernels.operand import Operand, zero_rows
 from betaclip.kernels.products import float32_products
@@ -52,7 +54,13 @@ class Texts:
 
 
 def contrast_logsumexp(
-    image: Tensor, text: Tensor, scale: Tensor, texts: Texts, dtype: torch.dtype, backend: str
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    texts: Texts,
+    dtype: torch.dtype,
+    backend: str,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
 
@@ -62,27 +70,39 @@ def contrast_logsumexp(
         texts: which image each row belongs to.
         dtype: of the normalised copies that are multiplied.
         backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+        ranks: contrast with the images and texts of all of these; gradients are sums over the ranks' incoming ones.
 
     Returns:
         (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
     """
     backend = resolve("similarity_logsumexp", backend, BACKENDS, image[:0].to(dtype), text[:0].to(dtype))
-    return _LogSumExp.apply(image, text, scale, texts.group, texts.slots, texts.images, texts.texts, dtype, backend)
+    return _LogSumExp.apply(
+        image, text, scale, texts.group, texts.slots, texts.images, texts.texts, dtype, backend, ranks
+    )
 
 
 def contrast_softplus(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, texts: Texts, dtype: torch.dtype, backend: str
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    texts: Texts,
+    dtype: torch.dtype,
+    backend: str,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """() sum of softplus of all logits between different images, and the (B, K, K) cosines within images.
 
     The arguments are those of :func:`contrast_logsumexp`. The gradient is formed together with the value when
-    one is wanted, which saves forming the logits again.
+    one is wanted, which saves forming the logits again. With ``ranks`` the sum is over this rank's image embeddings,
+    and every rank must backpropagate the same incoming gradient.
     """
     backend = resolve("similarity_softplus", backend, BACKENDS, image[:0].to(dtype), text[:0].to(dtype))
     differentiable = torch.is_grad_enabled()
     return _Softplus.apply(
-        image, text, scale, bias, texts.group, texts.slots, texts.images, texts.texts, dtype, backend, differentiable
-    )
+        image, text, scale, bias, texts.group, texts.slots, texts.images, texts.texts, dtype, backend, ranks,
+        differentiable,
+    )  # fmt: skip
 
 
 def _inverse_norm(x: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +179,11 @@ def _through_norm(g: Tensor, u: Tensor, length: Tensor, scratch: Tensor) -> Tens
     return g.addcmul_(u, along, value=-1).mul_(length)
 
 
+def _between(backend: str, ranks: Ranks | None, operands: tuple[Operand, Operand]) -> Any:
+    """What has a backend's functions."""
+    return implementation(backend, *operands) if ranks is None else AcrossRanks(backend, ranks)
+
+
 @torch.library.custom_op("betaclip::contrast_logsumexp", mutates_args=())
 @without_autocast
 def _logsumexp_op(
@@ -172,10 +197,16 @@ def _logsumexp_op(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _logsumexp_fwd(image, text, scale, group, slots, images, texts, dtype, backend)
+
+
+def _logsumexp_fwd(  # type: ignore[no-untyped-def]
+    image, text, scale, group, slots, images, texts, dtype, backend, ranks=None
+) -> tuple[Tensor, Tensor, Tensor]:
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         operands = _operands(image, text, inverse, group, dtype)
-        lse_x, lse_y = implementation(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
+        lse_x, lse_y = _between(backend, ranks, operands).similarity_logsumexp_fwd(*operands, scale)
     with _within_images("within images", image):
         return lse_x, lse_y, _cosines(image, text, inverse, slots, images, texts)
 
@@ -203,10 +234,31 @@ def _logsumexp_backward_op(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = lse_x, lse_y, dlse_x, dlse_y, dcosines
+    return _logsumexp_bwd(image, text, scale, group, slots, *statistics, need_dx, need_dy, dtype, backend)
+
+
+def _logsumexp_bwd(  # type: ignore[no-untyped-def]
+    image,
+    text,
+    scale,
+    group,
+    slots,
+    lse_x,
+    lse_y,
+    dlse_x,
+    dlse_y,
+    dcosines,
+    need_dx,
+    need_dy,
+    dtype,
+    backend,
+    ranks=None,
+) -> tuple[Tensor, Tensor, Tensor]:
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
         operands = _operands(image, text, inverse, group, dtype)
-        dx, dy, dscale = implementation(backend, *operands).similarity_logsumexp_bwd(
+        dx, dy, dscale = _between(backend, ranks, operands).similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
     return *_raw_gradients(image, text, inverse, dx, dy, None, dcosines, slots), dscale
@@ -269,21 +321,29 @@ def _like(x: Tensor, needed: bool) -> Tensor:
     return torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
 
 
+def _across(run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """An operator's function between the images of all ranks. No operator: it talks to other processes."""
+    if torch.is_grad_enabled():  # in a backward that is to be differentiated; a forward runs without
+        _refuse(None)
+    return without_autocast(partial(run, ranks=ranks))
+
+
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image, text, scale, group, slots, images, texts, dtype, backend):  # type: ignore[no-untyped-def]
-        lse_x, lse_y, cosines = _logsumexp_op(image, text, scale, group, slots, images, texts, dtype, backend)
+    def forward(ctx: Any, image, text, scale, group, slots, images, texts, dtype, backend, ranks):  # type: ignore[no-untyped-def]
+        arguments = image, text, scale, group, slots, images, texts, dtype, backend
+        run = _logsumexp_op if ranks is None else _across(_logsumexp_fwd, ranks)
+        lse_x, lse_y, cosines = run(*arguments)
         ctx.save_for_backward(image, text, scale, group, slots, lse_x, lse_y)
-        ctx.dtype, ctx.backend = dtype, backend
+        ctx.dtype, ctx.backend, ctx.ranks = dtype, backend, ranks
         return lse_x, lse_y, cosines
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, need_dy, need_dscale, *_ = ctx.needs_input_grad
-        dimage, dtext, dscale = _logsumexp_backward_op(
-            *ctx.saved_tensors, *gradients, need_dx, need_dy, ctx.dtype, ctx.backend
-        )
-        return dimage if need_dx else None, dtext if need_dy else None, dscale if need_dscale else None, *[None] * 6
+        run = _logsumexp_backward_op if ctx.ranks is None else _across(_logsumexp_bwd, ctx.ranks)
+        dimage, dtext, dscale = run(*ctx.saved_tensors, *gradients, need_dx, need_dy, ctx.dtype, ctx.backend)
+        return dimage if need_dx else None, dtext if need_dy else None, dscale if need_dscale else None, *[None] * 7
 
 
 @torch.library.custom_op("betaclip::contrast_softplus", mutates_args=())
@@ -304,10 +364,17 @@ def _softplus_op(
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum and the cosines, and the sum's gradients for normalised rows, scale and bias."""
+    needs = differentiable, need_dx, need_dy
+    return _softplus_fwd(image, text, scale, bias, group, slots, images, texts, dtype, backend, *needs)
+
+
+def _softplus_fwd(  # type: ignore[no-untyped-def]
+    image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable, need_dx, need_dy, ranks=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inverse = _inverse_norm(image, group, scale.dtype), _inverse_norm(text, group, scale.dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         operands = _operands(image, text, inverse, group, dtype)
-        module = implementation(backend, *operands)
+        module = _between(backend, ranks, operands)
         if differentiable:
             ones = scale.new_ones(image.shape[0])
             rows, *gradients = module.similarity_softplus_fwd_bwd(*operands, scale, bias, ones, need_dx, need_dy)
@@ -370,13 +437,13 @@ _softplus_backward_op.register_autograd(_refuse)
 class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable
+        ctx: Any, image, text, scale, bias, group, slots, images, texts, dtype, backend, ranks, differentiable
     ):
         need_dx, need_dy, need_dscale, need_dbias, *_ = ctx.needs_input_grad
         differentiable = differentiable and (need_dx or need_dy or need_dscale or need_dbias)
-        total, cosines, *gradients = _softplus_op(
-            image, text, scale, bias, group, slots, images, texts, dtype, backend, differentiable, need_dx, need_dy
-        )
+        arguments = image, text, scale, bias, group, slots, images, texts, dtype, backend
+        run = _softplus_op if ranks is None else _across(_softplus_fwd, ranks)
+        total, cosines, *gradients = run(*arguments, differentiable, need_dx, need_dy)
         ctx.save_for_backward(image, text, scale, bias, group, slots, *gradients)
         return total, cosines
 
@@ -389,5 +456,5 @@ class _Softplus(torch.autograd.Function):
             dtext if need_dy else None,
             dscale if need_dscale else None,
             dbias if need_dbias else None,
-            *[None] * 7,
+            *[None] * 8,
         )

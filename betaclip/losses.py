@@ -11,10 +11,12 @@ Targets touch only pairs within one image, so every sum splits: between images, 
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.contrast import Texts, contrast_logsumexp, contrast_softplus
+from betaclip.distributed import TRANSPORTS, Ranks
 from betaclip.kernels.operand import DTYPES, accumulation_dtype
 from betaclip.kernels.similarity import BACKENDS
 
@@ -34,6 +36,8 @@ def beta_cal_ce_loss(
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
     backend: str = "auto",
+    gather: bool | str = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -62,6 +66,12 @@ def beta_cal_ce_loss(
         padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
             released code (``"published"``).
         backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+        gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, or ``"ring"``
+            (``betaclip.distributed`` has the difference). The inputs are this rank's; numbers of images and texts may
+            differ between ranks. Every rank returns the loss of the whole batch, and its gradients are W times the
+            derivatives by what it holds: averaged over the W ranks, as DistributedDataParallel does, parameters'
+            gradients are those of one process with the whole batch. All ranks must backpropagate the same multiple.
+        process_group: of these ranks; None for the default group.
 
     Returns:
         () in accumulation dtype, nats: the mean over valid rows of each direction, then of both directions.
@@ -70,13 +80,15 @@ def beta_cal_ce_loss(
     Raises:
         ValueError: an argument is malformed or disagrees with another; the message names it.
         NotImplementedError: the named backend cannot serve these inputs; the message says why.
+        RuntimeError: ``gather`` without an initialised process group.
     """
+    ranks = _ranks(gather, process_group)
     batch = _prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = _pair_weights(batch, alpha, beta, pair_weights)
     group = batch.texts.group if padding == "ignore" else _image_of_row(batch)
     texts = Texts(batch.texts.images, batch.texts.texts, group, batch.texts.slots)
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, texts, batch.dtype, backend
+        batch.image, batch.text, batch.scale, texts, batch.dtype, backend, ranks
     )
     between_x, between_y = (texts.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
@@ -87,9 +99,9 @@ def beta_cal_ce_loss(
             # Finite, so that an image without any text has finite gradients.
             least = torch.finfo(logits.dtype).min
             contrasted = logits.masked_fill(~(batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1)), least)
-    image_to_text = _soft_cross_entropy(between_x, contrasted, logits, weights, batch.valid, 2)
-    text_to_image = _soft_cross_entropy(between_y, contrasted, logits, weights, batch.valid, 1)
-    return (image_to_text + text_to_image) / 2
+    image_to_text = _soft_cross_entropy(between_x, contrasted, logits, weights, batch.valid, 2, ranks)
+    text_to_image = _soft_cross_entropy(between_y, contrasted, logits, weights, batch.valid, 1, ranks)
+    return _over_ranks((image_to_text + text_to_image) / 2, ranks)
 
 
 def beta_cal_bce_loss(
@@ -105,6 +117,8 @@ def beta_cal_bce_loss(
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
     backend: str = "auto",
+    gather: bool | str = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -124,29 +138,34 @@ def beta_cal_bce_loss(
         logit_bias: () added to every logit, may require a gradient; None for none.
         padding: padded texts take part in nothing; the divisor is the square of the number of valid texts
             (``"ignore"``) or (B·K)² as in the released code (``"published"``).
-        image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend: as for
-            :func:`beta_cal_ce_loss`.
+        image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
+        process_group: as for :func:`beta_cal_ce_loss`.
 
     Returns:
         () in accumulation dtype, nats. 0 if no text is valid.
 
     Raises:
-        ValueError, NotImplementedError: as for :func:`beta_cal_ce_loss`.
+        ValueError, NotImplementedError, RuntimeError: as for :func:`beta_cal_ce_loss`.
     """
+    ranks = _ranks(gather, process_group)
     batch = _prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     weights = _pair_weights(batch, alpha, beta, pair_weights)
-    between, cosines = contrast_softplus(batch.image, batch.text, batch.scale, bias, batch.texts, batch.dtype, backend)
+    between, cosines = contrast_softplus(
+        batch.image, batch.text, batch.scale, bias, batch.texts, batch.dtype, backend, ranks
+    )
     logits = batch.scale * cosines
     if bias is not None:
         logits = logits + bias
     positives = weights * F.softplus(-logits)
-    count: Tensor | int = batch.image.shape[0]
+    count = torch.full((), batch.image.shape[0], dtype=logits.dtype, device=logits.device)
     if batch.valid is not None:
         positives = positives * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
-        count = batch.valid.sum().to(logits.dtype) if padding == "ignore" else batch.valid.numel()
-    total = between + positives.sum()
-    return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)) ** 2
+        if padding == "ignore":
+            count = batch.valid.sum().to(logits.dtype)
+    if ranks is not None:
+        count = ranks.sum(count)
+    return _over_ranks((between + positives.sum()) / count.clamp_min(1) ** 2, ranks)
 
 
 class BetaCALLoss(nn.Module):
@@ -159,9 +178,11 @@ class BetaCALLoss(nn.Module):
         alpha: weight of the own text.
         padding: ``"ignore"`` or ``"published"``.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        gather: contrast with the images and texts of all ranks of ``process_group``; True, ``"all_gather"`` or
+            ``"ring"``. :func:`beta_cal_ce_loss` has what that means for gradients.
 
     Raises:
-        ValueError: unknown form, padding or backend; a negative weight.
+        ValueError: unknown form, padding, backend or way to gather; a negative weight.
     """
 
     def __init__(
@@ -171,6 +192,8 @@ class BetaCALLoss(nn.Module):
         alpha: float = 1.0,
         padding: str = "ignore",
         backend: str = "auto",
+        gather: bool | str = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_choice("form", form, FORMS)
@@ -178,7 +201,9 @@ class BetaCALLoss(nn.Module):
         _check_choice("backend", backend, ("auto", *BACKENDS))
         _check_weight("alpha", alpha)
         _check_weight("beta", beta)
+        _check_gather(gather)
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
+        self.gather, self.process_group = gather, process_group
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:
@@ -204,6 +229,8 @@ class BetaCALLoss(nn.Module):
             "pair_weights": pair_weights,
             "padding": self.padding,
             "backend": self.backend,
+            "gather": self.gather,
+            "process_group": self.process_group,
         }
         if self.form == "ce":
             return beta_cal_ce_loss(image_embeds, text_embeds, logit_scale, **options)
@@ -212,7 +239,7 @@ class BetaCALLoss(nn.Module):
     def extra_repr(self) -> str:
         beta = "learned" if isinstance(self.beta, nn.Parameter) else float(self.beta)
         options = f"form={self.form!r}, beta={beta}, alpha={self.alpha}"
-        return f"{options}, padding={self.padding!r}, backend={self.backend!r}"
+        return f"{options}, padding={self.padding!r}, backend={self.backend!r}, gather={self.gather!r}"
 
 
 class ClipLoss(nn.Module):
@@ -228,12 +255,19 @@ class ClipLoss(nn.Module):
 
     Args:
         backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+        gather, process_group: as for :class:`BetaCALLoss`.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        gather: bool | str = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         _check_choice("backend", backend, ("auto", *BACKENDS))
-        self.backend = backend
+        _check_gather(gather)
+        self.backend, self.gather, self.process_group = backend, gather, process_group
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
         """() from (B, D) image and text embeddings, any norm, and the () inverse temperature."""
@@ -245,8 +279,9 @@ class ClipLoss(nn.Module):
             expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
             raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
         return beta_cal_ce_loss(
-            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend
-        )
+            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend,
+            gather=self.gather, process_group=self.process_group,
+        )  # fmt: skip
 
 
 class _Batch(NamedTuple):
@@ -261,9 +296,16 @@ class _Batch(NamedTuple):
 
 
 def _soft_cross_entropy(
-    between: Tensor, contrasted: Tensor, logits: Tensor, weights: Tensor, valid: Tensor | None, dim: int
+    between: Tensor,
+    contrasted: Tensor,
+    logits: Tensor,
+    weights: Tensor,
+    valid: Tensor | None,
+    dim: int,
+    ranks: Ranks | None,
 ) -> Tensor:
-    """() mean over valid rows of logsumexp - sum_j q_ij S_ij, along ``dim`` of the (B, K, K) blocks.
+    """() mean over valid rows of logsumexp - sum_j q_ij S_ij, along ``dim`` of the (B, K, K) blocks; of the mean over
+    the rows of all ranks, the part of this rank's.
 
     A row whose weights are all zero has no target and does not count.
     """
@@ -271,7 +313,28 @@ def _soft_cross_entropy(
     total = weights.sum(dim if weights.dim() == 3 else dim - 1)
     rows = (total != 0).expand_as(lse) if valid is None else valid & (total != 0)
     target = (weights * logits).sum(dim) / torch.where(total != 0, total, 1)
-    return torch.where(rows, lse - target, 0).sum() / rows.sum().clamp_min(1)
+    count = rows.sum() if ranks is None else ranks.sum(rows.sum())
+    return torch.where(rows, lse - target, 0).sum() / count.clamp_min(1)
+
+
+def _ranks(gather: bool | str, process_group: dist.ProcessGroup | None) -> Ranks | None:
+    if gather is False:
+        if process_group is not None:
+            raise ValueError("process_group: expected None without gather, got a group")
+        return None
+    _check_gather(gather)
+    if not (dist.is_available() and dist.is_initialized()):
+        reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
+        raise RuntimeError(f"gather={gather!r}: {reason}")
+    return Ranks(TRANSPORTS[0] if isinstance(gather, bool) else gather, process_group)
+
+
+def _over_ranks(share: Tensor, ranks: Ranks | None) -> Tensor:
+    """The sum of all ranks' shares, with W times the gradient of this rank's: an average over ranks undoes that."""
+    if ranks is None:
+        return share
+    scaled = ranks.count * share
+    return scaled + (ranks.sum(share) - scaled.detach())
 
 
 def _prepare(
@@ -402,6 +465,11 @@ def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) 
     return value.reshape(()).to(dtype)
 
 
+def _check_gather(gather: object) -> None:
+    if not isinstance(gather, bool) and gather not in TRANSPORTS:
+        raise ValueError(f"gather: expected a bool, {' or '.join(map(repr, TRANSPORTS))}, got {gather!r}")
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -420,3 +488,7 @@ def _check_weight(name: str, value: Tensor | float) -> None:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise ValueError(
+            f"{name}: expected this rank's own tensor, got a DTensor (pass its to_local(), and gather=True)"
+        )

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from largest import LargestTensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from betaclip import BetaCALLoss, TextConditionedPool, pooling
 from betaclip.kernels.attention_pool import BACKENDS
@@ -174,19 +174,6 @@ def test_queries_shared_by_all_images():
     mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
     expected = pool(patches, shared).masked_fill(~mask[..., None], 0)
     torch.testing.assert_close(pool(patches, shared, query_mask=mask), expected)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any result of any operator has, but for views."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
-                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
-        return out
 
 
 @pytest.mark.parametrize("masked", [False, True])

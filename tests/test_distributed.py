@@ -1,0 +1,343 @@
+"""The global batch: losses over several processes against one process with the concatenated batch.
+
+Each test starts W processes on gloo, which run one of the functions below and assert there; a failure in any of them
+is the test's.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from largest import LargestTensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from betaclip import BetaCALLoss, ClipLoss, beta_cal_ce_loss
+from betaclip.distributed import TRANSPORTS
+
+SIZES = (3, 2, 0, 4)  # images per rank: unequal, and none
+K, D = 4, 8
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+
+
+def processes(count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = 60) -> None:
+    mp.spawn(_enter, (count, function, str(folder / "rendezvous"), timeout_s, args), count)
+
+
+def _enter(rank: int, count: int, function: Callable[..., None], file: str, timeout_s: float, args: Any) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timeout)
+    torch.manual_seed(0)  # the same batch everywhere, of which each rank takes its part
+    function(*args)
+    dist.destroy_process_group()
+
+
+def whole_batch(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text embeddings (B, K, D) of unequal norms, and a mask that leaves the last image no text."""
+    images = sum(sizes)
+    image, text = (torch.randn(images, K, D, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(images, K) < 0.7
+    mask[-1] = False
+    return image, text, mask
+
+
+def own_part(sizes: tuple[int, ...]) -> slice:
+    rank = dist.get_rank()
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def value_and_gradients(form: str, image: Tensor, text: Tensor, mask: Tensor | None, **options: Any) -> list[Tensor]:
+    """The loss, and gradients of image and text embeddings, scale, β and bias (0 in the softmax form)."""
+    image, text = (t.clone().requires_grad_() for t in (image, text))
+    scale, beta, bias = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (7.0, 0.5, -1.0))
+    loss = BetaCALLoss(form, beta=beta, **options)(
+        image, text, scale, mask=mask, logit_bias=bias if form == "bce" else None
+    )
+    (3 * loss).backward()  # as a gradient scaler would
+    return [
+        loss.detach(),
+        *(torch.zeros_like(t) if t.grad is None else t.grad for t in (image, text, scale, beta, bias)),
+    ]
+
+
+def compare(ours: list[Tensor], truth: list[Tensor], part: slice, case: str) -> None:
+    """Own rows times 1 / W, and the mean over ranks of what all have: what DistributedDataParallel makes of them."""
+    count = dist.get_world_size()
+    shared = torch.stack(ours[3:])
+    dist.all_reduce(shared)
+    torch.testing.assert_close(ours[0], truth[0], atol=1e-12, rtol=0, msg=lambda m: f"{case}: loss: {m}")
+    for name, a, t in (
+        ("image", ours[1] / count, truth[1][part]),
+        ("text", ours[2] / count, truth[2][part]),
+        ("scale, beta, bias", shared / count, torch.stack(truth[3:])),
+    ):
+        torch.testing.assert_close(a, t, atol=1e-12, rtol=0, msg=lambda m, name=name: f"{case}: {name}: {m}")
+
+
+def equals_one_process() -> None:
+    sizes = SIZES[: dist.get_world_size()]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    for form in ("ce", "bce"):
+        for padding in ("ignore", "published"):
+            for given in (None, mask):
+                truth = value_and_gradients(form, image, text, given, padding=padding)
+                for transport in TRANSPORTS:
+                    own = None if given is None else given[part]
+                    ours = value_and_gradients(form, image[part], text[part], own, padding=padding, gather=transport)
+                    compare(ours, truth, part, f"{form}, {padding}, masked {given is not None}, {transport}")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_equals_one_process(count, tmp_path):
+    """Both forms, both ways to move, masked and not, ragged counts, a rank without images: value and all gradients."""
+    processes(count, equals_one_process, tmp_path)
+
+
+def other_inputs_equal_one_process() -> None:
+    sizes = SIZES[:2]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    # Ragged rows: the valid ones, with an index.
+    index = torch.arange(sum(sizes))[:, None].expand_as(mask)
+    for transport in TRANSPORTS:
+        loss, of_all = BetaCALLoss(gather=transport), BetaCALLoss()
+        ragged = loss(image[part][mask[part]], text[part][mask[part]], scale, image_index=index[part][mask[part]])
+        torch.testing.assert_close(ragged, of_all(image[mask], text[mask], scale, image_index=index[mask]))
+        torch.testing.assert_close(ragged, of_all(image, text, scale, mask=mask))
+        # Pair weights, of every rank its own.
+        weights = torch.rand(sum(sizes), K, K, dtype=torch.float64)
+        ours = loss(image[part], text[part], scale, pair_weights=weights[part])
+        torch.testing.assert_close(ours, of_all(image, text, scale, pair_weights=weights))
+        # One text per image.
+        first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
+        torch.testing.assert_close(first, ClipLoss()(image[:, 0], text[:, 0], scale))
+        # Float32, and products in bfloat16 under autocast.
+        single = of_all(image.float(), text.float(), scale)
+        torch.testing.assert_close(loss(image[part].float(), text[part].float(), scale), single)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = loss(image[part].float(), text[part].float(), scale)
+        torch.testing.assert_close(rounded, single, atol=3e-2, rtol=0)
+        # Nothing valid anywhere.
+        nothing = torch.zeros_like(mask[part])
+        leaf = image[part].clone().requires_grad_()
+        value = loss(leaf, text[part], scale, mask=nothing)
+        assert value.item() == 0 and not torch.autograd.grad(value, leaf)[0].any()
+        with torch.no_grad():
+            torch.testing.assert_close(loss(image[part], text[part], scale), of_all(image, text, scale))
+    # True is the default way.
+    torch.testing.assert_close(BetaCALLoss(gather=True)(image[part], text[part], scale), of_all(image, text, scale))
+
+
+def test_other_inputs_equal_one_process(tmp_path):
+    processes(2, other_inputs_equal_one_process, tmp_path)
+
+
+def only_some_gradients() -> None:
+    sizes = SIZES[:2]
+    image, text, _ = whole_batch(sizes)
+    part = own_part(sizes)
+    for form in ("ce", "bce"):
+        for transport in TRANSPORTS:
+            for wanted in (0, 1):
+                gradients = []
+                for pair, gather in (((image, text), False), ((image[part], text[part]), transport)):
+                    pair = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(pair)]
+                    loss = BetaCALLoss(form, gather=gather)(*pair, torch.tensor(5.0, dtype=torch.float64))
+                    gradients.append(torch.autograd.grad(loss, pair[wanted])[0])
+                torch.testing.assert_close(gradients[1] / 2, gradients[0][part])
+
+
+def test_only_some_gradients(tmp_path):
+    processes(2, only_some_gradients, tmp_path)
+
+
+class Model(nn.Module):
+    """Two towers and a learned scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(6, D), nn.Linear(5, D)
+        self.logit_scale = nn.Parameter(torch.tensor([1.5]))  # fully_shard takes no scalars
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image(image), self.text(text), self.logit_scale.exp()
+
+
+def parallel_training_equals_one_process(wrapper: str) -> None:
+    sizes = SIZES[:2]
+    part = own_part(sizes)
+    pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
+    model = Model().double()
+    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    for transport in TRANSPORTS:
+        parallel = Model().double()
+        parallel.load_state_dict(model.state_dict())
+        if wrapper == "ddp":
+            wrapped: nn.Module = DistributedDataParallel(parallel)
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            wrapped = fully_shard(parallel, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        out = wrapped(pictures[part], words[part])
+        scale = out[2].full_tensor() if hasattr(out[2], "full_tensor") else out[2]
+        BetaCALLoss(gather=transport)(out[0], out[1], scale).backward()
+        for (name, p), t in zip(wrapped.named_parameters(), truth, strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            case = f"{wrapper}, {transport}: {name}"
+            torch.testing.assert_close(gradient, t, msg=lambda m, case=case: f"{case}: {m}")
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_parallel_training_equals_one_process(wrapper, tmp_path):
+    """Parameters' gradients as DistributedDataParallel and fully_shard average them."""
+    processes(2, parallel_training_equals_one_process, tmp_path, wrapper)
+
+
+def cached_gradients_equal_one_process() -> None:
+    """Encode without a graph, one loss over all embeddings, then backward chunk by chunk."""
+    sizes = SIZES[:2]
+    part = own_part(sizes)
+    pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
+    model = Model().double()
+    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    with torch.no_grad():
+        cache = [t.requires_grad_() for t in model(pictures[part], words[part])]
+    BetaCALLoss(gather="ring")(*cache).backward()
+    for i in range(sizes[dist.get_rank()]):
+        chunk = slice(part.start + i, part.start + i + 1)
+        image, text, scale = model(pictures[chunk], words[chunk])
+        surrogate = (image * cache[0].grad[i : i + 1]).sum() + (text * cache[1].grad[i : i + 1]).sum()
+        if i == 0:
+            surrogate = surrogate + scale * cache[2].grad
+        surrogate.backward()
+    for p, t in zip(model.parameters(), truth, strict=True):
+        dist.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad / 2, t)
+
+
+def test_cached_gradients_equal_one_process(tmp_path):
+    processes(2, cached_gradients_equal_one_process, tmp_path)
+
+
+def groups_are_apart() -> None:
+    """Ranks 1 and 3 are one batch, 0 and 2 another; the ring goes by the group's own order of ranks."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rank = dist.get_rank()
+    batches = [whole_batch((2, 2))[:2] for _ in groups]
+    image, text = batches[rank % 2]
+    part = slice(0, 2) if rank < 2 else slice(2, 4)
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    for transport in TRANSPORTS:
+        loss = BetaCALLoss(gather=transport, process_group=groups[rank % 2])
+        torch.testing.assert_close(loss(image[part], text[part], scale), BetaCALLoss()(image, text, scale))
+
+
+def test_groups_are_apart(tmp_path):
+    processes(4, groups_are_apart, tmp_path)
+
+
+def order_of_ranks_does_not_matter() -> None:
+    image, text, _ = whole_batch((2, 2, 2))
+    scale = torch.tensor(20.0)
+    values = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+        place = order[dist.get_rank()]
+        part = slice(2 * place, 2 * place + 2)
+        for transport in TRANSPORTS:
+            values.append(BetaCALLoss(gather=transport)(image[part].float(), text[part].float(), scale))
+    torch.testing.assert_close(torch.stack(values), values[0].expand(len(values)), atol=1e-6, rtol=0)
+
+
+def test_order_of_ranks_does_not_matter(tmp_path):
+    processes(3, order_of_ranks_does_not_matter, tmp_path)
+
+
+def ring_holds_shards() -> None:
+    """Nothing of the size of all ranks' embeddings, nor of this rank's times a multiple that grows with the ranks."""
+    rows, wide = 600, 512
+    image, text = (torch.randn(rows, 1, wide, requires_grad=True) for _ in range(2))
+    largest = {}
+    for transport in TRANSPORTS:
+        with LargestTensor() as seen:
+            BetaCALLoss(gather=transport, backend="reference")(image, text, torch.tensor(5.0)).backward()
+        largest[transport] = seen.numel
+    assert largest["ring"] <= 2 * rows * wide < 4 * rows * wide <= largest["all_gather"], largest
+
+
+def test_ring_holds_shards(tmp_path):
+    processes(4, ring_holds_shards, tmp_path)
+
+
+def second_derivative_raises() -> None:
+    image, text, _ = whole_batch((1, 1))
+    part = own_part((1, 1))
+    leaf = image[part].requires_grad_()
+    loss = BetaCALLoss(gather=True)(leaf, text[part], torch.tensor(5.0, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_second_derivative_raises(tmp_path):
+    processes(2, second_derivative_raises, tmp_path)
+
+
+def one_rank_fails(transport: str) -> None:
+    image, text, _ = whole_batch((1, 1, 1))
+    part = own_part((1, 1, 1))
+    if dist.get_rank() == 1:
+        os._exit(7)  # as if killed
+    BetaCALLoss(gather=transport)(image[part], text[part], torch.tensor(5.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rank_that_fails_leaves_no_hang(transport, tmp_path):
+    """The others raise, by the lost connection or the group's timeout, instead of waiting for it."""
+    begin = time.perf_counter()
+    context = mp.spawn(_enter, (3, one_rank_fails, str(tmp_path / "rendezvous"), 10, (transport,)), 3, join=False)
+    for process in context.processes:
+        process.join(60)
+    assert time.perf_counter() - begin < 50
+    assert [process.exitcode for process in context.processes] == [1, 7, 1]
+    for failed in (0, 2):
+        message = Path(context.error_files[failed]).read_bytes().decode(errors="replace")
+        assert "RuntimeError" in message or "DistBackendError" in message, message
+
+
+def test_needs_a_process_group():
+    x = torch.ones(2, K, D)
+    with pytest.raises(RuntimeError, match="gather=True: no process group is initialised"):
+        BetaCALLoss(gather=True)(x, x, torch.tensor(1.0))
+
+
+def test_rejects():
+    x, scale = torch.ones(2, K, D), torch.tensor(1.0)
+    for module in (BetaCALLoss, ClipLoss):
+        with pytest.raises(ValueError, match="gather: expected a bool, 'all_gather' or 'ring', got 'star'"):
+            module(gather="star")
+    with pytest.raises(ValueError, match="gather: expected a bool"):
+        beta_cal_ce_loss(x, x, scale, gather="star")
+    with pytest.raises(ValueError, match="process_group: expected None without gather"):
+        beta_cal_ce_loss(x, x, scale, process_group=object())
+
+
+def rejects_dtensors() -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    x = torch.ones(2, K, D)
+    sharded = distribute_tensor(x, dist.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"text_embeds: expected this rank's own tensor, got a DTensor"):
+        BetaCALLoss(gather=True)(x, sharded, torch.tensor(1.0))
+
+
+def test_rejects_dtensors(tmp_path):
+    processes(1, rejects_dtensors, tmp_path)
