@@ -204,9 +204,9 @@ class AcrossRanks:
         return implementation(self.backend, x, y)
 
     def _groups(self, operand: Operand) -> Tensor:
-        """(N,) int32 that no other rank has; -1 stays."""
+        """(N,) int32 that no other rank has; -1 stays negative."""
         assert operand.group is not None
-        return torch.where(operand.group < 0, -1, operand.group * self.ranks.count + self.ranks.rank)
+        return operand.group * self.ranks.count + self.ranks.rank
 
     def _local(self, x: Operand) -> Operand:
         return Operand(x.rows, self._groups(x), x.inverse_norm, x.dtype)

@@ -246,6 +246,34 @@ def test_groups_are_apart(tmp_path):
     processes(4, groups_are_apart, tmp_path)
 
 
+def extreme_logits() -> None:
+    """Columns whose logits with the two ranks' rows are +100 and -100: no one number is near both ranks' sums."""
+    toward = torch.zeros(D)
+    toward[0] = 1
+    image = torch.stack((toward, -toward)).repeat_interleave(2, 0)[:, None].expand(4, K, D) + 0.01 * torch.randn(
+        4, K, D
+    )
+    text = toward + 0.01 * torch.randn(4, K, D)
+    part = own_part((2, 2))
+    for form in ("ce", "bce"):
+        truth = value_and_gradients_in_float32(form, image, text)
+        for transport in TRANSPORTS:
+            ours = value_and_gradients_in_float32(form, image[part], text[part], gather=transport)
+            torch.testing.assert_close(ours[0], truth[0])
+            for a, t in zip(ours[1:], truth[1:], strict=True):
+                torch.testing.assert_close(a / 2, t[part], atol=float(1e-4 * t.abs().max()), rtol=0)
+
+
+def value_and_gradients_in_float32(form: str, image: Tensor, text: Tensor, **options: Any) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (image, text)]
+    loss = BetaCALLoss(form, **options)(*leaves, torch.tensor(100.0))
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def test_extreme_logits(tmp_path):
+    processes(2, extreme_logits, tmp_path)
+
+
 def order_of_ranks_does_not_matter() -> None:
     image, text, _ = whole_batch((2, 2, 2))
     scale = torch.tensor(20.0)
