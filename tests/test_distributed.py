@@ -37,6 +37,7 @@ def _enter(rank: int, count: int, function: Callable[..., None], file: str, time
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timeout)
     torch.manual_seed(0)  # the same batch everywhere, of which each rank takes its part
     function(*args)
+    dist.barrier()  # gloo aborts a process whose peer leaves in the middle of its last call
     dist.destroy_process_group()
 
 
