@@ -233,14 +233,11 @@ def attention_pool_bwd(
     dx = x.new_empty(x.shape if need_dx else (0,))
     dq = x.new_empty(images, texts, width)
     dk_weight, dv_weight = (w.new_zeros(w.shape, dtype=accumulation) for w in (groups.k_weight, groups.v_weight))
-    empty = pooling.empty()
     with half_products(x.device, x.dtype):
         for part, rows, q in groups:
             count = part.stop - part.start
             zg, both, w = zgs[:count], sums[:count], weights[:count]
             do = dout[part].to(groups.dtype)
-            if empty is not None:
-                do = do.masked_fill(empty[part], 0)
             torch.bmm(groups.by_head(q), groups.k_weight, out=_latents_by_head(zg[:, :, 0]))
             torch.bmm(groups.by_head(do), groups.v_weight, out=_latents_by_head(zg[:, :, 1]))
             pooled = out[part].to(accumulation)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip.kernels import attention_pool_folded, attention_pool_tiles, products
 from betaclip.kernels.attention_pool import (
@@ -162,6 +163,38 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(
             lambda *leaves, given=given: attention_pool(*leaves, 2, given, backend=backend), leaves, nondet_tol=0
         )
+
+
+@pytest.mark.parametrize("backend", FOLDED)
+def test_groups_of_images(backend, monkeypatch):
+    """One image at a time, a last group that is smaller, all at once: statistics and gradients find their images."""
+    steps = set()
+    plain = attention_pool_folded._Groups.__iter__
+
+    def recorded(groups):
+        steps.add(groups.step)
+        return plain(groups)
+
+    monkeypatch.setattr(attention_pool_folded._Groups, "__iter__", recorded)
+    for scratch_bytes in (1, 10_000, 20_000, 40_000, 80_000, 2**22):
+        monkeypatch.setattr(attention_pool_folded, "SCRATCH_BYTES", scratch_bytes)
+        check(backend, torch.float64, (5, 3, 7, 16, 4), True)
+    assert {1, 2, 3, 5} <= steps
+
+
+def test_gradient_of_patches_costs_nothing_if_not_wanted():
+    b, k, p, d, heads = 2, 3, 7, 16, 4
+    tensors = arguments(b, k, p, d)
+    pooling = attention_pool_folded.Pooling(*tensors, None, heads, None)
+    out, lse = attention_pool_folded.attention_pool_fwd(pooling, attention_pool_folded.Eager())
+    flop = []
+    for need_dx in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            attention_pool_folded.attention_pool_bwd(
+                pooling, out, lse, torch.ones_like(out), need_dx, attention_pool_folded.Eager()
+            )
+        flop.append(counter.get_total_flops())
+    assert flop[0] - flop[1] == 2 * b * (2 * k * heads) * p * d
 
 
 @pytest.mark.parametrize("wanted", [{i} for i in range(5)] + [{0, 3}, {1, 2, 4}])
