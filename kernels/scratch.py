@@ -10,15 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# More than any tile or group of images takes that is meant to stay in cache; a call that needs more gives it back.
+MOST_KEPT_BYTES = 64 * 2**20
+
 _kept = threading.local()
 
 
 def scratch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor of each shape, not initialised. On the CPU the same memory in every call of a thread: an operator
-    asks once, and nothing that it returns may lie in there."""
+    """One tensor of each shape, not initialised. On the CPU the same memory in every call of a thread, up to
+    ``MOST_KEPT_BYTES``: an operator asks once, and nothing that it returns may lie in there."""
     sizes = [math.prod(shape) for shape in shapes]
     whole = sum(sizes)
-    if device.type == "cpu":
+    if device.type == "cpu" and whole * dtype.itemsize <= MOST_KEPT_BYTES:
         buffers = _kept.__dict__
         key = str(dtype)
         if key not in buffers or buffers[key].numel() < whole:
