@@ -44,7 +44,7 @@ class Fused:
         along = None if x.least is None else lse.new_empty(images, blocks, patches)
         _launch(
             "_attention_pool_bwd_kernel", images * blocks * -(-patches // tile.block_p), tile, x, zg,
-            (lse, delta.contiguous(), weights, along), texts * heads, H=heads,
+            (lse, delta, weights, along), texts * heads, H=heads,
         )  # fmt: skip
         return None if along is None else along.sum(1)
 

@@ -36,7 +36,7 @@ def _inverse(squares, LEAST: tl.constexpr):
 @triton.jit(do_not_specialize=["P", "L"])
 def _attention_pool_fwd_kernel(
     x_ptr, z_ptr, mask_ptr,  # (images, P, D), (images, L, D), (images, P)
-    means_ptr, lse_ptr,  # (images, L, D), (images, L): +inf for an image without valid patches
+    means_ptr, lse_ptr,  # (images, L, D), (images, L): -inf for an image without valid patches
     sums_ptr,  # (images, L, D) if MANY_BLOCKS: scratch, weighted sums of the blocks before
     P, L, stride_image, stride_patch, stride_mask,
     D: tl.constexpr, NORMALIZE: tl.constexpr, LEAST: tl.constexpr, HAS_MASK: tl.constexpr, MANY_BLOCKS: tl.constexpr,
@@ -91,8 +91,7 @@ def _attention_pool_fwd_kernel(
                 means = (sums * share[:, None]).to(means_ptr.dtype.element_ty)
                 tl.store(means_ptr + rows, means, mask=inside)
         tl.debug_barrier()  # this program alone touches its sums; its threads meet between two blocks
-    lse = tl.where(total > 0, tl.log(total) + top, float("inf"))
-    tl.store(lse_ptr + image * L + latents, lse, mask=latents < L)
+    tl.store(lse_ptr + image * L + latents, tl.log(total) + top, mask=latents < L)
 
 
 @triton.jit(do_not_specialize=["P", "L"])
@@ -128,7 +127,7 @@ def _attention_pool_bwd_kernel(
         da = tl.dot(g, x.T, da, input_precision=PRECISION, out_dtype=ACC)
         if NORMALIZE:
             squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
-    lse = tl.load(lse_ptr + image * L + latents, mask=latents < L, other=float("inf"))
+    lse = tl.load(lse_ptr + image * L + latents, mask=latents < L, other=0.0)
     delta = tl.load(delta_ptr + image * L + latents, mask=latents < L, other=0.0)
     if NORMALIZE:
         inverse = _inverse(squares, LEAST)

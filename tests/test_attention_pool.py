@@ -248,6 +248,20 @@ def test_masked_patches_may_hold_anything(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_masked_patches(backend):
+    """Valid patches after, between and before whole blocks of masked ones, for an online softmax to step over."""
+    require(backend, torch.float64)
+    x, *rest = arguments(3, 4, 50, 16)
+    mask = torch.zeros(3, 50, dtype=torch.bool, device=DEVICE)
+    mask[0, 45:], mask[1, 20:25], mask[2, :2] = True, True, True
+    weight = torch.randn(3, 4, 16, dtype=torch.float64, device=DEVICE)
+    ours = value_and_gradients(lambda *leaves: attention_pool(*leaves, 4, mask, backend=backend), weight, [x, *rest])
+    truth = value_and_gradients(lambda *leaves: projected(*leaves, 4, mask), weight, [x, *rest])
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_patches_count_as_zero(backend):
     """Normalised they stay 0, with a gradient of 0 where a division by their norm would give inf."""
     require(backend, torch.float64)

@@ -1,5 +1,6 @@
 """The pooling block: the published one exactly, and what its masks, scores and dtypes promise."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,25 +147,26 @@ def test_masks(backend, norm_inputs):
     assert gradients[0][0].all() and gradients[1][1, :3].all()
 
 
+def saved_bytes(function: Callable[[], Tensor]) -> int:
+    """Of distinct storages that the backward keeps."""
+    storages: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
 def test_ragged_texts_cost_no_memory():
     """A mask of texts keeps nothing but itself for the backward."""
     pool, (patches, queries) = block(backend="folded"), inputs(k=40)
     leaves = [t.requires_grad_() for t in (patches, queries)]
     mask = torch.rand(3, 40, device=DEVICE) < 0.5
-
-    def kept(**kwargs: Tensor) -> int:
-        storages: dict[int, Tensor] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storages[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            pool(*leaves, **kwargs)
-        return sum(t.untyped_storage().nbytes() for t in storages.values())
-
     masks = 4 * mask.numel()  # bool, inverted, of queries and of the result
-    assert kept(query_mask=mask) <= kept() + masks
+    assert saved_bytes(lambda: pool(*leaves, query_mask=mask)) <= saved_bytes(lambda: pool(*leaves)) + masks
 
 
 def test_queries_shared_by_all_images():
@@ -215,6 +217,7 @@ def test_score_in_bounded_memory(monkeypatch):
         pool.score(patches, texts).sum().backward()
     # A hidden layer of the pairs at a time, at most.
     assert max(16 * 64, texts.numel()) < largest.numel <= pairs / 4
+    assert saved_bytes(lambda: pool.score(patches, texts)) < 8 * pairs  # nor are the parts kept for the backward
 
 
 def test_score_of_nothing():
