@@ -150,7 +150,7 @@ class PoolComparison(Comparison[PoolMeasurement]):
         truth = phase_run(published(part, exact), exact.leaves(part), self.incoming, PHASES[0])
         self.truth, self.truth_status = attempt(truth)
         self.pools: dict[str, Pool] = {}
-        self.model_folds = folding_pays(*self.sizes[1:], dtype, on.type)
+        self.model_folds = folding_pays(*self.sizes, dtype, on.type)
 
     def flop(self, phase: str) -> float:
         return least_flop(self.part, phase, *self.sizes)

@@ -112,7 +112,7 @@ def _pooling(
 def _preferred(pooling: Pooling) -> dict[str, Callable[[Tensor, Tensor], list[str]]]:
     """All backends; first the form that is less work."""
     x, texts = pooling.x, pooling.q.shape[1]
-    pays = folding_pays(texts, x.shape[1], x.shape[2], pooling.num_heads, x.dtype, x.device.type)
+    pays = folding_pays(x.shape[0], texts, x.shape[1], x.shape[2], pooling.num_heads, x.dtype, x.device.type)
     return FOLDED | PROJECTED if pays else PROJECTED | FOLDED
 
 

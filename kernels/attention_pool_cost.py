@@ -5,16 +5,19 @@ Per image, with L = H K latent queries, in multiply-adds:
     projected   6 P D² (keys and values, their two gradients each) + 7 K P D (attention, which recomputes its logits)
     folded      8 L P D (2 forward, 6 backward)                    + 7 K D² (folding, unfolding, their gradients)
 
-At D = 512, H = 8 and P = 196 that meets near K = 44. Bytes decide near there: projecting passes over arrays of the
+At D = 512, H = 8 and P = 196 that meets near K = 40. Bytes decide near there: projecting passes over arrays of the
 patches' size 27 times (normalised patches, keys, values and their gradients, each written and read); folding 3 times
-(x twice, dx), and works in scratch that stays in the outer caches, several times faster than memory.
+(x twice, dx), and works in scratch that stays in the outer caches, several times faster than memory. The products of
+one image have P as an edge, and run at full rate in panels of ``_PANEL`` only: 196 patches cost as much as 224.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-_CACHED = 0.25  # a byte of scratch against a byte of memory
+_CACHED = 0.25  # a byte that stays in the outer caches against a byte of memory
+_CACHE_BYTES = 8 * 2**20  # arrays of the patches' size up to this stay there too
+_PANEL = 32
 
 # FLOP in the time of one byte of memory, by device and bytes per element. CPU, float32: from 165 GFLOP/s and 15 GB/s
 # that both forms reach on two cores; benchmarks/pooling_throughput.py --crossover shows the choice beside the times.
@@ -31,25 +34,34 @@ class Cost:
     bytes: float
 
 
-def projected_cost(texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+def projected_cost(images: int, texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
     """Keys and values of every patch, fused attention, and their gradients; without what both forms share."""
     flop = 2 * (6 * patches * width**2 + 7 * texts * patches * width)
-    return Cost(flop, 27 * patches * width * itemsize)
+    return Cost(flop, 27 * _bytes(images, patches, width, itemsize))
 
 
-def folded_cost(texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+def _bytes(images: int, patches: int, width: int, itemsize: int) -> float:
+    """Of an image's part of an array of the patches' size."""
+    each = patches * width * itemsize
+    return each if images * each > _CACHE_BYTES else _CACHED * each
+
+
+def folded_cost(images: int, texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
     """Latent queries on the patches themselves, and their gradients; without what both forms share."""
     latents = num_heads * texts
-    flop = 2 * (8 * latents * patches * width + 7 * texts * width**2)
-    scratch = latents * (18 * patches + 16 * width)
-    return Cost(flop, (3 * patches * width + _CACHED * scratch) * itemsize)
+    panels = -(-patches // _PANEL) * _PANEL
+    flop = 2 * (8 * latents * panels * width + 7 * texts * width**2)
+    scratch = latents * (18 * patches + 16 * width) * itemsize
+    return Cost(flop, 3 * _bytes(images, patches, width, itemsize) + _CACHED * scratch)
 
 
-def folding_pays(texts: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str) -> bool:
+def folding_pays(
+    images: int, texts: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str
+) -> bool:
     """Whether the folded form is expected to be faster. The same in training and evaluation, so that both compute the
     same numbers."""
     balance = _BALANCE.get((device, dtype.itemsize), _BALANCE["cuda", dtype.itemsize])
     projected, folded = (
-        cost(texts, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)
+        cost(images, texts, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)
     )
     return folded.flop + balance * folded.bytes < projected.flop + balance * projected.bytes
