@@ -1,0 +1,1 @@
+"""Pictures with many texts each, from files or rendered, as ragged batches."""

@@ -1,0 +1,1 @@
+"""What a model has learnt: retrieval, fine-grained choices, pointing."""
