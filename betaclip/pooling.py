@@ -56,7 +56,7 @@ class TextConditionedPool(nn.Module):
             does not use it.
 
     Raises:
-        ValueError: ``embed_dim`` is not divisible by ``num_heads``.
+        ValueError: ``embed_dim`` is not divisible by ``num_heads``; ``mlp_ratio`` leaves no hidden unit.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class TextConditionedPool(nn.Module):
         self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
         self.ln_2 = LayerNorm(embed_dim)
         self.hidden = int(embed_dim * mlp_ratio)
+        if self.hidden < 1:
+            raise ValueError(f"mlp_ratio: expected at least 1 / embed_dim = 1 / {embed_dim}, got {mlp_ratio}")
         c_fc, c_proj = nn.Linear(embed_dim, self.hidden), nn.Linear(self.hidden, embed_dim)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

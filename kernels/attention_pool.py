@@ -54,7 +54,8 @@ def attention_pool(
 
     A bias of the keys cancels in the softmax, so there is none. ``"auto"`` folds the projections of keys and values
     to the side of the queries where that is less work (``attention_pool_cost``): then the backward keeps the
-    arguments and the result, nothing else. Softmax and sums in float32 (float64 for float64); deterministic.
+    arguments and the result, nothing else. Softmax and sums in float32 (float64 for float64), the result in the dtype
+    of ``x``, under autocast as well; deterministic.
     Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight`` and ``v_bias``; the projected backends as often as
     PyTorch's own operators.
 
@@ -78,7 +79,10 @@ def attention_pool(
     """
     pooling = _pooling(x, q, k_weight, v_weight, v_bias, num_heads, mask, normalize)
     backend = resolve("attention_pool", backend, _preferred(pooling), x, q)
-    return _PROJECTING[backend](pooling) if backend in PROJECTED else folded(*pooling, backend)[0]
+    if backend in FOLDED:
+        return folded(*pooling, backend)[0]
+    with torch.autocast(x.device.type, enabled=False):  # or dtype and precision would follow the choice of backend
+        return _PROJECTING[backend](pooling)
 
 
 def attention_weights(
@@ -88,7 +92,9 @@ def attention_weights(
 
     Plain PyTorch, in O(B·H·K·P) memory. The arguments are ``attention_pool``'s; 0 for an image without a valid patch.
     """
-    return attention_pool_projected.mean_attention(_pooling(x, q, k_weight, k_weight, None, num_heads, mask, normalize))
+    pooling = _pooling(x, q, k_weight, k_weight, None, num_heads, mask, normalize)
+    with torch.autocast(x.device.type, enabled=False):
+        return attention_pool_projected.mean_attention(pooling)
 
 
 def _pooling(

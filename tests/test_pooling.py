@@ -256,7 +256,7 @@ def test_half_precision_parameters(dtype):
 
 def test_compile():
     pool = block()
-    compiled = torch.compile(pool, fullgraph=True)
+    compiled = torch.compile(pool, fullgraph=True, dynamic=True)
     for b, k in ((2, 3), (3, 4)):
         leaves = [t.requires_grad_() for t in inputs(b, k)]
         eager, graph = pool(*leaves), compiled(*leaves)
@@ -302,6 +302,8 @@ def test_rejects(change, message):
 def test_rejects_heads_and_scores():
     with pytest.raises(ValueError, match="num_heads: expected a divisor of embed_dim = 12, got 8"):
         TextConditionedPool(12)
+    with pytest.raises(ValueError, match=r"mlp_ratio: expected at least 1 / embed_dim = 1 / 16, got 0\.05"):
+        TextConditionedPool(16, mlp_ratio=0.05)
     with pytest.raises(ValueError, match=r"queries: expected \(M, D\), got shape \(2, 6, 8\)"):
         TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(2, 6, 8))
 
