@@ -1,6 +1,6 @@
 """Run the Triton launchers without a GPU, compiling for one, and report what the machine code says.
 
-    python tests/aot.py similarity sm_90 bfloat16
+    python tests/aot.py sm_90 bfloat16
 
 Run as a program of its own, since the kernels must be compiled ones and not the interpreter's. The launchers do
 all that they would do on a GPU, except that a kernel is compiled and not started; each compiled kernel is one
@@ -141,9 +141,10 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
-def main(operation: str, architecture: str, dtype: str) -> None:
+def main(architecture: str, dtype: str) -> None:
     compiled = compile_launches(architecture)
-    {"similarity": launch_similarity, "attention_pool": launch_attention_pool}[operation](getattr(torch, dtype))
+    launch_similarity(getattr(torch, dtype))
+    launch_attention_pool(getattr(torch, dtype))
     for kernel in {id(kernel): kernel for kernel in compiled}.values():
         print(json.dumps(describe(kernel)), flush=True)
 

@@ -1,12 +1,29 @@
-"""Set-up of all tests: Triton's interpreter where there is no GPU, the ``gpu`` marker, one seed."""
+"""Set-up of all tests: how many processes, Triton's interpreter where there is no GPU, the ``gpu`` marker, one seed."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so set before any is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process, whose output is seen at once, for tests that are named more exactly than by a folder, and where
+    they share a GPU; else one per core."""
+    folders = all(os.path.isdir(argument) for argument in config.args)
+    return None if folders and not torch.cuda.is_available() else 0
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the benchmarks collect garbage before every measurement, and need not look at all modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,6 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of PyTorch's operators, also where each process of the tests has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -17,15 +17,23 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 MATRIX_UNIT = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}
 ENTRIES = list(similarity_tiles.TILES)
 DTYPES = {2: ["bfloat16", "float16"], 4: ["float32"]}
+KERNELS = {
+    "_similarity_logsumexp_fwd_kernel",
+    "_similarity_logsumexp_merge_kernel",
+    "_similarity_logsumexp_bwd_kernel",
+    "_similarity_softplus_kernel",
+    "_attention_pool_fwd_kernel",
+    "_attention_pool_bwd_kernel",
+}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("operation, kernel_count", [("similarity", 4), ("attention_pool", 2)])
 @pytest.mark.parametrize("architecture, dtype", [(name, dtype) for name, size in ENTRIES for dtype in DTYPES[size]])
-def test_launches_compile_without_spills(operation, kernel_count, architecture, dtype, tmp_path):
+def test_launches_compile_without_spills(architecture, dtype, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).parent / "aot.py", operation, architecture, dtype],
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "aot.py", architecture, dtype],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -33,13 +41,15 @@ def test_launches_compile_without_spills(operation, kernel_count, architecture, 
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     counts = Counter(kernel["kernel"] for kernel in kernels)
-    assert len(counts) == kernel_count and min(counts.values()) >= 5, counts
+    assert counts.keys() == KERNELS and min(counts.values()) >= 5, counts
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED_BYTES[architecture], kernel
         assert kernel[MATRIX_UNIT[architecture]], kernel
-    if operation == "similarity":  # aligned rows come through the tensor memory accelerator on sm_90, and only there
-        assert any(kernel["tma"] for kernel in kernels) == (architecture == "sm_90")
+    # Aligned rows come through the tensor memory accelerator on sm_90, and only there; patches by plain loads.
+    assert {kernel["kernel"].split("_")[1] for kernel in kernels if kernel["tma"]} == (
+        {"similarity"} if architecture == "sm_90" else set()
+    )
 
 
 def test_every_table_has_every_entry():

@@ -15,7 +15,9 @@ import torch
 import betaclip
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {f"{package}/{file.name}" for package in ("betaclip", "kernels") for file in (ROOT / package).glob("*.py")}
+PACKAGES = [file.parent for file in (ROOT / "betaclip").rglob("__init__.py")]
+FILES = [file for folder in (*PACKAGES, ROOT / "kernels") for file in folder.glob("*.py")]
+SOURCES = {file.relative_to(ROOT).as_posix() for file in FILES}
 MODULES = {name if name.startswith("betaclip/") else f"betaclip/{name}" for name in SOURCES} | {"betaclip/py.typed"}
 PRINT_KERNELS = """
 import importlib.util

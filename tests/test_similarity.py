@@ -428,6 +428,7 @@ def test_noncontiguous(backend):
             torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}")
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", ["blockwise", "triton", "reference"])
 def test_deterministic(backend):
     x, y, x_group, y_group = operands(75, 64, 32, torch.float32)
