@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from betaclip.packing import Packing, pack
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class RaggedTexts:
         index = self.image_index
         if len(index) and (bool((index.diff() < 0).any()) or int(index[0]) < 0 or int(index[-1]) >= self.images):
             raise ValueError(f"image_index: expected sorted numbers below {self.images}, got {index.tolist()}")
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How the text tower computes these texts. Kept, also by pickle: a data worker can make it ahead."""
+        return pack(self.tokens, self.lengths)
 
     @property
     def counts(self) -> Tensor:

@@ -1,0 +1,184 @@
+"""A small model of the published layout, with the released code's own outputs, losses and gradients."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.model import CustomTextCLIP
+from safetensors.torch import load_file, save_file
+from towers import clip_model
+
+from betaclip.losses import BetaCALLoss, ClipLoss
+from betaclip.model import BetaCLIP, ModelConfig, create_model
+from betaclip.published import load_published, save_published
+from betaclip.published_layout import from_published, to_published
+from betaclip.text_tower import stretch_positions
+from betaclip.texts import RaggedTexts
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "tiny_published_checkpoint.safetensors"
+OUTPUTS = load_file(GOLDEN / "tiny_published_outputs.safetensors")
+MASK = OUTPUTS["out.mask"].bool()
+HEAD_WIDTH = 16  # 3 heads for vision, 2 for text
+
+
+def texts() -> RaggedTexts:
+    """A text is a row up to its end token, the largest; also of a row of padding, which is encoded as well."""
+    blocks = [OUTPUTS["in.text_tokens"], OUTPUTS["in.phrase_tokens"]]
+    rows = [[row[: int(row.argmax()) + 1] for block in blocks for row in block[image]] for image in range(3)]
+    return RaggedTexts.of(rows)
+
+
+@pytest.fixture
+def model() -> BetaCLIP:
+    return load_published(CHECKPOINT, head_width=HEAD_WIDTH)
+
+
+def test_outputs(model):
+    out = model(OUTPUTS["in.image"], texts())
+    patches = torch.cat((out["image_embeds"][:, None], model.encode_image(OUTPUTS["in.image"])[1]), dim=1)
+    ours = {
+        "cls_embed": out["image_embeds"],
+        "patch_and_cls_embed": patches,
+        "caption_embed": out["text_embeds"][:, 0],
+        "text_embed_normalized": F.normalize(out["text_embeds"], dim=-1),
+        "pooled_image_embed": out["pooled_embeds"],
+        "logit_scale": out["logit_scale"],
+        "logit_scale_pool": out["pool_logit_scale"],
+    }
+    assert set(ours) | {"mask"} == {name[4:] for name in OUTPUTS if name.startswith("out.")}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, OUTPUTS[f"out.{name}"], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+def test_losses_and_gradients(model, form):
+    out = model(OUTPUTS["in.image"], texts())
+    beta_cal = BetaCALLoss(form, padding="published")(
+        out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=MASK
+    )
+    contrast = ClipLoss()(out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"])
+    total = contrast + beta_cal
+    for name, value in (("global", contrast), ("beta_cal", beta_cal), ("total", total)):
+        torch.testing.assert_close(value, OUTPUTS[f"{form}.loss_{name}"], atol=1e-4, rtol=0)
+    total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    frozen = torch.zeros(20, 32)
+    start = "clip.parametrizations.positional_embedding."
+    grads |= {start + "0.frozen": torch.zeros(248, 32), start + "0.unused": frozen}
+    ours = to_published(grads)
+    expected = {name.split(".grad.")[1]: g for name, g in OUTPUTS.items() if name.startswith(f"{form}.grad.")}
+    assert len(expected) == 9
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0)
+
+
+def test_round_trip(model, tmp_path):
+    save_published(model, tmp_path / "x.safetensors")
+    theirs, ours = load_file(CHECKPOINT), load_file(tmp_path / "x.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def test_every_tensor_has_its_place():
+    """Also where two have the same shape: a checkpoint of numbers that are all different."""
+    first = 0.0
+    state = {}
+    for name, tensor in load_file(CHECKPOINT).items():
+        state[name] = torch.arange(first, first + tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+        first += tensor.numel()
+    again = to_published(from_published(state))
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_config_makes_the_model_again(model):
+    again = create_model(model.config)
+    again.load_state_dict(model.state_dict())
+    out, expected = (m(OUTPUTS["in.image"], texts())["pooled_embeds"] for m in (again, model))
+    assert torch.equal(out, expected)
+
+
+def test_as_pretrained(model):
+    """By its file; the context and QuickGELU come with it."""
+    config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(CHECKPOINT))
+    again = create_model(config)
+    assert again.config.quick_gelu
+    assert torch.equal(again(OUTPUTS["in.image"], texts())["pooled_embeds"],
+                       model(OUTPUTS["in.image"], texts())["pooled_embeds"])  # fmt: skip
+    with pytest.raises(ValueError, match=r"pretrained: .* does not fit"):
+        create_model(ModelConfig(name=model.config.name, context_length=77, pretrained=str(CHECKPOINT)))
+
+
+def test_wrapped(model, tmp_path):
+    state = {f"module.{name}": tensor for name, tensor in load_file(CHECKPOINT).items()}
+    torch.save({"model": state, "epoch": 5, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pt")
+    again = load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pickles_only_if_asked(tmp_path):
+    torch.save({"model": load_file(CHECKPOINT), "args": re.compile("x")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH)
+    assert load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH, allow_pickle=True).embed_dim == 32
+
+
+def test_input_norms(tmp_path):
+    """Of the pooling block, known by its tensors."""
+    state = load_file(CHECKPOINT)
+    for name in ("ln_1", "ln_1_kv"):
+        state |= {f"text_conditioned_patches_block.{name}.{kind}": torch.rand(32) for kind in ("weight", "bias")}
+    save_file(state, tmp_path / "x.safetensors")
+    model = load_published(tmp_path / "x.safetensors", head_width=HEAD_WIDTH)
+    assert model.config.pool_norm_inputs
+    assert torch.equal(model.pool.ln_1_kv.bias, state["text_conditioned_patches_block.ln_1_kv.bias"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: {n: t for n, t in s.items() if n != "positional_embedding_res"}, "expected the published layout"),
+        (lambda s: s | {"visual.extra": torch.zeros(1)}, "Unexpected key.*visual.extra"),
+        (lambda s: {n: t for n, t in s.items() if n != "visual.norm.bias"}, "Missing key.*ln_post.bias"),
+        (lambda s: s | {"text_projection": torch.zeros(32, 33)}, "size mismatch for clip.text_projection"),
+    ],
+    ids=["layout", "extra", "missing", "shape"],
+)
+def test_rejects(tmp_path, change, message):
+    save_file(change(load_file(CHECKPOINT)), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_published(tmp_path / "x.safetensors", head_width=HEAD_WIDTH)
+
+
+def test_rejects_heads():
+    with pytest.raises(ValueError, match="head_width: expected a divisor of the vision tower's width 48, got 64"):
+        load_published(CHECKPOINT)
+
+
+def saved(tmp_path: Path, clip: torch.nn.Module) -> None:
+    save_published(BetaCLIP(clip, ModelConfig(pool_heads=2)), tmp_path / "x.safetensors")
+
+
+def test_cannot_be_written(tmp_path):
+    clip = clip_model(vision={"ls_init_value": 0.1, "no_ln_pre": True})
+    with pytest.raises(NotImplementedError) as error:
+        saved(tmp_path, clip)
+    for reason in ("not stretched", "not QuickGELU", "LayerScale", "no LayerNorm before"):
+        assert reason in str(error.value)
+    with pytest.raises(NotImplementedError, match="CustomTextCLIP"):
+        saved(tmp_path, clip_model(CustomTextCLIP))
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_from_a_model_of_ours(tmp_path):
+    clip = clip_model(quick_gelu=True, vision={"width": 48, "head_width": 16}, text={"width": 32, "heads": 2})
+    stretch_positions(clip)
+    model = BetaCLIP(clip, ModelConfig(pool_heads=2))
+    save_published(model, tmp_path / "x.safetensors")
+    again = load_published(tmp_path / "x.safetensors", head_width=16, pool_heads=2)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    pictures, ragged = torch.randn(1, 3, 24, 24), RaggedTexts.of([[[90, 1, 91], [90, *[2] * 30, 91]]])
+    assert torch.equal(model(pictures, ragged)["pooled_embeds"], again(pictures, ragged)["pooled_embeds"])
