@@ -1,0 +1,141 @@
+"""``betaclip prepare``: the phrases of all sentences of all captions, once, into one file."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from betaclip.data.annotations import Annotations, BadRowError
+from betaclip.data.hierarchy import clean, split_sentences
+from betaclip.data.phrase_cache import pack, write_cache
+from betaclip.data.phrases import Extractor, create_extractor
+from betaclip.data.shards import captions_of_shard, expand_shards
+from betaclip.training.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to extract phrases from, and how."""
+
+    annotations: str
+    """ShareGPT4V's JSON or JSON lines, or tar shards ("shards-{0000..0099}.tar")."""
+    out: Path
+    """The file to write; data.phrases of a training run."""
+    spacy_model: str | None = None
+    """Without one, the first that is installed, or else our own rules."""
+    workers: int = os.cpu_count() or 1
+    """Processes; one where the system cannot fork."""
+    part_rows: int = 10_000
+    """Captions of a part; what is lost when the work is interrupted is the parts under way."""
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Write the file; an interrupted call goes on where it was, with the finished parts in the folder ``OUT.parts``.
+
+    Raises:
+        ConfigError: the captions or the spaCy model are not there, or the folder has parts of other work.
+    """
+    folder = Path(f"{config.out}.parts")
+    try:
+        if config.part_rows < 1:
+            raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
+        work = _Work(config)
+        extractor = create_extractor(config.spacy_model)
+        _claim(folder, {"extractor": extractor.name, "source": work.identity, "part_rows": config.part_rows})
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    files = [folder / f"{number:06d}.npz" for number in range(len(work.parts))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    with tqdm(total=len(files), initial=len(files) - len(missing), unit="part", desc="phrases") as progress:
+        for _ in _map(config, work, extractor, [(number, files[number]) for number in missing]):
+            progress.update()
+    parts = [_load(file) for file in files]
+    sentences = write_cache(config.out, extractor.name, parts)
+    bad, captions = (sum(int(part[name]) for part in parts) for name in ("bad", "captions"))
+    shutil.rmtree(folder)
+    print(f"{config.out}: {sentences} sentences of {captions} captions, {bad} rows unusable")
+
+
+class _Work:
+    """The captions, in parts."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.parts: list[Any]
+        if config.annotations.endswith(".tar"):
+            self.annotations = None
+            self.parts = expand_shards(config.annotations)
+            self.identity: list[Any] = list(self.parts)
+        else:
+            self.annotations = Annotations(config.annotations)
+            rows = range(len(self.annotations))
+            self.parts = [rows[i : i + config.part_rows] for i in range(0, len(rows), config.part_rows)]
+            stat = self.annotations.path.stat()
+            self.identity = [str(self.annotations.path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+    def captions(self, number: int) -> Iterator[str | None]:
+        """Of a part; None for each unusable row."""
+        if self.annotations is None:
+            yield from captions_of_shard(self.parts[number])
+            return
+        for row in self.parts[number]:
+            try:
+                yield self.annotations[row][1]
+            except BadRowError:
+                yield None
+
+
+def _map(config: PrepareConfig, work: _Work, extractor: Extractor, jobs: list[tuple[int, Path]]) -> Iterator[Path]:
+    """Write the parts; yields each file when it is done."""
+    workers = min(config.workers, len(jobs))
+    if workers <= 1 or "fork" not in get_all_start_methods():
+        yield from (_extract(work, extractor, number, file) for number, file in jobs)
+        return
+    # Forked, so that a spaCy model is loaded once; nothing here has started threads that the fork would miss.
+    with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (work, extractor)) as pool:
+        yield from pool.map(_extract_in_worker, jobs)
+
+
+def _extract(work: _Work, extractor: Extractor, number: int, file: Path) -> Path:
+    captions = list(work.captions(number))
+    usable = [caption for caption in captions if caption is not None]
+    sentences = list(dict.fromkeys(s for caption in usable for s in split_sentences(clean(caption))))
+    part: dict[str, Any] = dict(pack(sentences, extractor(sentences)))
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, captions=len(usable), bad=len(captions) - len(usable), **part)
+    return partial.replace(file)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    with np.load(file) as part:
+        return dict(part)
+
+
+_worker: tuple[_Work, Extractor]
+
+
+def _start_worker(work: _Work, extractor: Extractor) -> None:
+    global _worker
+    _worker = work, extractor
+
+
+def _extract_in_worker(job: tuple[int, Path]) -> Path:
+    return _extract(*_worker, *job)
+
+
+def _claim(folder: Path, about: dict[str, Any]) -> None:
+    """Make the folder of parts, or check that it is of the same work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "about.json"
+    if not file.exists():
+        file.write_text(json.dumps(about))
+    elif json.loads(file.read_text()) != about:
+        raise ValueError(f"out: {folder} has parts of other captions or of another extractor; delete it, or them")
