@@ -1,0 +1,46 @@
+"""Boxes of a picture on the grid of its patches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+
+
+def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
+    """(N, 4) float32 boxes in units of patches, from boxes in pixels of pictures of some width and height.
+
+    A picture is squashed to the model's square, so each axis has its own factor.
+    """
+    height, width = grid
+    factors = [(width / w, height / h) for w, h in sizes]
+    scaled = [(x0 * x, y0 * y, x1 * x, y1 * y) for (x0, y0, x1, y1), (x, y) in zip(boxes, factors, strict=True)]
+    return torch.tensor(scaled, dtype=torch.float32).reshape(-1, 4)
+
+
+def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image_of_box: Tensor) -> Tensor:
+    """(N, D) a feature of each box: RoIAlign (1 x 1, aligned) of projected patches.
+
+    Args:
+        patches: (B, P, D), row after row of the grid.
+        grid: its height and width.
+        boxes: (N, 4) in units of patches.
+        image_of_box: (N,) int64.
+    """
+    maps = patches.transpose(1, 2).unflatten(2, grid)
+    rois = torch.cat((image_of_box[:, None], boxes), dim=1).to(maps.dtype)
+    return roi_align(maps, rois, output_size=1, aligned=True).flatten(1)
+
+
+def coverage(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N, P) share of each patch that a box covers, from (N, 4) boxes in units of patches."""
+    height, width = grid
+
+    def along(low: Tensor, high: Tensor, count: int) -> Tensor:
+        edge = torch.arange(count, device=boxes.device)
+        return (torch.minimum(high[:, None], edge + 1) - torch.maximum(low[:, None], edge)).clamp_min(0)
+
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return (along(y0, y1, height)[:, :, None] * along(x0, x1, width)[:, None, :]).flatten(1)

@@ -1,0 +1,173 @@
+"""``betaclip evaluate``: a checkpoint on the sets that are asked for."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from betaclip.data import fg_ovd, retrieval_sets
+from betaclip.data.batches import Bad
+from betaclip.data.fg_ovd import FGOVD
+from betaclip.data.retrieval_sets import RetrievalSet
+from betaclip.data.transforms import EvaluationTransform
+from betaclip.evaluation.choices import choice_accuracy
+from betaclip.evaluation.encoding import NoPicturesError, report
+from betaclip.evaluation.report import table, write_json
+from betaclip.evaluation.retrieval import retrieval, texts_of_pictures
+from betaclip.evaluation.scenes import evaluate_scenes
+from betaclip.evaluation.sharding import ALONE, Sharding
+from betaclip.model import BetaCLIP
+from betaclip.tokenizer import Tokenizer
+from betaclip.training.checkpoints import load_checkpoint
+from betaclip.training.parallel import world
+from betaclip.training.settings import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate a checkpoint on. Under torchrun, ranks share the work."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, the folder of a run, or a file in the published layout."""
+    scenes: int = 0
+    """Number of rendered scenes: retrieval, choices and pointing."""
+    urban1k: Path | None = None
+    """Folder with image/ and caption/: retrieval."""
+    sharegpt4v: Path | None = None
+    """Annotations of ShareGPT4V, of which the first 1000 rows are taken: retrieval."""
+    sharegpt4v_images: Path | None = None
+    """Folder in which they name pictures; by default that of the annotations."""
+    dci: Path | None = None
+    """Folder with annotations/ and photos/: retrieval."""
+    fg_ovd: Path | None = None
+    """Folder of FG-OVD's files, in either form: choices, of each difficulty whose file is there."""
+    fg_ovd_images: Path | None = None
+    """Folder of COCO, with train2017/ and val2017/; by default that of the files."""
+    conditioned: bool = True
+    """Text-conditioned retrieval too: each text pools each picture, much more work than the rest."""
+    output: Path | None = None
+    """JSON file for the results."""
+    batch_size: int = 64
+    """Pictures, texts or questions that a rank encodes at a time."""
+    seed: int = 0
+    """Of the scenes."""
+    device: str = "auto"
+    """auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What was read of the sets that a configuration names; choices by difficulty."""
+
+    retrieval: list[RetrievalSet]
+    choices: dict[str, FGOVD]
+
+    @property
+    def bad(self) -> list[list[Bad]]:
+        """Of each set, what of it cannot be used."""
+        return [*(one.missing for one in self.retrieval), *(one.bad for one in self.choices.values())]
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """Print a table, write the JSON, and return, for each set, shares and counts by their names.
+
+    Raises:
+        ConfigError: nothing is asked for, or what is asked for is not there.
+    """
+    if config.batch_size < 1 or config.scenes < 0:
+        raise ConfigError(f"expected batch_size >= 1 and scenes >= 0, got {config.batch_size} and {config.scenes}")
+    with world(config.device) as here:
+        sets = read_sets(config)
+        if not (config.scenes or sets.retrieval or sets.choices):
+            raise ConfigError("nothing to evaluate: give --scenes, --urban1k, --sharegpt4v, --dci or --fg-ovd")
+        try:
+            if config.output is not None:  # before hours of work
+                config.output.parent.mkdir(parents=True, exist_ok=True)
+            model = load_checkpoint(config.checkpoint, device=here.device)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        if here.first:
+            for bad in sets.bad:
+                report(bad)
+            for difficulty in fg_ovd.DIFFICULTIES:
+                if sets.choices and difficulty not in sets.choices:
+                    _log.warning("left out the %s choices: no such file in %s", difficulty, config.fg_ovd)
+        results = evaluate_sets(config, sets, model, Sharding(here.rank, here.size))
+        if here.first:
+            print(table(results))
+            if config.output is not None:
+                write_json(results, config.output)
+    return results
+
+
+def read_sets(config: EvaluateConfig) -> Sets:
+    """
+    Raises:
+        ConfigError: a set is not there, or has nothing that can be used.
+    """
+    try:
+        return Sets(list(_retrieval_sets(config)), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def evaluate_sets(
+    config: EvaluateConfig, sets: Sets, model: BetaCLIP, sharding: Sharding = ALONE
+) -> dict[str, dict[str, float]]:
+    """What :func:`evaluate` returns, of a model and sets that are there; of ``config`` only numbers are read.
+
+    Raises:
+        ConfigError: none of a set's pictures can be read.
+    """
+    tokenizer = Tokenizer(model.context_length)
+    options: Any = {"batch_size": config.batch_size, "sharding": sharding}
+    results: dict[str, dict[str, float]] = {}
+    if config.scenes:
+        results["scenes"] = evaluate_scenes(
+            model, tokenizer, seed=config.seed, count=config.scenes, conditioned=config.conditioned, **options
+        )
+    for one in sets.retrieval:
+        pictures, transform = texts_of_pictures(one), EvaluationTransform(model.image_size)
+        try:
+            values = retrieval(model, tokenizer, pictures, transform, conditioned=config.conditioned, **options)
+        except NoPicturesError as error:
+            raise ConfigError(f"{one.name}: {error}") from error
+        values["left_out"] += len(one.missing)
+        results[one.name] = {f"retrieval/{name}": value for name, value in values.items()}
+    if sets.choices:
+        questions = [(difficulty, choice) for difficulty, found in sets.choices.items() for choice in found]
+        try:
+            values = choice_accuracy(model, tokenizer, questions, **options)
+        except NoPicturesError as error:
+            raise ConfigError(f"fg_ovd: {error}") from error
+        for difficulty, found in sets.choices.items():
+            values[f"{difficulty}_left_out"] += len(found.bad)
+        results["fg_ovd"] = {f"choices/{name}": value for name, value in values.items()}
+    return results
+
+
+def _retrieval_sets(config: EvaluateConfig) -> Iterator[RetrievalSet]:
+    if config.urban1k is not None:
+        yield retrieval_sets.urban1k(config.urban1k)
+    if config.sharegpt4v is not None:
+        yield retrieval_sets.sharegpt4v_1k(config.sharegpt4v, config.sharegpt4v_images or config.sharegpt4v.parent)
+    if config.dci is not None:
+        yield retrieval_sets.dci(config.dci)
+
+
+def _choices(config: EvaluateConfig, folder: Path) -> dict[str, FGOVD]:
+    found = {}
+    for difficulty in fg_ovd.DIFFICULTIES:
+        try:
+            file = fg_ovd.fg_ovd_file(folder, difficulty)
+        except FileNotFoundError:
+            continue
+        found[difficulty] = fg_ovd.load_fg_ovd(file, config.fg_ovd_images or folder)
+    if not found:
+        raise FileNotFoundError(f"fg_ovd: {folder} has no file of any difficulty")
+    return found

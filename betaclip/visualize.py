@@ -1,0 +1,162 @@
+"""``betaclip visualize``: where in a picture each text looks, as PNG."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from betaclip.data.transforms import UnreadableImageError, read_image
+from betaclip.evaluation.encoding import Squash, encode_images, encode_slots, evaluating
+from betaclip.evaluation.regions import Box
+from betaclip.model import BetaCLIP
+from betaclip.tokenizer import Tokenizer
+from betaclip.training.checkpoints import load_checkpoint
+from betaclip.training.parallel import world
+from betaclip.training.settings import ConfigError
+
+# Inches. A panel's area is that of a square of this side, whatever the picture's shape.
+PANEL, GAP, BAR, WIDEST = 2.6, 0.1, 1.0, 12.5
+LETTER, LINE = 0.08, 0.19  # of a title
+MOST_COLUMNS, MOST_LINES = 4, 3
+DRAWN = 1024  # pixels that a larger picture's longer side is drawn with
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """Whose attention to draw, over what."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, the folder of a run, or a file in the published layout."""
+    image: tyro.conf.Positional[Path]
+    """A picture of any shape; the model sees it squashed to a square."""
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """One panel each."""
+    out: Path = Path("attention.png")
+    """The picture to write."""
+    device: str = "auto"
+    """auto takes a GPU if there is one."""
+
+
+def visualize(config: VisualizeConfig) -> None:
+    """Write the picture.
+
+    Raises:
+        ConfigError: no texts, or a file that cannot be read or written.
+    """
+    if not any(text.strip() for text in config.texts):
+        raise ConfigError('texts: expected at least one, such as "a red mug"')
+    with world(config.device) as here:
+        try:
+            image = read_image(config.image)
+            model = load_checkpoint(config.checkpoint, device=here.device)
+        except UnreadableImageError as error:
+            raise ConfigError(f"image: {config.image}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"checkpoint: {error}") from error
+        figure = attention_figure(model, Tokenizer(model.context_length), image, config.texts)
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(config.out)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out: {config.out}: {error}") from error
+    print(f"wrote {config.out}")
+
+
+def attention(model: BetaCLIP, tokenizer: Tokenizer, image: Image.Image, texts: Sequence[str]) -> Tensor:
+    """(K, height, width) the attention of K texts over the grid of patches: averaged over heads, sums of 1."""
+    with evaluating(model):
+        _, patches = encode_images(model, [Squash(model.image_size)(image)])
+        queries, _ = encode_slots(model, tokenizer, [texts])
+        weights: Tensor = model.pool(patches, queries, need_weights=True)[1]
+    return weights[0].unflatten(1, model.patch_grid).float().cpu()
+
+
+def attention_figure(
+    model: BetaCLIP,
+    tokenizer: Tokenizer,
+    image: Image.Image | npt.NDArray[np.uint8],
+    texts: Sequence[str],
+    boxes: Sequence[Box] | None = None,
+) -> Figure:
+    """The picture, and once more for each text with its attention over it, in the picture's own shape.
+
+    Attention is given as a multiple of what it would be if it were even: 1 is no preference. All panels share one
+    scale, from 0 to the largest of any of them, or to 2, so that a text without a preference looks like one.
+
+    Args:
+        image: RGB; or (H, W, 3) uint8.
+        texts: one or more.
+        boxes: to be drawn, of what each text names, in the picture's pixels.
+
+    Returns:
+        A figure without a canvas of any window system; ``savefig`` writes it.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    maps = attention(model, tokenizer, picture, texts)
+    maps = maps * maps[0].numel()
+    top = max(2.0, float(maps.max()))
+    width, height = picture.size
+    across, down = (PANEL * side / (width * height) ** 0.5 for side in (width, height))
+    titles = [_wrapped(text, int(across / LETTER)) for text in texts]
+    figure, axes, bar = _panels(["", *titles], across, down)
+    small = picture.copy()
+    small.thumbnail((DRAWN, DRAWN))
+    extent = (0.0, float(width), float(height), 0.0)
+    axes[0].imshow(small, extent=extent)
+    for axis, title, weights in zip(axes[1:], titles, maps, strict=True):
+        shown = _overlay(axis, small, weights, top, extent)
+        axis.set_title(title, fontsize=10, pad=4, parse_math=False)
+    for axis, (x0, y0, x1, y1) in zip(axes[1:], boxes or (), strict=boxes is not None):
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.5))
+    figure.colorbar(shown, cax=bar, label="× even attention")
+    return figure
+
+
+def _panels(titles: Sequence[str], across: float, down: float) -> tuple[Figure, list[Axes], Axes]:
+    """A figure with an empty panel below the room for each title, and a place for the bar of colours."""
+    columns = max(1, min(MOST_COLUMNS, len(titles), int((WIDEST - BAR) / (across + GAP))))
+    rows = [titles[i : i + columns] for i in range(0, len(titles), columns)]
+    heads = [LINE * max(title.count("\n") + 1 for title in row) + GAP for row in rows]
+    width, height = columns * (across + GAP) + GAP + BAR, sum(heads) + len(rows) * (down + GAP)
+    figure = Figure((width, height), dpi=120)
+
+    def place(x: float, y: float, w: float) -> Axes:
+        """``down`` inches high; x from the left and y from the top."""
+        return figure.add_axes((x / width, 1 - (y + down) / height, w / width, down / height))
+
+    axes = []
+    y = 0.0
+    for row, head in zip(rows, heads, strict=True):
+        y += head
+        axes += [place(GAP + i * (across + GAP), y, across) for i in range(len(row))]
+        y += down + GAP
+    for axis in axes:
+        axis.set_axis_off()
+    return figure, axes, place(width - BAR + GAP, heads[0], 0.15)
+
+
+def _overlay(
+    axis: Axes, picture: Image.Image, weights: Tensor, top: float, extent: tuple[float, float, float, float]
+) -> AxesImage:
+    """The picture in gray under the attention of its patches, smoothed; more opaque the more of it."""
+    width, height = picture.size
+    smooth = F.interpolate(weights[None, None], (height, width), mode="bicubic", align_corners=False)[0, 0]
+    smooth = smooth.clamp(0, top)
+    axis.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+    opacity = 0.35 + 0.5 * smooth / top
+    return axis.imshow(smooth.numpy(), cmap="inferno", vmin=0, vmax=top, alpha=opacity.numpy(), extent=extent)
+
+
+def _wrapped(text: str, letters: int) -> str:
+    return "\n".join(textwrap.wrap(text, letters, max_lines=MOST_LINES, placeholder=" …"))

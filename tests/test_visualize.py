@@ -1,0 +1,147 @@
+"""Pictures of attention, of a model that attends to the colour it reads."""
+
+import sys
+from pathlib import Path
+
+import colours
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from betaclip import visualize as module
+from betaclip.cli import main
+from betaclip.tokenizer import Tokenizer
+from betaclip.visualize import attention, attention_figure
+
+LONG = "the very small checkered red square " * 8
+TEXTS = ["a red square", "on the left of $5 _{", LONG, "blue", "red", LONG.replace(" ", "")]
+
+
+def test_attention():
+    """Its place, and its sum; a text without a colour looks everywhere alike."""
+    picture = Image.fromarray(colours.picture({(0, 1): "red", (2, 3): "green"}, 160, 64))
+    maps = attention(colours.ColourModel().train(), Tokenizer(), picture, ["a red square", "green", "nothing"])
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))
+    assert maps[0, 0, 1] > 0.99 and maps[1, 2, 3] > 0.99
+    torch.testing.assert_close(maps[2], torch.full((4, 4), 1 / 16))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (160, 64), (60, 400), (3000, 2000), (1200, 100)])
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_nothing_overlaps(size, count):
+    """Titles, panels, and the bar with its numbers: each by itself, within the figure."""
+    picture = colours.picture({(0, 1): "red"}, *size)
+    figure = attention_figure(colours.ColourModel(), Tokenizer(), picture, TEXTS[:count])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    panels = [axis for axis in figure.axes if axis.images]
+    (bar,) = (axis for axis in figure.axes if not axis.images)
+    assert len(panels) == 1 + count
+    titles = [axis.title for axis in panels[1:]]
+    assert all(title.get_text().strip() for title in titles)
+    boxes = [axis.get_window_extent(renderer) for axis in panels]
+    boxes += [title.get_window_extent(renderer) for title in titles]
+    tight = bar.get_tightbbox(renderer)
+    assert tight is not None
+    boxes.append(tight)
+    for i, one in enumerate(boxes):
+        assert one.x0 >= 0 and one.y0 >= 0 and one.x1 <= figure.bbox.x1 and one.y1 <= figure.bbox.y1
+        for other in boxes[:i]:
+            assert Bbox.intersection(one.padded(-1), other.padded(-1)) is None
+    # The picture's own shape.
+    for axis in panels:
+        box = axis.get_window_extent(renderer)
+        assert box.width / box.height == pytest.approx(size[0] / size[1], rel=0.02)
+
+
+def test_figure_shows_the_attention():
+    """In multiples of even attention, over the picture's own pixels, with one scale for all, under boxes."""
+    picture = colours.picture({(0, 1): "red", (2, 3): "green"}, 160, 64)
+    boxes = [colours.box_of(0, 1, 160, 64), colours.box_of(2, 3, 160, 64), (0, 0, 160, 64)]
+    figure = attention_figure(colours.ColourModel(), Tokenizer(), picture, ["red", "green", "nothing"], boxes)
+    panels = [axis for axis in figure.axes if axis.images]
+    np.testing.assert_array_equal(np.asarray(panels[0].images[0].get_array()), picture)
+    for axis, box, peak in zip(panels[1:], boxes, (16, 16, 1), strict=True):
+        gray, shown = axis.images
+        assert gray.get_extent() == shown.get_extent() == [0, 160, 64, 0]
+        values = np.asarray(shown.get_array())
+        assert values.shape == (64, 160) and shown.get_clim()[0] == 0
+        assert values.max() == pytest.approx(peak, rel=0.01) and shown.get_clim()[1] == pytest.approx(16, rel=0.01)
+        (rectangle,) = axis.patches
+        assert rectangle.get_bbox().extents.tolist() == list(box)
+        if peak > 1:
+            y, x = np.unravel_index(values.argmax(), values.shape)
+            assert box[0] <= x < box[2] and box[1] <= y < box[3]
+
+
+def test_even_attention_looks_even():
+    """It does not fill the scale, as it would if the largest value did."""
+    figure = attention_figure(colours.ColourModel(sharpness=0), Tokenizer(), colours.picture({}), ["red"])
+    shown = figure.axes[1].images[1]
+    assert shown.get_clim() == (0, 2)
+    np.testing.assert_allclose(np.asarray(shown.get_array()), 1, rtol=1e-5)
+
+
+def test_boxes_must_be_as_many_as_texts():
+    picture = colours.picture({})
+    with pytest.raises(ValueError, match="zip"):
+        attention_figure(colours.ColourModel(), Tokenizer(), picture, ["red", "blue"], [(0, 0, 1, 1)])
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(module, "load_checkpoint", lambda path, device: colours.ColourModel().to(device))
+
+
+def test_command(tmp_path, known, capsys):
+    file = colours.save(tmp_path / "picture.jpg", colours.picture({(0, 1): "red"}, 160, 64))
+    out = tmp_path / "new" / "attention.png"
+    main(["visualize", "checkpoint", str(file), "a red mug", "on the left", "--out", str(out), "--device", "cpu"])
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.width > 600
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize(
+    "image, texts, out, message",
+    [
+        ("good.png", [], "a.png", "TEXT"),
+        ("good.png", ["", " "], "a.png", "texts: expected at least one"),
+        ("none.png", ["red"], "a.png", "image: none.png: FileNotFoundError"),
+        ("broken.png", ["red"], "a.png", "image: broken.png: OSError"),
+        ("good.png", ["red"], "a.nothing", "out: a.nothing: Format 'nothing' is not supported"),
+        ("good.png", ["red"], "good.png/a.png", "out: good.png/a.png"),
+    ],
+)
+def test_rejects(tmp_path, monkeypatch, known, capsys, image, texts, out, message):
+    monkeypatch.chdir(tmp_path)
+    colours.save(Path("good.png"), colours.picture({}))
+    colours.save_broken(Path("broken.png"))
+    with pytest.raises(SystemExit) as exit:
+        main(["visualize", "checkpoint", image, *texts, "--out", out, "--device", "cpu"])
+    assert exit.value.code == 2
+    assert message.lower() in capsys.readouterr().err.lower()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.png", "good.png"]
+
+
+def test_checkpoint_is_missing(tmp_path, capsys):
+    file = colours.save(tmp_path / "picture.png", colours.picture({}))
+    with pytest.raises(SystemExit):
+        main(["visualize", str(tmp_path / "none.pt"), str(file), "red", "--device", "cpu"])
+    assert "checkpoint" in capsys.readouterr().err
+
+
+def test_headless(tmp_path, monkeypatch):
+    """Without pyplot, which is what looks for a window system."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
+    monkeypatch.setenv("MPLBACKEND", "tkagg")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    figure = attention_figure(colours.ColourModel(), Tokenizer(), colours.picture({}), ["red"])
+    figure.savefig(tmp_path / "attention.png")
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.format == "PNG"
