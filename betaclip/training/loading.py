@@ -1,0 +1,112 @@
+"""The batches of a run, from any step on."""
+
+import signal
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from betaclip.data.batches import Batch, collate
+from betaclip.data.config import create_dataset
+from betaclip.model import BetaCLIP
+from betaclip.training.config import TrainConfig
+from betaclip.training.parallel import World
+from betaclip.training.sampler import BatchSampler
+from betaclip.training.settings import ConfigError
+
+
+class Loading(Protocol):
+    """What a run's data are to it.
+
+    steps_per_epoch: updates. order: what a step's place in the data depends on; a run that goes on must have the same.
+    """
+
+    steps_per_epoch: int
+    order: dict[str, int]
+
+    def images(self, step: int) -> int:
+        """Of a step's batch over all ranks, bad ones included."""
+        ...
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """This rank's part of the batches of steps ``first`` to ``last``."""
+        ...
+
+
+def create_loading(config: TrainConfig, model: BetaCLIP, world: World) -> Loading:
+    """
+    Raises:
+        ConfigError: data that are not there, or settings that do not go together.
+    """
+    try:
+        dataset: Any = create_dataset(
+            config.data, model.image_size, model.context_length,
+            seed=config.run.seed, rank=world.rank, ranks=world.size,
+        )  # fmt: skip
+        kind = ShardLoading if config.data.kind == "shards" else ExampleLoading
+        return kind(dataset, config, world)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+class ExampleLoading:
+    """Of a dataset that has each example by its number."""
+
+    def __init__(self, dataset: Any, config: TrainConfig, world: World) -> None:
+        self._dataset, self._workers, self._world = dataset, config.run.workers, world
+        self.order = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
+        self.steps_per_epoch = self._sampler(0, 0).steps_per_epoch
+
+    def images(self, step: int) -> int:
+        return self._sampler(step, step).images(step)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        options = loader_options(self._world) | {"collate_fn": collate, "num_workers": self._workers}
+        return iter(DataLoader(self._dataset, batch_sampler=self._sampler(first, last), **options))
+
+    def _sampler(self, first: int, last: int) -> BatchSampler:
+        return BatchSampler(**self.order, first=first, last=last, rank=self._world.rank, ranks=self._world.size)
+
+
+class ShardLoading:
+    """Of shards that are read in sequence: exact from any step on with the same numbers of ranks and of workers."""
+
+    def __init__(self, dataset: Any, config: TrainConfig, world: World) -> None:
+        size, workers = config.run.batch_size, config.run.workers
+        if config.data.epoch_samples is None:
+            raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")
+        if size % world.size:
+            raise ConfigError(f"run.batch_size: expected a multiple of {world.size} ranks for shards, got {size}")
+        self._dataset, self._part, self._workers, self._world = dataset, size // world.size, workers, world
+        self.steps_per_epoch = dataset.batches_per_epoch(self._part, workers)
+        if self.steps_per_epoch < 1:
+            each = f"{world.size} ranks with {max(workers, 1)} workers"
+            raise ValueError(f"epoch_samples: {config.data.epoch_samples} are less than a batch of {size} of {each}")
+        self.order = {
+            "epoch_samples": config.data.epoch_samples, "batch_size": size, "seed": config.run.seed,
+            "ranks": world.size, "workers": workers,
+        }  # fmt: skip
+
+    def images(self, step: int) -> int:
+        return self._part * self._world.size
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        from betaclip.data.shards import batches_of_shards
+
+        options = loader_options(self._world)
+        return islice(batches_of_shards(self._dataset, self._part, self._workers, first, **options), last - first)
+
+
+def loader_options(world: World) -> dict[str, Any]:
+    return {
+        "pin_memory": world.device.type == "cuda",
+        "generator": torch.Generator(),  # its own: the run's random numbers are not for seeding workers
+        "worker_init_fn": _ignore_termination,
+    }
+
+
+def _ignore_termination(worker: int) -> None:
+    """A SIGTERM to the whole group of processes must not take the workers from a run that is about to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

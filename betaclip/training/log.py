@@ -1,0 +1,188 @@
+"""What a run reports: one line per interval, metrics.jsonl, TensorBoard, Weights & Biases; and what must stop it."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from betaclip.evaluation.report import Results, table
+from betaclip.training.config import TrainConfig
+from betaclip.training.errors import NonFiniteError
+from betaclip.training.settings import ConfigError, to_dict
+
+
+class Interval:
+    """The steps since the last line. What a step measured stays on the device until :meth:`read`, so that a step never
+    waits for it; a value that is not finite is found then, and still belongs to its step and its images.
+
+    columns: names of what a step measures. must_be_finite: those of them that may not be otherwise.
+    """
+
+    def __init__(self, columns: list[str], must_be_finite: list[str]) -> None:
+        self.columns = columns
+        self._checked = torch.tensor([name in must_be_finite for name in columns])
+        self.rows: list[Tensor] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows.clear()
+        self.paths: list[list[str]] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.images, self.waited_s = 0, 0.0
+        self._begin = time.perf_counter()
+
+    def add(self, row: Tensor, paths: list[str], images: int, waited_s: float) -> None:
+        """row: of a step's ``columns``. paths: of this rank's images; images: their number over all ranks. waited_s:
+        for data."""
+        self.rows.append(row)
+        self.paths.append(paths)
+        self.images += images
+        self.waited_s += waited_s
+
+    def read(self) -> tuple[Tensor, list[int]]:
+        """(n, columns) on the CPU, and which of the n steps have a value that must be finite and is not."""
+        table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns))
+        return table, (~table[:, self._checked].isfinite().all(1)).nonzero().flatten().tolist()
+
+    def stop_if_not_finite(self, step: int, rank: int, folder: Path) -> None:
+        """step: done so far. The message has a few of the images; a file in ``folder`` has all.
+
+        Raises:
+            NonFiniteError: of the first step that has a value that must be finite and is not.
+        """
+        table, bad = self.read()
+        if not bad:
+            return
+        first = step - len(table) + bad[0] + 1
+        values = dict(zip(self.columns, table[bad[0]].tolist(), strict=True))
+        paths = self.paths[bad[0]]
+        file = folder / f"non_finite_rank{rank}.json"
+        file.write_text(json.dumps({"step": first, **values, "paths": paths}))  # with NaN and Infinity, as Python reads
+        raise NonFiniteError(
+            f"step {first} is not finite: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}; "
+            f"rank {rank}'s {len(paths)} images ({file} has all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
+        )
+
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        """Means of the finite values, rates and shares."""
+        table, bad = self.read()
+        elapsed = time.perf_counter() - self._begin
+        means = {name: finite_mean(column) for name, column in zip(self.columns, table.T, strict=True)}
+        return {
+            **means,
+            "images_per_s": self.images / elapsed,
+            "data_share": self.waited_s / elapsed,
+            "peak_gib": peak_bytes(device) / 2**30,
+            "skipped": float(len(bad)),
+        }
+
+
+def finite_mean(column: Tensor) -> float:
+    """NaN if there is none."""
+    return float(column[column.isfinite()].double().mean())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Log:
+    """Where a run's metrics go; of the first rank. Steps after ``step`` of an earlier attempt are forgotten."""
+
+    def __init__(self, folder: Path, config: TrainConfig, steps: int, step: int) -> None:
+        self.steps = steps
+        self._file = folder / "metrics.jsonl"
+        kept = [m for m in read_metrics(self._file) if m["step"] <= step]
+        self._file.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
+        self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """The metrics of an interval."""
+        self._write(step, metrics)
+        self.say(line(step, self.steps, metrics))
+
+    def write_results(self, step: int, results: Results) -> None:
+        """Of an evaluation, by set and name."""
+        self._write(step, {f"{of}/{name}": value for of, values in results.items() for name, value in values.items()})
+        self.say(f"step {step}/{self.steps}, evaluated\n{table(results)}")
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def say(self, text: str) -> None:
+        """Above the progress bar."""
+        self._bar.write(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last one that a kill cut short does not count."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(text) for text in lines if text.endswith("\n")]
+
+
+def line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """Everything that a person watches, in one line."""
+    rest = dict(metrics)
+    parts = [f"step {step}/{steps}"]
+    for title, names in (
+        ("loss", ("loss",)), ("global", ("global_loss",)), ("β-CAL", ("beta_cal_loss",)),
+        ("scales", ("logit_scale", "pool_logit_scale")), ("norms", ("norm_backbone", "norm_pool")),
+        ("lr", ("lr_backbone", "lr_pool")),
+    ):  # fmt: skip
+        values = [f"{rest.pop(name):.4g}" for name in names if name in rest]
+        if values:
+            parts.append(f"{title} {' '.join(values)}")
+    if "images_per_s" in rest:
+        parts.append(f"{rest.pop('images_per_s'):.1f} images/s")
+        parts.append(f"data {100 * rest.pop('data_share'):.0f} %")
+        parts.append(f"peak {rest.pop('peak_gib'):.2f} GiB")
+    parts += [f"{name} {value:.4g}" for name, value in rest.items() if name not in ("skipped", "epoch") or value]
+    return "  ".join(parts)
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _wandb(config: TrainConfig, folder: Path) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ConfigError("run.wandb: wandb is not installed: pip install wandb") from error
+    name = config.run.name
+    return wandb.init(
+        project=config.run.wandb, name=name, id=name, config=to_dict(config), dir=str(folder), resume="allow"
+    )

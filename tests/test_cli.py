@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from betaclip.cli import main
+from betaclip.training.config import TrainConfig
+from betaclip.training.settings import read
+
+MODEL = json.dumps(
+    {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
+)
+TINY = f"""
+[model]
+name = '{MODEL}'
+pool_heads = 1
+[data]
+scenes = 12
+[optimizer.backbone]
+warmup = 1
+[optimizer.pool]
+warmup = 1
+[run]
+steps = 2
+batch_size = 4
+workers = 0
+[evaluation]
+scenes = 4
+"""
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return ["train", "--config", str(tmp_path / "tiny.toml"), "--run.folder", str(tmp_path), "--run.name", "a"]
+
+
+def test_train_and_what_follows(tiny, tmp_path, capsys):
+    """A file over the defaults, a flag over the file; a run, the one to compare with, and all that they leave."""
+    main([*tiny, "--run.steps", "3", "--optimizer.pool.lr", "0.5"])
+    out = capsys.readouterr().out
+    saved = read(TrainConfig(), tmp_path / "a" / "config.toml")
+    assert (saved.run.steps, saved.run.batch_size, saved.optimizer.pool.lr) == (3, 4, 0.5)
+    assert saved.run.keep == TrainConfig().run.keep and saved.model.name == MODEL
+    for folder in (tmp_path / "a", tmp_path / "a" / "global_only"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.toml", "metrics.jsonl", "checkpoint_00000003.pt", "attention"} <= names
+        assert len(list((folder / "attention").glob("*.png"))) == 6
+    assert (tmp_path / "a" / "curves.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert set(results) == {"β-CLIP", "global loss only"}
+    assert {"choices/hard", "pointing/mass_in_box"} <= results["β-CLIP"].keys()
+    table = out[out.rindex("Choices") :]
+    assert "β-CLIP" in table and "global loss only" in table
+
+
+def test_checkpoint_is_for_other_commands(tiny, tmp_path, capsys):
+    main([*tiny, "--run.compare-global", "False"])
+    assert not (tmp_path / "a" / "global_only").exists()
+    main(["evaluate", str(tmp_path / "a"), "--scenes", "4", "--no-conditioned"])
+    assert "Choices" in capsys.readouterr().out
+    picture = str(next((tmp_path / "a" / "attention").glob("*.png")))
+    main(["visualize", str(tmp_path / "a"), picture, "a red ring", "--out", str(tmp_path / "x.png")])
+    assert (tmp_path / "x.png").exists()
+
+
+def test_errors_are_one_line(tiny, tmp_path, capsys):
+    assert fails(capsys, "trian") == "betaclip: no command 'trian'; the nearest is 'train'\n"
+    assert "nowhere.toml: No such file" in fails(capsys, "train", "--config", "nowhere.toml")
+    assert "--config: expected a file" in fails(capsys, "train", "--config")
+    (tmp_path / "odd.toml").write_text("[run]\nbatchsize = 3\n")
+    message = fails(capsys, "train", f"--config={tmp_path / 'odd.toml'}")
+    assert message.endswith("odd.toml: unknown key 'run.batchsize'; the nearest is 'run.batch_size'\n")
+    message = fails(capsys, *tiny, "--data.kind", "sharegpt4v")
+    assert message == "betaclip train: data: root: kind 'sharegpt4v' needs it\n"
+    folder, file = str(tmp_path / "no"), str(tmp_path / "no.json")
+    message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
+    assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1
+    assert "model: name: expected scenes, JSON, or one of" in fails(capsys, *tiny, "--model.name", "ViT")
+    assert "run.device: no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
+    assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
+    assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")
+
+
+def test_missing_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    message = fails(capsys, "train", code=1)
+    assert message == "betaclip train: the package tyro is missing: pip install 'betaclip[train]'\n"
+
+
+def test_help_is_light():
+    """It imports no more than the package itself does."""
+    code = "import sys; from betaclip.cli import main; main(['--help']); print({'tyro', 'open_clip'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("usage: betaclip COMMAND") and "  prepare" in out and out.endswith("set()\n")

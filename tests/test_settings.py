@@ -1,0 +1,82 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from betaclip.training.settings import ConfigError, differences, from_dict, keys, read, to_dict, to_toml
+
+
+@dataclass(frozen=True)
+class Part:
+    rate: float = 0.1
+    steps: int = 3
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class Whole:
+    name: str = 'quo"te\\\n\x7f β'
+    root: Path | None = None
+    kind: Literal["a", "b"] = "a"
+    betas: tuple[float, float] = (0.9, 1e-08)
+    words: tuple[str, ...] = ()
+    on: bool = False
+    first: Part = field(default_factory=Part)
+    second: Part = field(default_factory=lambda: Part(rate=1e-9))
+
+
+def of_text(tmp_path, text: str) -> Whole:
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    return read(Whole(), tmp_path / "x.toml")
+
+
+def test_toml_returns(tmp_path):
+    for config in (
+        Whole(),
+        Whole("x", Path("a/b"), "b", (1e300, 5e-324), ("u", 'v"'), True, Part(1 / 3, 7, 1e22), Part(2)),
+    ):
+        assert of_text(tmp_path, to_toml(config)) == config
+        assert from_dict(Whole(), to_dict(config)) == config
+
+
+def test_file_overrides_default_field_by_field(tmp_path):
+    config = of_text(tmp_path, "root = 'data'\n[second]\nsteps = 9\n")
+    assert config == Whole(root=Path("data"), second=Part(rate=1e-9, steps=9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[second]\nstep = 1", r"x.toml: unknown key 'second.step'; the nearest is 'second.steps'"),
+        ("rooot = 'a'", r"unknown key 'rooot'; the nearest is 'root'"),
+        ("on = 1", "on: expected bool, got 1"),
+        ("[first]\nsteps = true", "first.steps: expected int, got True"),
+        ("[first]\nsteps = 2.0", "first.steps: expected int, got 2.0"),
+        ("[first]\nlimit = 'x'", "first.limit: expected float, got 'x'"),
+        ("kind = 'c'", "kind: expected one of 'a', 'b', got 'c'"),
+        ("betas = [1.0]", "betas: expected a list of 2, got"),
+        ("first = 3", "first: expected a table, got 3"),
+        ("[first]\nsteps = 0", "x.toml: first: steps: expected at least 1, got 0"),
+        ("first", "x.toml: not TOML"),
+    ],
+)
+def test_rejects(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        of_text(tmp_path, text)
+
+
+def test_rejects_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.toml: No such file"):
+        read(Whole(), tmp_path / "nowhere.toml")
+
+
+def test_keys_and_differences():
+    assert list(keys(Part)) == ["rate", "steps", "limit"]
+    assert "second.limit" in list(keys(Whole))
+    old, new = Whole(), Whole(root=Path("r"), first=Part(steps=4))
+    assert list(differences(to_dict(old), to_dict(new))) == ["first.steps: 3 -> 4", "root: None -> 'r'"]
