@@ -1,0 +1,238 @@
+"""The training steps that benchmarks/train_step.py compares: padded and dense as published, and ours.
+
+All have the same weights and see the same batch: real captions (captions.json), their sentences and phrases, so that
+the lengths of texts and what they share are those of training. Every image has all of its K texts, for then both
+forms have the same loss.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import pools
+import torch
+import torch.nn.functional as F
+from dense import PUBLISHED, wide
+from implementations import loss_flop
+from pools import PublishedPool
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from betaclip.data.hierarchy import choose, clean, split_sentences
+from betaclip.data.phrases import of_sentence
+from betaclip.data.phrases_by_rules import RuleExtractor
+from betaclip.model import BetaCLIP
+from betaclip.text_tower import text_modules
+from betaclip.texts import RaggedTexts
+from betaclip.tokenizer import Tokenizer
+from betaclip.training.objective import Objective
+
+PARTS = ("step", "text", "vision", "pooling", "losses")
+SENTENCES = 5
+_WORDS = range(49406)  # all ids of the tokenizer but its start and its end
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """images: (B, 3, H, W). texts: K of each image: a caption, SENTENCES sentences, phrases.
+
+    embeds: stand-ins for what towers give, raw leaves: CLS (B, D), patches (B, P, D), texts and pooled (B, K, D).
+    """
+
+    images: Tensor
+    texts: RaggedTexts
+    embeds: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, K"""
+        return self.texts.images, self.texts.most
+
+
+def made_up_step_batch(model: BetaCLIP, images: int, texts: int, dtype: torch.dtype) -> StepBatch:
+    """Noise for images; for texts, captions with their sentences and phrases, each caption in other words for every
+    time that it is needed again, so that texts of different images share no more than different captions do."""
+    device, dim = model.logit_scale.device, model.embed_dim
+    captions = json.loads((Path(__file__).parent / "captions.json").read_text(encoding="utf-8"))["captions"]
+    rng, tokens = random.Random(0), Tokenizer(model.context_length)
+    batch = []
+    for image in range(images):
+        other = dict(zip(_WORDS, rng.sample(_WORDS, len(_WORDS)), strict=True)) if image >= len(captions) else {}
+        chosen = texts_of_caption(captions[image % len(captions)], texts, rng)
+        batch.append([[other.get(token, token) for token in tokens(text)] for text in chosen])
+    patches = model.patch_grid[0] * model.patch_grid[1]
+    sizes = (images, dim), (images, patches, dim), (images, texts, dim), (images, texts, dim)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        pixels = torch.randn(images, 3, model.image_size, model.image_size).to(device, dtype)
+        embeds = [torch.randn(size).to(device, dtype).requires_grad_() for size in sizes]
+    return StepBatch(pixels, RaggedTexts.of(batch), (embeds[0], embeds[1], embeds[2], embeds[3]))
+
+
+def texts_of_caption(caption: str, texts: int, rng: random.Random) -> list[str]:
+    """Sampled sentences joined, the sentences, and as many phrases of the whole caption as make ``texts``."""
+    parts = split_sentences(clean(caption))
+    sentences = [parts[i] for i in sorted(rng.sample(range(len(parts)), min(SENTENCES, texts - 1, len(parts))))]
+    spans = RuleExtractor()(parts)
+    phrases = chain.from_iterable(of_sentence(part, found) for part, found in zip(parts, spans, strict=True))
+    chosen = [". ".join(sentences), *sentences, *choose(phrases, texts - 1 - len(sentences))]
+    if len(chosen) != texts:
+        raise ValueError(f"texts: expected at most {len(chosen)}, which a caption has, got {texts}")
+    return chosen
+
+
+def padded(texts: RaggedTexts) -> tuple[Tensor, Tensor]:
+    """(B, 1 + SENTENCES, L) captions and sentences and (B, K - 1 - SENTENCES, L') phrases, each filled with 0 to the
+    longest of all images."""
+    rows = nn.utils.rnn.pad_sequence(list(texts.tokens.split(texts.lengths.tolist())), batch_first=True)
+    index, _ = texts.slots()
+    blocks = index[:, : 1 + SENTENCES], index[:, 1 + SENTENCES :]
+    longest = [int(texts.lengths[block].max()) if block.numel() else 0 for block in blocks]
+    return tuple(rows[block][:, :, :most] for block, most in zip(blocks, longest, strict=True))  # type: ignore[return-value]
+
+
+class PublishedStep:
+    """Padded texts, dense attention over them, an nn.MultiheadAttention over patches, (B·K)² similarities.
+
+    The vision tower is ours: it is the same work. The text tower calls open_clip's own blocks; ``checkpointed``: they
+    are computed again in the backward, as the released code does.
+    """
+
+    def __init__(self, model: BetaCLIP, checkpointed: bool) -> None:
+        self.model, self.checkpointed = model, checkpointed
+        pool = PublishedPool(model.embed_dim, model.config.pool_heads)
+        pool.load_state_dict(dict(model.pool.named_parameters()), strict=False, assign=True)
+        self.pool = pool
+
+    def text(self, batch: StepBatch) -> Tensor:
+        """(B, K, D)"""
+        return torch.cat([self._encode(block.to(batch.images.device)) for block in padded(batch.texts)], 1)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        tower, flat = text_modules(self.model.clip), tokens.flatten(0, 1)
+        x = tower.token_embedding(flat) + self.model.clip.positional_embedding[: flat.shape[1]]
+        mask = torch.full((flat.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        for block in tower.transformer.resblocks:
+            run = partial(block, attn_mask=mask)
+            x = checkpoint(run, x, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run(x)
+        x = tower.ln_final(x)[torch.arange(len(flat), device=x.device), flat.argmax(1)]
+        return (x @ tower.text_projection).unflatten(0, tokens.shape[:2])
+
+    def vision(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        return self.model.encode_image(batch.images)
+
+    def pooling(self, patches: Tensor, texts: Tensor) -> Tensor:
+        return cast(Tensor, self.pool(patches, texts))
+
+    def losses(self, cls: Tensor, texts: Tensor, pooled: Tensor) -> Tensor:
+        scales = self.model.logit_scale.exp(), self.model.pool.logit_scale.exp()
+        logits = scales[0] * F.normalize(wide(cls), dim=-1) @ F.normalize(wide(texts[:, 0]), dim=-1).T
+        own = torch.arange(len(cls), device=cls.device)
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return contrast + PUBLISHED["ce"](pooled, texts, scales[1])
+
+    def step(self, batch: StepBatch) -> Tensor:
+        texts = self.text(batch)
+        cls, patches = self.vision(batch)
+        return self.losses(cls, texts, self.pooling(patches, texts))
+
+    def tokens(self, batch: StepBatch) -> int:
+        """Rows of the text tower's linear layers."""
+        return sum(block.numel() for block in padded(batch.texts))
+
+
+class OurStep:
+    """What the training loop does."""
+
+    def __init__(self, model: BetaCLIP) -> None:
+        self.model, self.objective = model, Objective()
+
+    def text(self, batch: StepBatch) -> Tensor:
+        return self.model.encode_text(batch.texts)
+
+    def vision(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        return self.model.encode_image(batch.images)
+
+    def pooling(self, patches: Tensor, texts: Tensor) -> Tensor:
+        return cast(Tensor, self.model.pool(patches, texts))
+
+    def losses(self, cls: Tensor, texts: Tensor, pooled: Tensor) -> Tensor:
+        out = {
+            "image_embeds": cls,
+            "text_embeds": texts,
+            "pooled_embeds": pooled,
+            "mask": texts.new_ones(texts.shape[:2], dtype=torch.bool),
+            "logit_scale": self.model.logit_scale.exp(),
+            "pool_logit_scale": self.model.pool.logit_scale.exp(),
+        }
+        return cast(Tensor, self.objective(out)["loss"])
+
+    def step(self, batch: StepBatch) -> Tensor:
+        return cast(Tensor, self.objective(self.model(batch.images, batch.texts))["loss"])
+
+    def tokens(self, batch: StepBatch) -> int:
+        return len(batch.texts.packing.tokens)
+
+
+Step = PublishedStep | OurStep
+
+
+def step_implementations() -> dict[str, Callable[[BetaCLIP], Step]]:
+    """By name, in the order of the tables; the first is the baseline."""
+    return {
+        "published": partial(PublishedStep, checkpointed=True),
+        "published, no checkpointing": partial(PublishedStep, checkpointed=False),
+        "betaclip": OurStep,
+    }
+
+
+def call(step: Step, part: str, batch: StepBatch) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A function whose value is (), and what its gradients are taken of: trained parameters, and ``batch.embeds``."""
+    cls, patches, texts, pooled = batch.embeds
+    clip, pool = step.model.clip, step.model.pool
+    vision = {id(p): p for p in trained(clip.visual)}
+    scales = {id(p): p for p in (step.model.logit_scale, pool.logit_scale)}
+    if part == "step":
+        return lambda: step.step(batch), trained(step.model)
+    if part == "text":
+        return lambda: step.text(batch).square().mean(), [p for p in trained(clip) if id(p) not in vision | scales]
+    if part == "vision":
+        return lambda: torch.stack([x.square().mean() for x in step.vision(batch)]).sum(), list(vision.values())
+    if part == "pooling":
+        own = [p for p in trained(pool) if id(p) not in scales]
+        return lambda: step.pooling(patches, texts).square().mean(), [patches, texts, *own]
+    return lambda: step.losses(cls, texts, pooled), [cls, texts, pooled, *scales.values()]
+
+
+def trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def least_flop(model: BetaCLIP, part: str, phase: str, batch: StepBatch) -> int:
+    """FLOP of the products: patches and distinct prefixes of texts through their towers, and what pools.least_flop and
+    implementations.loss_flop count. Gradients are two more products for each, of the losses three in all."""
+    images, texts = batch.shape
+    patches = model.patch_grid[0] * model.patch_grid[1]
+    packing = batch.texts.packing
+    lengths = packing.positions + 1  # what each attends to
+    visual, tower = model.clip.visual.transformer, text_modules(model.clip).transformer
+    both = 1 if phase == "forward" else 3
+    attended = torch.full((1 + patches,), 1 + patches)
+    flop = {
+        "vision": both * images * transformer_flop(visual.width, visual.layers, attended),
+        "text": both * transformer_flop(tower.width, tower.layers, lengths),
+        "pooling": pools.least_flop("block", phase, images, texts, patches, model.embed_dim, model.config.pool_heads),
+        "losses": loss_flop("ce", phase, images * texts, model.embed_dim),
+    }
+    return sum(flop.values()) if part == "step" else flop[part]
+
+
+def transformer_flop(width: int, layers: int, attended: Tensor) -> int:
+    """Forward, of tokens that attend to so many each: 12 width² multiply-adds in a block's linear layers (MLP of four
+    widths), and scores and means."""
+    return layers * (24 * width**2 * len(attended) + 4 * width * int(attended.sum()))
