@@ -19,11 +19,12 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.distributed import AcrossRanks, Ranks
+from betaclip.distributed import AcrossRanks
 from betaclip.kernels.backends import resolve, without_autocast
 from betaclip.kernels.operand import Operand, zero_rows
 from betaclip.kernels.products import float32_products
 from betaclip.kernels.similarity import BACKENDS, implementation
+from betaclip.ranks import Ranks
 
 # Embeddings shorter than this have no direction: they count as zero vectors and receive no gradient.
 _SHORTEST = 1e-12

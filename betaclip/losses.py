@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.contrast import Texts, contrast_logsumexp, contrast_softplus
-from betaclip.distributed import TRANSPORTS, Ranks
 from betaclip.kernels.operand import DTYPES, accumulation_dtype
 from betaclip.kernels.similarity import BACKENDS
+from betaclip.ranks import TRANSPORTS, Group, Ranks
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
@@ -37,7 +37,7 @@ def beta_cal_ce_loss(
     padding: str = "ignore",
     backend: str = "auto",
     gather: bool | str = False,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: Group | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -67,7 +67,7 @@ def beta_cal_ce_loss(
             released code (``"published"``).
         backend: of :func:`betaclip.kernels.similarity.similarity_logsumexp`.
         gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, or ``"ring"``
-            (``betaclip.distributed`` has the difference). The inputs are this rank's; numbers of images and texts may
+            (``betaclip.ranks`` has the difference). The inputs are this rank's; numbers of images and texts may
             differ between ranks. Every rank returns the loss of the whole batch, and its gradients are W times the
             derivatives by what it holds: averaged over the W ranks, as DistributedDataParallel does, parameters'
             gradients are those of one process with the whole batch. All ranks must backpropagate the same multiple.
@@ -87,20 +87,26 @@ def beta_cal_ce_loss(
     weights = _pair_weights(batch, alpha, beta, pair_weights)
     group = batch.texts.group if padding == "ignore" else _image_of_row(batch)
     texts = Texts(batch.texts.images, batch.texts.texts, group, batch.texts.slots)
+    if batch.valid is not None:
+        weights = weights * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
+    # (B, K) sums over the targets of each row. A row without any, such as one that is not valid, does not count.
+    totals = [weights.sum(dim - 3).expand(texts.images, texts.texts) for dim in (2, 1)]
+    counts = torch.stack([(total != 0).sum() for total in totals])
+    if ranks is not None:
+        counts = _meet(ranks, batch, None, counts)
     between_x, between_y, cosines = contrast_logsumexp(
         batch.image, batch.text, batch.scale, texts, batch.dtype, backend, ranks
     )
     between_x, between_y = (texts.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
     contrasted = logits
-    if batch.valid is not None:
-        weights = weights * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
-        if padding == "ignore":
-            # Finite, so that an image without any text has finite gradients.
-            least = torch.finfo(logits.dtype).min
-            contrasted = logits.masked_fill(~(batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1)), least)
-    image_to_text = _soft_cross_entropy(between_x, contrasted, logits, weights, batch.valid, 2, ranks)
-    text_to_image = _soft_cross_entropy(between_y, contrasted, logits, weights, batch.valid, 1, ranks)
+    if batch.valid is not None and padding == "ignore":
+        # Finite, so that an image without any text has finite gradients.
+        least = torch.finfo(logits.dtype).min
+        contrasted = logits.masked_fill(~(batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1)), least)
+    target = weights * logits
+    image_to_text = _soft_cross_entropy(between_x, contrasted.logsumexp(2), target.sum(2), totals[0], counts[0])
+    text_to_image = _soft_cross_entropy(between_y, contrasted.logsumexp(1), target.sum(1), totals[1], counts[1])
     return _over_ranks((image_to_text + text_to_image) / 2, ranks)
 
 
@@ -118,7 +124,7 @@ def beta_cal_bce_loss(
     padding: str = "ignore",
     backend: str = "auto",
     gather: bool | str = False,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: Group | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -151,6 +157,11 @@ def beta_cal_bce_loss(
     batch = _prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     weights = _pair_weights(batch, alpha, beta, pair_weights)
+    count = torch.full((), batch.image.shape[0], dtype=torch.int64, device=batch.image.device)
+    if batch.valid is not None and padding == "ignore":
+        count = batch.valid.sum()
+    if ranks is not None:
+        (count,) = _meet(ranks, batch, bias, count[None])
     between, cosines = contrast_softplus(
         batch.image, batch.text, batch.scale, bias, batch.texts, batch.dtype, backend, ranks
     )
@@ -158,14 +169,9 @@ def beta_cal_bce_loss(
     if bias is not None:
         logits = logits + bias
     positives = weights * F.softplus(-logits)
-    count = torch.full((), batch.image.shape[0], dtype=logits.dtype, device=logits.device)
     if batch.valid is not None:
         positives = positives * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
-        if padding == "ignore":
-            count = batch.valid.sum().to(logits.dtype)
-    if ranks is not None:
-        count = ranks.sum(count)
-    return _over_ranks((between + positives.sum()) / count.clamp_min(1) ** 2, ranks)
+    return _over_ranks((between + positives.sum()) / count.to(logits.dtype).clamp_min(1) ** 2, ranks)
 
 
 class BetaCALLoss(nn.Module):
@@ -193,7 +199,7 @@ class BetaCALLoss(nn.Module):
         padding: str = "ignore",
         backend: str = "auto",
         gather: bool | str = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group | None = None,
     ) -> None:
         super().__init__()
         _check_choice("form", form, FORMS)
@@ -262,7 +268,7 @@ class ClipLoss(nn.Module):
         self,
         backend: str = "auto",
         gather: bool | str = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group | None = None,
     ) -> None:
         super().__init__()
         _check_choice("backend", backend, ("auto", *BACKENDS))
@@ -295,29 +301,15 @@ class _Batch(NamedTuple):
     dtype: torch.dtype
 
 
-def _soft_cross_entropy(
-    between: Tensor,
-    contrasted: Tensor,
-    logits: Tensor,
-    weights: Tensor,
-    valid: Tensor | None,
-    dim: int,
-    ranks: Ranks | None,
-) -> Tensor:
-    """() mean over valid rows of logsumexp - sum_j q_ij S_ij, along ``dim`` of the (B, K, K) blocks; of the mean over
-    the rows of all ranks, the part of this rank's.
-
-    A row whose weights are all zero has no target and does not count.
-    """
-    lse = torch.logaddexp(between, contrasted.logsumexp(dim))
-    total = weights.sum(dim if weights.dim() == 3 else dim - 1)
-    rows = (total != 0).expand_as(lse) if valid is None else valid & (total != 0)
-    target = (weights * logits).sum(dim) / torch.where(total != 0, total, 1)
-    count = rows.sum() if ranks is None else ranks.sum(rows.sum())
-    return torch.where(rows, lse - target, 0).sum() / count.clamp_min(1)
+def _soft_cross_entropy(between: Tensor, within: Tensor, target: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """() mean over the rows that count of logsumexp - sum_j q_ij S_ij; of the mean over the rows of all ranks, the part
+    of this rank's. All but ``count`` are (B, K); target: sum_j w_ij S_ij."""
+    rows = total != 0
+    loss = torch.logaddexp(between, within) - target / torch.where(rows, total, 1)
+    return torch.where(rows, loss, 0).sum() / count.clamp_min(1)
 
 
-def _ranks(gather: bool | str, process_group: dist.ProcessGroup | None) -> Ranks | None:
+def _ranks(gather: bool | str, process_group: Group | None) -> Ranks | None:
     if gather is False:
         if process_group is not None:
             raise ValueError("process_group: expected None without gather, got a group")
@@ -327,6 +319,13 @@ def _ranks(gather: bool | str, process_group: dist.ProcessGroup | None) -> Ranks
         reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
         raise RuntimeError(f"gather={gather!r}: {reason}")
     return Ranks(TRANSPORTS[0] if isinstance(gather, bool) else gather, process_group)
+
+
+def _meet(ranks: Ranks, batch: _Batch, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """:meth:`Ranks.meet` with what gradients this rank will want."""
+    wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
+    rows, dim = batch.image.shape
+    return ranks.meet(rows, dim, batch.dtype, (any(wanted) and torch.is_grad_enabled(), wanted[0]), counts)
 
 
 def _over_ranks(share: Tensor, ranks: Ranks | None) -> Tensor:

@@ -4,8 +4,10 @@ Each test starts W processes on gloo, which run one of the functions below and a
 is the test's.
 """
 
+import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,20 +21,29 @@ from largest import LargestTensor
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip import BetaCALLoss, ClipLoss, beta_cal_ce_loss
-from betaclip.distributed import TRANSPORTS
+from betaclip import BetaCALLoss, ClipLoss, beta_cal_ce_loss, ranks
+from betaclip.ranks import TRANSPORTS
 
 SIZES = (3, 2, 0, 4)  # images per rank: unequal, and none
 K, D = 4, 8
+SCALE = torch.tensor(5.0, dtype=torch.float64)
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
 
+# All fork from one process that has imported these: that takes longer than what most tests do.
+START_METHOD = "forkserver"
+multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "betaclip"])
+
+
 def processes(count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = 60) -> None:
-    mp.spawn(_enter, (count, function, str(folder / "rendezvous"), timeout_s, args), count)
+    mp.start_processes(
+        _enter, (count, function, str(folder / "rendezvous"), timeout_s, args), count, start_method=START_METHOD
+    )
 
 
 def _enter(rank: int, count: int, function: Callable[..., None], file: str, timeout_s: float, args: Any) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", "`torch.distributed")  # a name that is going away
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timeout)
     torch.manual_seed(0)  # the same batch everywhere, of which each rank takes its part
@@ -55,18 +66,24 @@ def own_part(sizes: tuple[int, ...]) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def value_and_gradients(form: str, image: Tensor, text: Tensor, mask: Tensor | None, **options: Any) -> list[Tensor]:
-    """The loss, and gradients of image and text embeddings, scale, β and bias (0 in the softmax form)."""
-    image, text = (t.clone().requires_grad_() for t in (image, text))
+def value_and_gradients(
+    form: str, image: Tensor, text: Tensor, mask: Tensor | None = None, ragged: bool = False, **options: Any
+) -> list[Tensor]:
+    """The loss, and gradients of image and text embeddings, scale, β and bias (0 in the softmax form).
+
+    ragged: of the valid rows alone, with the image of each.
+    """
+    leaves = [t.clone().requires_grad_() for t in (image, text)]
     scale, beta, bias = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (7.0, 0.5, -1.0))
-    loss = BetaCALLoss(form, beta=beta, **options)(
-        image, text, scale, mask=mask, logit_bias=bias if form == "bce" else None
-    )
+    given: dict[str, Any] = {"mask": mask, "logit_bias": bias if form == "bce" else None}
+    rows = leaves
+    if ragged:
+        assert mask is not None
+        rows = [t[mask] for t in leaves]
+        given |= {"mask": None, "image_index": torch.arange(len(mask))[:, None].expand_as(mask)[mask]}
+    loss = BetaCALLoss(form, beta=beta, **options)(*rows, scale, **given)
     (3 * loss).backward()  # as a gradient scaler would
-    return [
-        loss.detach(),
-        *(torch.zeros_like(t) if t.grad is None else t.grad for t in (image, text, scale, beta, bias)),
-    ]
+    return [loss.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (*leaves, scale, beta, bias))]
 
 
 def compare(ours: list[Tensor], truth: list[Tensor], part: slice, case: str) -> None:
@@ -87,20 +104,52 @@ def equals_one_process() -> None:
     sizes = SIZES[: dist.get_world_size()]
     image, text, mask = whole_batch(sizes)
     part = own_part(sizes)
+    without_second = mask.clone()
+    without_second[sizes[0] : sum(sizes[:2])] = False
+    variants = [
+        (padding, name, given, name == "ragged")
+        for padding in ("ignore", "published")
+        for name, given in (
+            ("all", None), ("masked", mask), ("second rank without texts", without_second), ("ragged", mask)
+        )
+        if padding == "ignore" or name != "ragged"
+    ]  # fmt: skip
     for form in ("ce", "bce"):
-        for padding in ("ignore", "published"):
-            for given in (None, mask):
-                truth = value_and_gradients(form, image, text, given, padding=padding)
-                for transport in TRANSPORTS:
-                    own = None if given is None else given[part]
-                    ours = value_and_gradients(form, image[part], text[part], own, padding=padding, gather=transport)
-                    compare(ours, truth, part, f"{form}, {padding}, masked {given is not None}, {transport}")
+        for padding, name, given, ragged in variants:
+            truth = value_and_gradients(form, image, text, given, ragged, padding=padding)
+            for transport in TRANSPORTS:
+                own = None if given is None else given[part]
+                options = {"padding": padding, "gather": transport}
+                ours = value_and_gradients(form, image[part], text[part], own, ragged, **options)
+                compare(ours, truth, part, f"{form}, {padding}, {name}, {transport}")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_equals_one_process(count, tmp_path):
-    """Both forms, both ways to move, masked and not, ragged counts, a rank without images: value and all gradients."""
+    """Both forms, both ways to move, masked and ragged, unequal counts, a rank without images or without texts."""
     processes(count, equals_one_process, tmp_path)
+
+
+def pieces_equal_one_process() -> None:
+    sizes = SIZES[:2]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    for count in (3, 5, 100):  # 12 rows: even pieces, uneven ones, rows
+        ranks.pieces = lambda *_, count=count: count
+        for form in ("ce", "bce"):
+            truth = value_and_gradients(form, image, text, mask)
+            compare(value_and_gradients(form, image[part], text[part], mask[part], gather=True), truth, part, form)
+
+
+def test_pieces_equal_one_process(tmp_path):
+    """What the all-gather brings bit by bit, as on GPUs."""
+    processes(2, pieces_equal_one_process, tmp_path)
+
+
+def test_pieces():
+    assert [ranks.pieces(8, rows, 1024 * rows, "cuda") for rows in (0, 100, 1024, 2304, 10**6)] == [1, 1, 2, 4, 8]
+    assert [ranks.pieces(1024, rows, 1024 * rows, "cuda") for rows in (100, 1024, 2304)] == [1, 2, 4]
+    assert ranks.pieces(1024, 2304, 2**30, "cpu") == 1
 
 
 def other_inputs_equal_one_process() -> None:
@@ -108,13 +157,8 @@ def other_inputs_equal_one_process() -> None:
     image, text, mask = whole_batch(sizes)
     part = own_part(sizes)
     scale = torch.tensor(5.0, dtype=torch.float64)
-    # Ragged rows: the valid ones, with an index.
-    index = torch.arange(sum(sizes))[:, None].expand_as(mask)
     for transport in TRANSPORTS:
         loss, of_all = BetaCALLoss(gather=transport), BetaCALLoss()
-        ragged = loss(image[part][mask[part]], text[part][mask[part]], scale, image_index=index[part][mask[part]])
-        torch.testing.assert_close(ragged, of_all(image[mask], text[mask], scale, image_index=index[mask]))
-        torch.testing.assert_close(ragged, of_all(image, text, scale, mask=mask))
         # Pair weights, of every rank its own.
         weights = torch.rand(sum(sizes), K, K, dtype=torch.float64)
         ours = loss(image[part], text[part], scale, pair_weights=weights[part])
@@ -135,6 +179,10 @@ def other_inputs_equal_one_process() -> None:
         assert value.item() == 0 and not torch.autograd.grad(value, leaf)[0].any()
         with torch.no_grad():
             torch.testing.assert_close(loss(image[part], text[part], scale), of_all(image, text, scale))
+        # No image anywhere.
+        leaf = image[:0].clone().requires_grad_()
+        value = loss(leaf, text[:0], scale)
+        assert value.item() == 0 and torch.autograd.grad(value, leaf)[0].shape == leaf.shape
     # True is the default way.
     torch.testing.assert_close(BetaCALLoss(gather=True)(image[part], text[part], scale), of_all(image, text, scale))
 
@@ -144,22 +192,44 @@ def test_other_inputs_equal_one_process(tmp_path):
 
 
 def only_some_gradients() -> None:
+    """Of one side, on all ranks or on the first alone; the others have to help with those of texts."""
     sizes = SIZES[:2]
     image, text, _ = whole_batch(sizes)
-    part = own_part(sizes)
+    part, rank = own_part(sizes), dist.get_rank()
     for form in ("ce", "bce"):
         for transport in TRANSPORTS:
             for wanted in (0, 1):
-                gradients = []
-                for pair, gather in (((image, text), False), ((image[part], text[part]), transport)):
-                    pair = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(pair)]
-                    loss = BetaCALLoss(form, gather=gather)(*pair, torch.tensor(5.0, dtype=torch.float64))
-                    gradients.append(torch.autograd.grad(loss, pair[wanted])[0])
-                torch.testing.assert_close(gradients[1] / 2, gradients[0][part])
+                whole = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((image, text))]
+                (truth,) = torch.autograd.grad(BetaCALLoss(form)(*whole, SCALE), whole[wanted])
+                for first_alone in (False, True):
+                    wants = rank == 0 or not first_alone
+                    own = [t[part].clone().requires_grad_(i == wanted and wants) for i, t in enumerate((image, text))]
+                    scale = SCALE.clone().requires_grad_()
+                    gradients = torch.autograd.grad(
+                        BetaCALLoss(form, gather=transport)(*own, scale), [own[wanted], scale] if wants else scale
+                    )
+                    if wants:
+                        torch.testing.assert_close(gradients[0] / 2, truth[part], atol=1e-12, rtol=0)
 
 
 def test_only_some_gradients(tmp_path):
     processes(2, only_some_gradients, tmp_path)
+
+
+def backward_again() -> None:
+    """The forward's texts are gone then, and move once more."""
+    sizes = SIZES[:2]
+    image, text, _ = whole_batch(sizes)
+    part = own_part(sizes)
+    for transport in TRANSPORTS:
+        leaves = [t[part].clone().requires_grad_() for t in (image, text)]
+        loss = BetaCALLoss(gather=transport)(*leaves, SCALE)
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_backward_again(tmp_path):
+    processes(2, backward_again, tmp_path)
 
 
 class Model(nn.Module):
@@ -195,7 +265,7 @@ def parallel_training_equals_one_process(wrapper: str) -> None:
         for (name, p), t in zip(wrapped.named_parameters(), truth, strict=True):
             gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             case = f"{wrapper}, {transport}: {name}"
-            torch.testing.assert_close(gradient, t, msg=lambda m, case=case: f"{case}: {m}")
+            torch.testing.assert_close(gradient, t, atol=1e-12, rtol=0, msg=lambda m, case=case: f"{case}: {m}")
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
@@ -223,7 +293,7 @@ def cached_gradients_equal_one_process() -> None:
         surrogate.backward()
     for p, t in zip(model.parameters(), truth, strict=True):
         dist.all_reduce(p.grad)
-        torch.testing.assert_close(p.grad / 2, t)
+        torch.testing.assert_close(p.grad / 2, t, atol=1e-12, rtol=0)
 
 
 def test_cached_gradients_equal_one_process(tmp_path):
@@ -245,6 +315,24 @@ def groups_are_apart() -> None:
 
 def test_groups_are_apart(tmp_path):
     processes(4, groups_are_apart, tmp_path)
+
+
+def mesh_is_a_group() -> None:
+    image, text, _ = whole_batch((2, 2))
+    part = own_part((2, 2))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "model"))
+    ours = BetaCALLoss(gather=True, process_group=mesh["data"])(image[part], text[part], SCALE)
+    torch.testing.assert_close(ours, BetaCALLoss()(image, text, SCALE))
+    with pytest.raises(ValueError, match="process_group: expected a DeviceMesh of one dimension, got 2"):
+        BetaCALLoss(gather=True, process_group=mesh)(image[part], text[part], SCALE)
+    alone = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="process_group: expected one that this rank is in"):
+            BetaCALLoss(gather=True, process_group=alone)(image[part], text[part], SCALE)
+
+
+def test_mesh_is_a_group(tmp_path):
+    processes(2, mesh_is_a_group, tmp_path)
 
 
 def extreme_logits() -> None:
@@ -320,26 +408,57 @@ def test_second_derivative_raises(tmp_path):
     processes(2, second_derivative_raises, tmp_path)
 
 
-def one_rank_fails(transport: str) -> None:
+def ranks_disagree() -> None:
+    """All raise, where they would wait for each other."""
+    image, text, _ = whole_batch((1, 1))
+    part, rank = own_part((1, 1)), dist.get_rank()
+    leaf = image[part].clone().requires_grad_()
+    for transport in TRANSPORTS:
+        loss = BetaCALLoss(gather=transport)
+        with pytest.raises(RuntimeError, match=rf"{transport}.*different losses: D: \[8, 6\] by rank"):
+            loss(*(t[part, :, : 8 - 2 * rank] for t in (image, text)), SCALE)
+        with pytest.raises(RuntimeError, match=r"different losses: dtype: .*float64.*float32"):
+            loss(*(t[part].to((torch.float64, torch.float32)[rank]) for t in (image, text)), SCALE)
+        with (
+            pytest.raises(RuntimeError, match=r"different losses: a gradient is wanted: \[1, 0\] by rank"),
+            torch.set_grad_enabled(rank == 0),
+        ):
+            loss(leaf, text[part], SCALE)
+
+
+def test_ranks_disagree(tmp_path):
+    processes(2, ranks_disagree, tmp_path)
+
+
+def one_rank_fails(transport: str, fails: str) -> None:
     image, text, _ = whole_batch((1, 1, 1))
     part = own_part((1, 1, 1))
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 and fails == "dies":
         os._exit(7)  # as if killed
-    BetaCALLoss(gather=transport)(image[part], text[part], torch.tensor(5.0, dtype=torch.float64))
+    leaf = image[part].clone().requires_grad_()
+    loss = BetaCALLoss(gather=transport)(leaf, text[part], SCALE)
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    loss.backward()
 
 
+@pytest.mark.parametrize("fails", ["dies", "stays away from the backward"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_rank_that_fails_leaves_no_hang(transport, tmp_path):
-    """The others raise, by the lost connection or the group's timeout, instead of waiting for it."""
+def test_rank_that_fails_leaves_no_hang(transport, fails, tmp_path):
+    """The others raise, by the lost connection or the group's timeout, and say what they were waiting for."""
     begin = time.perf_counter()
-    context = mp.spawn(_enter, (3, one_rank_fails, str(tmp_path / "rendezvous"), 10, (transport,)), 3, join=False)
-    for process in context.processes:
-        process.join(60)
-    assert time.perf_counter() - begin < 50
-    assert [process.exitcode for process in context.processes] == [1, 7, 1]
-    for failed in (0, 2):
-        message = Path(context.error_files[failed]).read_bytes().decode(errors="replace")
-        assert "RuntimeError" in message or "DistBackendError" in message, message
+    arguments = 3, one_rank_fails, str(tmp_path / "rendezvous"), 5, (transport, fails)
+    context = mp.start_processes(_enter, arguments, 3, join=False, start_method=START_METHOD)
+    waiting = [context.processes[rank] for rank in (0, 2)]
+    for process in waiting:
+        process.join(50)
+    context.processes[1].kill()
+    assert time.perf_counter() - begin < 45
+    assert [process.exitcode for process in waiting] == [1, 1]
+    for rank in (0, 2):
+        message = Path(context.error_files[rank]).read_bytes().decode(errors="replace")
+        expected = f"gather='{transport}', rank {rank} of 3: another rank failed, or did not call the same loss"
+        assert expected in message, message
 
 
 def test_needs_a_process_group():
