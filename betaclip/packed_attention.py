@@ -128,7 +128,8 @@ class Buckets(PackedAttention):
             return rows[:, 0]
         parts, outs = _Heads.apply(rows, self.buckets), []
         for i in range(0, len(parts), 3):
-            out = F.scaled_dot_product_attention(*parts[i : i + 3], is_causal=True)
+            q, k, v = parts[i : i + 3]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 
