@@ -27,6 +27,7 @@ from harness import (
     read_rows,
     release,
     slug,
+    time_ms,
     with_peak_bytes,
 )
 from report import Columns, Progress, Row, table
@@ -57,13 +58,20 @@ class Comparison(ABC, Generic[Measured]):
     """All implementations of one operation at one size: each called once, then timed in interleaved rounds.
 
     label: names the size for the progress bar. mm_rows: torch.mm's rate is measured with (mm_rows, dim) matrices.
+    ``clock`` times a call, ``foreign`` counts cores that others keep busy. ``alongside``: more runs of the same rounds;
+    ``times`` in ms, of these, of the products and of the implementations.
     """
+
+    clock: Callable[[Run, torch.device], float] = staticmethod(time_ms)
+    foreign = ForeignCores
 
     def __init__(
         self, label: str, names: Iterable[str], mm_rows: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.label, self.names, self.mm_rows, self.dim, self.device = label, tuple(names), mm_rows, dim, device
         self.products = matrix_products(mm_rows, dim, dtype, device)
+        self.alongside: dict[str, Run] = {}
+        self.times: dict[str, list[float] | str] = {}
 
     @abstractmethod
     def first_call(self, name: str, phase: str, previous: list[Row]) -> tuple[Measured, Run | None, float]:
@@ -91,8 +99,9 @@ class Comparison(ABC, Generic[Measured]):
                 runs[name] = run
         if not runs and not slow:
             return list(rows.values())
-        with ForeignCores() as foreign:
-            times = interleave({**self.products, **runs}, self.device, seconds) | slow
+        with self.foreign() as foreign:
+            times = interleave({**self.products, **self.alongside, **runs}, self.device, seconds, self.clock) | slow
+        self.times = times
         tflops = matrix_tflops({name: times[name] for name in self.products}, self.mm_rows, self.dim)
         for name in [*runs, *slow]:
             taken, row = times[name], replace(rows[name], foreign_cores=foreign.cores)

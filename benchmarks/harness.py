@@ -157,13 +157,18 @@ def time_ms(run: Run, device: torch.device) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Run], device: torch.device, seconds: float, max_rounds: int = 50
+    runs: Mapping[str, Run],
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[Run, torch.device], float] | None = None,
+    max_rounds: int = 50,
 ) -> dict[str, list[float] | str]:
-    """Times in ms of each run, in rounds of shuffled order; the status instead if it raised.
+    """Times in ms of each run, in rounds of shuffled order; the status instead if it raised. clock: ``time_ms``.
 
     Each run may use an equal share of ``seconds``, and more for a third round if it is not too slow; each is
     called at least once. One that has had its share drops out, the others go on.
     """
+    clock = clock or time_ms
     shuffle, share_ms = random.Random(0).shuffle, seconds * 1e3 / max(len(runs), 1)
     times: dict[str, list[float] | str] = {}
     spent: dict[str, list[float]] = {name: [] for name in runs}
@@ -171,7 +176,7 @@ def interleave(
     while active:
         shuffle(active)
         for name in list(active):
-            elapsed, status = attempt(lambda run=runs[name]: time_ms(run, device))  # type: ignore[misc]
+            elapsed, status = attempt(lambda run=runs[name]: clock(run, device))  # type: ignore[misc]
             if status != OK:
                 times[name] = status
                 active.remove(name)
