@@ -39,7 +39,7 @@ from report import Progress, Row, plot, table
 from betaclip.ranks import TRANSPORTS
 
 SIZES = (1152, 4608)
-TIMEOUT = timedelta(minutes=30)  # of a collective: a rank that died is not waited for for ever
+TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that died, or goes another way, is not waited for for ever
 
 
 class Silent(Progress):
@@ -119,15 +119,14 @@ def prepare(args: argparse.Namespace, local_rank: int) -> str:
     return "nccl"
 
 
-def process(rank: int, folder: str, args: argparse.Namespace, source: Provenance, device: str, path: Path) -> None:
-    """One of those that this script starts: takes part wherever its number is below the number of ranks."""
-    backend = prepare(args, rank)
-    for count in args.ranks:
-        if rank < count:
-            method = f"file://{folder}/{count}"
-            dist.init_process_group(backend, init_method=method, rank=rank, world_size=count, timeout=TIMEOUT)
-            measure(args, source, device, path)
-            dist.destroy_process_group()
+def process(
+    rank: int, count: int, folder: str, args: argparse.Namespace, source: Provenance, device: str, path: Path
+) -> None:
+    """One of ``count`` that this script starts."""
+    method = f"file://{folder}/{count}"
+    dist.init_process_group(prepare(args, rank), init_method=method, rank=rank, world_size=count, timeout=TIMEOUT)
+    measure(args, source, device, path)
+    dist.destroy_process_group()
 
 
 def draw(rows: list[Row], path: Path) -> str | None:
@@ -166,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         source, device = begin(args, BENCHMARK, argv)
         path = args.output / f"{device}-global-batch.csv"
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(process, (folder, args, source, device, path), max(args.ranks))
+            for count in args.ranks:  # new processes: torch.distributed.nn keeps the first group that it has seen
+                mp.spawn(process, (count, folder, args, source, device, path), count)
         return finish(source, path)
     first = os.environ["RANK"] == "0"
     with redirect_stdout(sys.stdout if first else io.StringIO()):
