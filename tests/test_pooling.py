@@ -256,7 +256,7 @@ def test_half_precision_parameters(dtype):
 
 def test_compile():
     pool = block()
-    compiled = torch.compile(pool, fullgraph=True, dynamic=True)
+    compiled = torch.compile(pool, fullgraph=True)
     for b, k in ((2, 3), (3, 4)):
         leaves = [t.requires_grad_() for t in inputs(b, k)]
         eager, graph = pool(*leaves), compiled(*leaves)
