@@ -30,7 +30,7 @@ _range = partial(nvtx.annotate, domain="betaclip")
 # Learns the rendered scenes on a CPU in minutes.
 SCENES: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+    "vision_cfg": {"image_size": 72, "patch_size": 12, "width": 128, "layers": 4, "head_width": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }
 
@@ -46,6 +46,7 @@ class ModelConfig:
         frozen.
     pool_heads: attention heads of the pooling block.
     pool_norm_inputs: LayerNorms of texts and patches in the pooling block; the published models have none.
+    pool_identity: start the pooling block from identities rather than at random, for towers that start at random.
     gradient_checkpointing: compute the towers' blocks again in the backward rather than keep their activations.
     quick_gelu: QuickGELU in the towers whatever the name says. Weights that need it, OpenAI's and the published, set
         it, in the model's own ``config`` too, for its checkpoints.
@@ -56,6 +57,7 @@ class ModelConfig:
     context_length: int = 77
     pool_heads: int = 8
     pool_norm_inputs: bool = False
+    pool_identity: bool = False
     gradient_checkpointing: bool = False
     quick_gelu: bool = False
 
@@ -90,7 +92,9 @@ class BetaCLIP(nn.Module):
         self.embed_dim: int = clip.visual.output_dim
         self.image_size: int = clip.visual.image_size[0]
         self.patch_grid: tuple[int, int] = clip.visual.grid_size
-        self.pool = TextConditionedPool(self.embed_dim, config.pool_heads, norm_inputs=config.pool_norm_inputs)
+        self.pool = TextConditionedPool(
+            self.embed_dim, config.pool_heads, norm_inputs=config.pool_norm_inputs, identity=config.pool_identity
+        )
 
     @property
     def context_length(self) -> int:

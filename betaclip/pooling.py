@@ -49,6 +49,9 @@ class TextConditionedPool(nn.Module):
         mlp_ratio: width of the MLP's hidden layer over D.
         norm_inputs: LayerNorms of the queries (``ln_1``) and of the patches (``ln_1_kv``) after their normalisation.
             The released models have none.
+        identity: start from projections that are identities and an MLP that adds nothing: a text attends to patches
+            that resemble it, and its embedding of the image is their mean. Towers that start at random learn faster so;
+            the released models start from random projections.
         backend: of the attention; ``"auto"`` chooses.
 
     Attributes:
@@ -65,6 +68,7 @@ class TextConditionedPool(nn.Module):
         num_heads: int = 8,
         mlp_ratio: float = 4,
         norm_inputs: bool = False,
+        identity: bool = False,
         *,
         backend: str = "auto",
     ) -> None:
@@ -82,6 +86,11 @@ class TextConditionedPool(nn.Module):
             raise ValueError(f"mlp_ratio: expected at least 1 / embed_dim = 1 / {embed_dim}, got {mlp_ratio}")
         c_fc, c_proj = nn.Linear(embed_dim, self.hidden), nn.Linear(self.hidden, embed_dim)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        if identity:
+            for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.attn.out_proj.weight):
+                nn.init.eye_(weight)
+            for zero in c_proj.parameters():
+                nn.init.zeros_(zero)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def extra_repr(self) -> str:

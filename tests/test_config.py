@@ -19,7 +19,7 @@ def test_scenes_are_the_defaults():
 def test_published_recipes(form, tmp_path):
     config = read(TrainConfig(), CONFIGS / f"vit_b16_sharegpt4v_{form}.toml")
     assert (config.model.name, config.model.pretrained, config.model.context_length) == ("ViT-B-16", "openai", 248)
-    assert not config.model.pool_norm_inputs
+    assert (config.model.pool_heads, config.model.pool_norm_inputs, config.model.pool_identity) == (8, False, False)
     assert (config.loss.form, config.loss.beta, config.loss.alpha) == (form, 0.5, 1.0)
     assert config.data.kind == "sharegpt4v" and (config.data.sentences, config.data.max_phrases) == (5, 30)
     assert config.optimizer == OptimizerConfig(

@@ -177,7 +177,7 @@ def test_rejects(texts, call, message):
 
 def test_default_learns_scenes():
     beta_clip = create_model(ModelConfig())
-    assert (beta_clip.image_size, beta_clip.patch_grid, beta_clip.embed_dim) == (64, (8, 8), 128)
+    assert (beta_clip.image_size, beta_clip.patch_grid, beta_clip.embed_dim) == (72, (6, 6), 128)
     assert beta_clip.clip.vocab_size == 49408  # open_clip's tokenizer's
     assert sum(p.numel() for p in beta_clip.parameters()) < 10e6
 

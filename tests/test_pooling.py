@@ -106,6 +106,16 @@ def test_parameters_have_the_published_names():
     assert added == {f"{ln}.{p}" for ln in ("ln_1", "ln_1_kv") for p in ("weight", "bias")}
 
 
+def test_identity_is_attention_without_parameters():
+    """Head by head the mean of the patches, weighted by their likeness to the text."""
+    pool = TextConditionedPool(16, 4, norm_inputs=True, identity=True).to(DEVICE).double()
+    patches, queries = inputs()
+    normal = [F.layer_norm(F.normalize(t, dim=-1), (16,)) for t in (queries, patches, patches)]
+    heads = (t.unflatten(2, (4, 4)).transpose(1, 2) for t in normal)
+    mean = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(pool(patches, queries), mean)
+
+
 def test_mlp_ratio_and_scale():
     pool = TextConditionedPool(16, 4, mlp_ratio=2.5)
     assert pool.mlp.c_fc.weight.shape == (40, 16)

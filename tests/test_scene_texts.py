@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from betaclip.data.scene_layout import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIZES, TEXTURES, Kind, random_layout
-from betaclip.data.scene_texts import describe, indefinite, noun
+from betaclip.data.scene_texts import describe, noun
 from betaclip.tokenizer import Tokenizer
 
 COUNT = 1000
@@ -32,7 +32,7 @@ RELATIONS = {
     "below": lambda a, b: a.y - b.y > 0.19,
 }
 LARGER = {"is larger than": lambda a, b: a.radius > 1.4 * b.radius}
-NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+NUMBERS = {"two": 2, "three": 3}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def fits(name: str, thing) -> bool:
     """Whether ``a large red star`` or ``the star at the top`` is true of a thing."""
     place = next((place for place in WHERE if name.endswith(f" {place}")), None)
     words = name.removesuffix(place or "").split()
-    words = words[1:] if words[0] in ("a", "an", "the") else words
+    words = words[1:] if words[0] in ("a", "the") else words
     known = set(thing.kind) | {"shape"}
     assert words and all(any(word in words_ for words_ in WORDS) for word in words), name
     assert words[-1] in WORDS[3], name
@@ -75,12 +75,11 @@ def test_phrases_are_of_all_kinds(described):
     texts = [phrase.text for _, _, phrases in described for phrase in phrases]
     for words in (*WHERE, *RELATIONS, *SHAPES, *COLOURS, *PATTERNS, *SIZES, "shape"):
         assert sum(f" {words} " in f" {text} " for text in texts) > 20, words
-    assert sum(text.startswith("an ") for text in texts) > 20
-    assert not [text for text in texts if re.match(r"a [aeiou]|an [^aeiou]", text)]
+    assert not [text for text in texts if re.search(r"\ba [aeiou]", text)]
 
 
 def test_names_are_short(described):
-    """A name has one or two attributes where these tell a thing from the others, and from those at a place with one."""
+    """A name has one or two attributes, fewer with a place."""
     lengths, needs_place = Counter(), 0
     for layout, _, phrases in described:
         for text, things in phrases:
@@ -89,7 +88,7 @@ def test_names_are_short(described):
                 lengths[len(name.split()) - (1 if name.endswith("shape") else 0) - 1] += 1
                 needs_place += len(meant(name, layout.things, {})) > 1
     assert lengths[1] > 250 and lengths[2] > 250 and needs_place > 50
-    assert 0 < lengths[3] < 100
+    assert set(lengths) == {1, 2}
 
 
 def test_sentences_are_true(described):
@@ -123,12 +122,11 @@ def test_sizes(described):
 
 
 def test_noun():
-    kind = Kind("large", "striped", "orange", "star")
-    assert noun(kind) == "large striped orange star"
-    assert noun(kind, 0b1110, colour_first=True) == "orange striped star"
+    kind = Kind("large", "striped", "yellow", "star")
+    assert noun(kind) == "large striped yellow star"
+    assert noun(kind, 0b1110, colour_first=True) == "yellow striped star"
     assert noun(kind, 0b1001, colour_first=True) == "large star"
-    assert noun(kind, 0b0110) == "striped orange shape"
-    assert indefinite("orange star") == "an orange star" and indefinite("red star") == "a red star"
+    assert noun(kind, 0b0110) == "striped yellow shape"
 
 
 def _plain(sentence: str) -> str:
@@ -138,7 +136,7 @@ def _plain(sentence: str) -> str:
 
 def _is_true_opening(text: str, layout) -> bool:
     number, texture, background = re.search(
-        rf"^(?=.*\b({'|'.join(NUMBERS)}) (?:shapes|objects)\b).*\ban? ({'|'.join(TEXTURES)}) "
+        rf"^(?=.*\b({'|'.join(NUMBERS)}) (?:shapes|objects)\b).*\ba ({'|'.join(TEXTURES)}) "
         rf"({'|'.join(BACKGROUNDS)}) background\b",
         text,
     ).groups()

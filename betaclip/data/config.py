@@ -41,7 +41,7 @@ class DataConfig:
     """shards: samples of an epoch, over all ranks; training needs it."""
     shuffle: int = 500
     """shards: samples in the buffer of each worker from which the next is drawn."""
-    scenes: int = 25_600
+    scenes: int = 32_000
     """scenes: their number in an epoch."""
     scenes_seed: int = 0
     """scenes: which ones."""

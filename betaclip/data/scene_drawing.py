@@ -1,7 +1,5 @@
 """Draws the layout of a scene: every pixel takes the share of it that a shape covers, from the distance to its edge."""
 
-from random import Random
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,17 +8,15 @@ from betaclip.data.scene_layout import BACKGROUNDS, Layout, Thing
 Array = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 
-_PERIOD = 0.078  # of stripes, dots and checks, as a share of the picture: 5 pixels of 64
-_OUTLINE = 0.18  # as a share of the radius
-_DARK, _GRAY, _LIGHT = (np.full(3, value, np.float32) for value in (20, 125, 250))
-_MARKS = {"yellow": _DARK, "white": _GRAY, "black": _GRAY}  # black marks on white would be white marks on black
-_GRAIN = np.frombuffer(Random(0).randbytes(128 * 128), np.uint8).reshape(128, 128).astype(np.float32) / 255 - 0.5
+_PERIOD = 0.078  # of stripes and dots, as a share of the picture
+# Share of a thing's brightness that is left in its marks: darker than any background, they leave its outline whole.
+_MARK = np.float32(0.35)
 
 
 def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
     """(size, size, 3) picture, and of each thing the box (x0, y0, x1, y1) of the pixels that it half covers or more."""
     canvas = _background(layout, size)
-    boxes = [_draw_thing(canvas, thing, _rgb(BACKGROUNDS[layout.background][0])) for thing in layout.things]
+    boxes = [_draw_thing(canvas, thing) for thing in layout.things]
     return np.rint(canvas).astype(np.uint8), boxes
 
 
@@ -30,18 +26,15 @@ def _rgb(values: tuple[float, float, float]) -> Array:
 
 def _background(layout: Layout, size: int) -> Array:
     canvas = np.empty((size, size, 3), np.float32)
-    canvas[:] = _rgb(BACKGROUNDS[layout.background][0])
+    canvas[:] = _rgb(BACKGROUNDS[layout.background])
     if layout.texture == "shaded":
-        slope = np.linspace(-24, 24, size, dtype=np.float32)
-        across, down = (np.float32(2 * phase - 1) for phase in layout.phase)
-        canvas += (slope * across + slope[:, None] * down)[..., None]
-    elif layout.texture == "textured":
-        column, row = (np.arange(size) + int(phase * 128) for phase in layout.phase)
-        canvas += 30 * _GRAIN[row[:, None] % 128, column % 128][..., None]
+        ramp = np.linspace(-24, 24, size, dtype=np.float32)
+        across, down = (np.float32(slope) for slope in layout.slope)
+        canvas += (ramp * across + ramp[:, None] * down)[..., None]
     return canvas.clip(0, 255, out=canvas)
 
 
-def _draw_thing(canvas: Array, thing: Thing, background: Array) -> Box:
+def _draw_thing(canvas: Array, thing: Thing) -> Box:
     """Onto the canvas; the thing's box."""
     size = len(canvas)
     reach = thing.radius * size + 1
@@ -55,13 +48,9 @@ def _draw_thing(canvas: Array, thing: Thing, background: Array) -> Box:
     radius = np.float32(thing.radius * size)
     distance = _DISTANCES[thing.kind.shape](x / radius, y / radius) * radius
     covered, colours = _below(distance), _rgb(thing.rgb)
-    if thing.kind.pattern == "outlined":
-        share, mark = _below(-distance - np.float32(_OUTLINE) * radius), _outline(colours, background)
-        colours = colours + share[..., None] * (mark - colours)
-    elif thing.kind.pattern != "plain":
+    if thing.kind.pattern != "plain":
         share = _marked(thing.kind.pattern, x, y, np.float32(_PERIOD * size))
-        mark = _MARKS.get(thing.kind.colour, _LIGHT)
-        colours = colours + share[..., None] * (mark - colours)
+        colours = colours * (1 - (1 - _MARK) * share[..., None])
     region = canvas[y0:y1, x0:x1]
     region += covered[..., None] * (colours - region)
     half = covered >= 0.5
@@ -74,20 +63,12 @@ def _below(distance: Array) -> Array:
     return np.minimum(np.maximum(np.float32(0.5) - distance, 0), 1)
 
 
-def _outline(colour: Array, background: Array) -> Array:
-    """The colour of an outline that stands out from both."""
-    return max((_DARK, _GRAY, _LIGHT), key=lambda c: min(((c - other) ** 2).sum() for other in (colour, background)))
-
-
 def _marked(pattern: str, x: Array, y: Array, period: np.float32) -> Array:
     """Share of each pixel that has the pattern's second colour."""
     if pattern == "striped":
         return _below(_to_band((x + y) * np.float32(0.5**0.5), period))
-    if pattern == "dotted":
-        across, down = (np.abs(v / period - np.floor(v / period) - np.float32(0.5)) * period for v in (x, y))
-        return _below(np.sqrt(across * across + down * down) - np.float32(0.32) * period)
-    across, down = (_below(_to_band(v, np.float32(1.3) * period)) for v in (x, y))
-    return across + down - 2 * across * down
+    across, down = (np.abs(v / period - np.floor(v / period) - np.float32(0.5)) * period for v in (x, y))
+    return _below(np.sqrt(across * across + down * down) - np.float32(0.32) * period)
 
 
 def _to_band(position: Array, period: np.float32) -> Array:
@@ -112,10 +93,6 @@ def _triangle(x: Array, y: Array) -> Array:
     return np.maximum(side, y - np.float32(0.68))
 
 
-def _diamond(x: Array, y: Array) -> Array:
-    return np.abs(x) * np.float32(0.81) + (np.abs(y) - np.float32(0.98)) * np.float32(0.59)
-
-
 def _star(x: Array, y: Array) -> Array:
     # Folding the plane twice turns the nearest of five points upwards.
     x, y = np.abs(x), -y
@@ -127,15 +104,6 @@ def _star(x: Array, y: Array) -> Array:
     return np.abs(x) * np.float32(0.86) + (y - np.float32(1)) * np.float32(0.51)
 
 
-def _heart(x: Array, y: Array) -> Array:
-    x, y = np.abs(x), y + np.float32(0.05)
-    lobe = np.sqrt((x - np.float32(0.42)) ** 2 + (y + np.float32(0.3)) ** 2) - np.float32(0.5)
-    # Below the lines at which the sides touch the lobes, overlapping them, so that no edge runs through the inside.
-    below = (x - np.float32(0.42)) * np.float32(0.67) - (y + np.float32(0.3)) * np.float32(0.74)
-    side = x * np.float32(0.74) + y * np.float32(0.67) - np.float32(0.61)
-    return np.minimum(lobe, np.maximum(np.maximum(side, below), -y - np.float32(0.5)))
-
-
 def _cross(x: Array, y: Array) -> Array:
     x, y = np.abs(x), np.abs(y)
     return np.maximum(np.maximum(x, y) - np.float32(0.92), np.minimum(x, y) - np.float32(0.3))
@@ -145,27 +113,11 @@ def _ring(x: Array, y: Array) -> Array:
     return np.abs(np.sqrt(x * x + y * y) - np.float32(0.68)) - np.float32(0.27)
 
 
-def _crescent(x: Array, y: Array) -> Array:
-    bite = np.sqrt((x - np.float32(0.48)) ** 2 + y * y) - np.float32(0.72)
-    return np.maximum(_circle(x, y), -bite)
-
-
-def _arrow(x: Array, y: Array) -> Array:
-    y = np.abs(y)
-    head = np.maximum(x * np.float32(0.7) + y * np.float32(0.71) - np.float32(0.66), -x)
-    shaft = np.maximum(np.maximum(y - np.float32(0.3), x - np.float32(0.45)), -x - np.float32(0.92))
-    return np.minimum(head, shaft)
-
-
 _DISTANCES = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
-    "diamond": _diamond,
     "star": _star,
-    "heart": _heart,
     "cross": _cross,
     "ring": _ring,
-    "crescent": _crescent,
-    "arrow": _arrow,
 }

@@ -8,37 +8,17 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-SIZES = {"small": (0.1, 0.12), "large": (0.175, 0.21)}  # radii
-PATTERNS = ("plain", "striped", "dotted", "checked", "outlined")
-COLOURS = {
-    "red": (214, 40, 40),
-    "orange": (245, 130, 20),
-    "yellow": (250, 215, 40),
-    "green": (40, 150, 60),
-    "blue": (35, 90, 220),
-    "purple": (130, 50, 170),
-    "pink": (250, 130, 185),
-    "brown": (125, 75, 35),
-    "black": (25, 25, 25),
-    "white": (250, 250, 250),
-}
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring", "crescent", "arrow")
-# The colours that can be told from each background.
-BACKGROUNDS = {
-    "light gray": ((192, 194, 198), tuple(c for c in COLOURS if c != "white")),
-    "beige": ((224, 208, 176), tuple(c for c in COLOURS if c not in ("white", "yellow"))),
-    "light blue": ((165, 205, 232), tuple(c for c in COLOURS if c != "white")),
-    "light green": ((178, 218, 178), tuple(c for c in COLOURS if c != "white")),
-    "dark gray": ((72, 74, 80), tuple(c for c in COLOURS if c not in ("black", "brown", "purple"))),
-    "dark blue": ((22, 34, 78), tuple(c for c in COLOURS if c not in ("black", "brown", "purple", "blue"))),
-}
-TEXTURES = ("plain", "shaded", "textured")
-MOST_THINGS = 5
+SIZES = {"small": (0.085, 0.095), "large": (0.14, 0.15)}  # radii
+PATTERNS = ("plain", "striped", "dotted")
+# Few colours, since they are what a model learns first: in a batch many things have the same, so that it must look at
+# the rest as well.
+COLOURS = {"red": (214, 40, 40), "yellow": (250, 215, 40), "blue": (35, 90, 220)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+BACKGROUNDS = {"light gray": (205, 207, 211), "light green": (190, 226, 190)}
+TEXTURES = ("plain", "shaded")
+MOST_THINGS = 3
 
-_MARGIN, _GAP = 0.015, 0.03
-# Where a centre may lie in each third of the picture; nothing lies near a border between thirds, so that what is
-# "on the left" is so beyond doubt.
-_THIRDS = ((0.0, 0.33), (0.43, 0.57), (0.67, 1.0))
+_JITTER = 0.015  # of a thing's centre around that of its cell; nothing leaves the picture or touches another
 
 
 class Kind(NamedTuple):
@@ -48,6 +28,9 @@ class Kind(NamedTuple):
     pattern: str
     colour: str
     shape: str
+
+
+ATTRIBUTES = (tuple(SIZES), PATTERNS, tuple(COLOURS), SHAPES)  # all values of the fields of Kind
 
 
 @dataclass(frozen=True)
@@ -66,34 +49,29 @@ class Thing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Two to five things of different kinds, in different cells, apart; phase: of the background's texture."""
+    """Two or three things of different kinds, in different cells; slope: of the background's shade, if it has one."""
 
     background: str
     texture: str
-    phase: tuple[float, float]
+    slope: tuple[float, float]
     things: tuple[Thing, ...]
 
 
 def random_layout(rng: Random) -> Layout:
     """A layout, as a function of the generator's state."""
-    background = rng.choice(tuple(BACKGROUNDS))
-    texture, phase = rng.choice(TEXTURES), (rng.random(), rng.random())
-    kinds = _random_kinds(rng, rng.randint(2, MOST_THINGS), BACKGROUNDS[background][1])
-    radii = [rng.uniform(*SIZES[kind.size]) for kind in kinds]
-    places = None
-    while places is None:
-        places = _random_places(rng, radii)
-    things = (_thing(rng, *one) for one in zip(kinds, radii, places, strict=True))
-    return Layout(background, texture, phase, tuple(things))
+    background, texture = rng.choice(tuple(BACKGROUNDS)), rng.choice(TEXTURES)
+    slope = rng.uniform(-1, 1), rng.uniform(-1, 1)
+    kinds = _random_kinds(rng, rng.randint(2, MOST_THINGS))
+    cells = rng.sample(range(9), len(kinds))
+    return Layout(background, texture, slope, tuple(_thing(rng, *one) for one in zip(kinds, cells, strict=True)))
 
 
-def _random_kinds(rng: Random, count: int, colours: tuple[str, ...]) -> list[Kind]:
-    """Different ones, at most three of them large. In two of five cases a kind takes another's shape or colour, so that
-    one attribute does not tell them apart."""
+def _random_kinds(rng: Random, count: int) -> list[Kind]:
+    """Different ones. In two of five cases a kind takes another's shape or colour, so that one attribute does not tell
+    them apart."""
     kinds: list[Kind] = []
     while len(kinds) < count:
-        size = rng.choice(tuple(SIZES)) if sum(kind.size == "large" for kind in kinds) < 3 else "small"
-        kind = Kind(size, rng.choice(PATTERNS), rng.choice(colours), rng.choice(SHAPES))
+        kind = Kind(*map(rng.choice, ATTRIBUTES))
         if kinds and rng.random() < 0.4:
             like = rng.choice(kinds)
             kind = kind._replace(shape=like.shape) if rng.random() < 0.5 else kind._replace(colour=like.colour)
@@ -102,32 +80,10 @@ def _random_kinds(rng: Random, count: int, colours: tuple[str, ...]) -> list[Kin
     return kinds
 
 
-def _random_places(rng: Random, radii: list[float]) -> list[tuple[int, float, float]] | None:
-    """Cell and centre of each, in different cells and apart; None if too many attempts met another thing."""
-    places: dict[int, tuple[int, float, float]] = {}
-    cells = list(range(9))
-    for i in sorted(range(len(radii)), key=lambda i: -radii[i]):  # the large ones while there is room
-        inset = radii[i] + _MARGIN
-        for _ in range(12):
-            cell = rng.choice(cells)
-            x, y = (rng.uniform(max(low, inset), min(high, 1 - inset))
-                    for low, high in (_THIRDS[cell % 3], _THIRDS[cell // 3]))  # fmt: skip
-            if all(_apart(x - there[1], y - there[2], radii[i] + radii[j]) for j, there in places.items()):
-                places[i] = cell, x, y
-                cells.remove(cell)
-                break
-        else:
-            return None
-    return [places[i] for i in range(len(radii))]
-
-
-def _apart(across: float, down: float, radii: float) -> bool:
-    return across * across + down * down > (radii + _GAP) * (radii + _GAP)
-
-
-def _thing(rng: Random, kind: Kind, radius: float, place: tuple[int, float, float]) -> Thing:
+def _thing(rng: Random, kind: Kind, cell: int) -> Thing:
+    x, y = ((third + 0.5) / 3 + rng.uniform(-_JITTER, _JITTER) for third in (cell % 3, cell // 3))
     turn = rng.uniform(-0.2, 0.2)
     # Rounded, so that no platform's libm shows in the picture.
     angle = (round(math.cos(turn), 6), round(math.sin(turn), 6))
     red, green, blue = (min(255.0, max(0.0, value + rng.uniform(-12, 12))) for value in COLOURS[kind.colour])
-    return Thing(kind, *place, radius, angle, (red, green, blue))
+    return Thing(kind, cell, x, y, rng.uniform(*SIZES[kind.size]), angle, (red, green, blue))

@@ -7,7 +7,7 @@ from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
-from betaclip.data.scene_layout import MOST_THINGS, Kind, Layout, Thing
+from betaclip.data.scene_layout import Kind, Layout, Thing
 
 SIZE, PATTERN, COLOUR, SHAPE = (1 << field for field in range(4))
 ALL = SIZE | PATTERN | COLOUR | SHAPE
@@ -27,8 +27,8 @@ PLACES = {
 }
 ANYWHERE = tuple(range(9))
 _PLACES_OF = tuple(tuple(words for words, cells in PLACES.items() if cell in cells) for cell in range(9))
-_NUMBERS = ("no", "one", "two", "three", "four", "five")
-_SETS = tuple(sorted(range(1, ALL + 1), key=int.bit_count))
+_NUMBERS = ("no", "one", "two", "three")
+_SETS = tuple(s for s in range(1, ALL + 1) if s.bit_count() <= 2)  # enough to tell one of three things
 _CLEAR = 0.2  # how much farther in one direction is enough for "above" or "left of"
 
 
@@ -49,7 +49,7 @@ def noun(kind: Kind, attributes: int = ALL, colour_first: bool = False) -> str:
 
 
 def indefinite(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    return f"a {phrase}"
 
 
 def relation(a: Thing, b: Thing) -> str | None:
@@ -76,15 +76,13 @@ class _Writer:
         self._shared = [[sum(1 << f for f in range(4) if a[f] == b[f]) for b in kinds] for a in kinds]
 
     def sentences(self) -> list[str]:
-        """Of all things, each once and in order; of few also how they compare."""
+        """Of all things, each once and in order; then how they compare."""
         count, rng = len(self._layout.things), self._rng
         texts = [self._opening(), self._placed(0)]
-        room = 1 if count == MOST_THINGS else 2  # for sentences with two things: a caption has 77 tokens
         for i in range(1, count):
-            text = self._related(i) if room and rng.random() < 0.6 else None
-            room -= text is not None
+            text = self._related(i) if rng.random() < 0.6 else None
             texts.append(text or self._placed(i))
-        for _ in range(rng.randint(1, 2) if count == 2 else int(count == 3)):
+        for _ in range(rng.randint(1, 2) if count == 2 else 1):
             text = self._compared()
             if text and text not in texts:
                 texts.append(text)
@@ -167,17 +165,15 @@ class _Writer:
         return f"the {noun(thing.kind, self._short(i, PLACES[place]))} {place}"
 
     def _short(self, i: int, cells: tuple[int, ...] = ANYWHERE) -> int:
-        """A small set of attributes, of two if that will do, that no other thing in ``cells`` has."""
+        """A set of one or two attributes that no other thing in ``cells`` has."""
         others = (j for j, thing in enumerate(self._layout.things) if j != i and thing.cell in cells)
         return self._rng.choice(_distinguishing(tuple(self._shared[i][j] for j in others)))
 
 
 @lru_cache(maxsize=1 << 16)
 def _distinguishing(shared: tuple[int, ...]) -> tuple[int, ...]:
-    """The sets of one or two attributes, or else the smallest, that are part of none of these."""
-    sets = [s for s in _SETS if all(s & other != s for other in shared)]
-    few = max(2, sets[0].bit_count())
-    return tuple(s for s in sets if s.bit_count() <= few)
+    """The sets of one or two attributes that are part of none of these, of which there are two at most."""
+    return tuple(s for s in _SETS if all(s & other != s for other in shared))
 
 
 def _long(where: str) -> str:

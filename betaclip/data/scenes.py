@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE, Draw, Example
 from betaclip.data.scene_drawing import Box, draw
-from betaclip.data.scene_layout import BACKGROUNDS, PATTERNS, SHAPES, SIZES, Kind, Layout, random_layout
+from betaclip.data.scene_layout import ATTRIBUTES, Kind, Layout, random_layout
 from betaclip.data.scene_texts import describe, indefinite, noun
 from betaclip.data.transforms import normalize
 from betaclip.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class Scene:
     thing_boxes: list[Box]
 
 
-def scene(seed: int, index: int, size: int = 64, split: str = TRAIN) -> Scene:
+def scene(seed: int, index: int, size: int = 72, split: str = TRAIN) -> Scene:
     """Scene ``index`` of a split, whose scenes have nothing to do with those of the other, whatever the seeds."""
     rng = Random(f"{split}/{seed}/{index}")
     layout = random_layout(rng)
@@ -77,33 +77,29 @@ class SceneChoice(NamedTuple):
     negatives: dict[str, list[str]]
 
 
-def choices(seed: int, count: int, size: int = 64) -> Iterator[SceneChoice]:
+def choices(seed: int, count: int, size: int = 72) -> Iterator[SceneChoice]:
     """Of each of ``count`` test scenes one thing, with 10 negatives per difficulty, as FG-OVD has them.
 
     A negative has other values of one (hard), two (medium), three (easy) or all four attributes (trivial). Which ones
-    takes turns, and colours are such as occur on the scene's background, so that the text alone does not tell.
+    takes turns.
     """
     for index in range(count):
         rng = Random(f"choices/{seed}/{index}")
         shown = scene(seed, index, size, TEST)
         number = rng.randrange(len(shown.thing_boxes))
         kind = shown.layout.things[number].kind
-        colours = BACKGROUNDS[shown.layout.background][1]
         negatives = {
-            difficulty: [
-                indefinite(noun(other)) for other in islice(_others(kind, wrong, colours, rng), MOST_NEGATIVES)
-            ]
+            difficulty: [indefinite(noun(other)) for other in islice(_others(kind, wrong, rng), MOST_NEGATIVES)]
             for wrong, difficulty in enumerate(DIFFICULTIES, start=1)
         }
         yield SceneChoice(shown, shown.thing_boxes[number], indefinite(noun(kind)), negatives)
 
 
-def _others(kind: Kind, wrong: int, colours: tuple[str, ...], rng: Random) -> Iterator[Kind]:
+def _others(kind: Kind, wrong: int, rng: Random) -> Iterator[Kind]:
     """All kinds that differ in ``wrong`` attributes, at random, but every set of attributes in turn."""
-    domains = (tuple(SIZES), PATTERNS, colours, SHAPES)
     groups = []
     for fields in combinations(range(4), wrong):
-        values = ([v for v in domains[f] if v != kind[f]] if f in fields else [kind[f]] for f in range(4))
+        values = ([v for v in ATTRIBUTES[f] if v != kind[f]] if f in fields else [kind[f]] for f in range(4))
         groups.append([Kind(*one) for one in product(*values)])
         rng.shuffle(groups[-1])
     rng.shuffle(groups)

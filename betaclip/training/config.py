@@ -52,7 +52,7 @@ class OptimizerConfig:
 
     backbone: GroupConfig = field(default_factory=lambda: GroupConfig(1.5e-3, 1e-5, warmup=50))
     """Towers, projections and their scale."""
-    pool: GroupConfig = field(default_factory=lambda: GroupConfig(2e-3, 1e-5, warmup=50))
+    pool: GroupConfig = field(default_factory=lambda: GroupConfig(1e-4, 1e-5, warmup=50))
     """The pooling block and its scale."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -127,10 +127,13 @@ class EvaluationConfig:
 class TrainConfig:
     """All settings of a run."""
 
-    # Without its LayerNorms the pooling block learns where to look in epochs rather than in minutes.
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(pool_norm_inputs=True))
+    # The pooling block's LayerNorms and its start from identities let towers that start at random learn in minutes.
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(pool_heads=4, pool_norm_inputs=True, pool_identity=True)
+    )
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    # The lower β is, the more a thing must be told from those beside it.
+    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
