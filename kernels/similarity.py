@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from betaclip.kernels import similarity_blockwise, similarity_reference, similarity_triton
+from betaclip.kernels import similarity_blockwise, similarity_cuda, similarity_reference, similarity_triton
 from betaclip.kernels.backends import resolve, without_autocast
 from betaclip.kernels.operand import DTYPES, Operand, accumulation_dtype
 
 _MODULES: dict[str, ModuleType] = {
     "triton": similarity_triton,
+    "cuda": similarity_cuda,
     "blockwise": similarity_blockwise,
     "reference": similarity_reference,
 }
@@ -52,7 +53,8 @@ def similarity_logsumexp(
         x_group: (N,) integer group of each row, below 2^31 - 1; ``< 0`` is padding, which takes part in nothing and
             may hold anything. None: each row is in a group of its own.
         y_group: (M,) likewise.
-        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
+            ``"blockwise"`` or ``"reference"``.
 
     Returns:
         lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.
