@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,11 +94,11 @@ def build() -> Path:
 
 
 def _ninja_file() -> str:
-    includes = [f"-isystem {_escaped(folder)}" for folder in cutlass_includes()]
+    includes = [f"-isystem {_quoted(folder)}" for folder in cutlass_includes()]
     sources = sorted(CSRC.glob("*.cu"))
     objects = [f"{source.stem}.o" for source in sources]
     lines = [
-        f"nvcc = {_escaped(_compiler())}",
+        f"nvcc = {_quoted(_compiler())}",
         f"flags = {' '.join([*FLAGS, *includes])}",
         "rule compile",
         "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
@@ -114,7 +115,13 @@ def _ninja_file() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _quoted(path: Path) -> str:
+    """In a command."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def _escaped(path: Path) -> str:
+    """As ninja's own input or output."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
@@ -193,16 +200,10 @@ def _fetch_headers(top: Path) -> None:
     with TemporaryDirectory(dir=BUILD) as scratch:
         pinned = Path(scratch, "requirements.txt")
         pinned.write_text(f"{CUTLASS} --hash=sha256:{CUTLASS_SHA256}\n", encoding="utf-8")
-        options = [
-            "--no-deps",
-            "--only-binary=:all:",
-            "--require-hashes",
-            "--requirement",
-            str(pinned),
-            "--dest",
-            scratch,
-        ]
-        fetched = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
+        options = f"--no-deps --only-binary=:all: --require-hashes --requirement {pinned.name} --dest .".split()
+        fetched = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options], cwd=scratch, capture_output=True, text=True
+        )
         if fetched.returncode:
             raise RuntimeError(
                 f"{CUTLASS} could not be fetched (CUTLASS_PATH names headers you have):\n{fetched.stderr}"
