@@ -99,8 +99,8 @@ _library, _missing = find(FOLDER)
 def status() -> str:
     """One line for a report: the architectures that the library holds code for, or why there is none."""
     if _library is None:
-        return _missing
-    return f"{_library.betaclip_architectures().decode()} ({FOLDER / 'libbetaclip.so'})"
+        return f"none ({_missing})"
+    return f"{_library.betaclip_architectures().decode()}, not yet run on hardware ({FOLDER / 'libbetaclip.so'})"
 
 
 def why_not(device: torch.device) -> list[str]:

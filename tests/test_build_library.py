@@ -10,25 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from nvcc import commands, write_cutlass, write_nvcc
 
 ROOT = Path(__file__).parents[1]
-# As a compiler: reads the dependencies that it reports, and writes what it was asked for. As a linker likewise.
-NVCC = r"""#!/bin/sh
-if [ "$1" = --version ]; then echo "Cuda compilation tools, release {version}, V{version}.88"; exit; fi
-echo "$@" >> "{log}"
-while [ $# -gt 0 ]; do case "$1" in -o) out=$2 ;; -MF) dep=$2 ;; -c) source=$2 ;; esac; shift; done
-if [ -n "$dep" ]; then echo "$out: $(echo "$source" | sed 's/ /\\ /g')" > "$dep"; fi
-echo built > "$out"
-"""
 needs_ninja = pytest.mark.skipif(not shutil.which("ninja"), reason="ninja is not installed")
-
-
-def write_nvcc(folder: Path, version: str = "13.0") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    nvcc = folder / "nvcc"
-    nvcc.write_text(NVCC.format(version=version, log=folder / "log"))
-    nvcc.chmod(0o755)
-    return nvcc
 
 
 @pytest.fixture
@@ -60,19 +45,8 @@ def nvcc(build, tmp_path, monkeypatch) -> Path:
     """A stand-in for nvcc on PATH, and headers of CUTLASS."""
     compiler = write_nvcc(tmp_path / "cuda" / "bin")
     monkeypatch.setenv("PATH", f"{compiler.parent}{os.pathsep}{os.environ['PATH']}")
-    version = tmp_path / "a folder" / "cutlass" / "include" / "cutlass" / "version.h"
-    version.parent.mkdir(parents=True)
-    version.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 1\n")
-    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / "a folder" / "cutlass"))
+    monkeypatch.setenv("CUTLASS_PATH", str(write_cutlass(tmp_path / "a folder" / "cutlass")))
     return compiler
-
-
-def commands(nvcc: Path) -> list[str]:
-    """What the stand-in was asked for since the last time."""
-    log = nvcc.parent / "log"
-    lines = log.read_text().splitlines() if log.exists() else []
-    log.unlink(missing_ok=True)
-    return lines
 
 
 @pytest.mark.parametrize("value", ["yes", "True", "", "2", "AUTO"])
