@@ -79,11 +79,10 @@ def load(path: Path) -> ctypes.CDLL:
 
 def find(folder: Path) -> tuple[ctypes.CDLL | None, str]:
     """The library in ``folder``, or None and why not."""
-    record = folder / "build.json"
     try:
-        missing = json.loads(record.read_text(encoding="utf-8")).get("missing")
+        missing = json.loads((folder / "build.json").read_text(encoding="utf-8")).get("missing")
     except (OSError, ValueError):
-        return None, f"the CUDA library was never built (no {record}): pip install builds it where it finds nvcc"
+        return None, "the CUDA library was never built: pip install does it where it finds nvcc"
     if missing:
         return None, f"betaclip was installed without its CUDA library: {missing}"
     try:
