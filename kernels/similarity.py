@@ -109,7 +109,7 @@ def similarity_softplus(
 def _check(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Raise on malformed tensors; scalars in accumulation dtype, and groups as int32, both or none."""
+    """Raise on malformed tensors; scalars in accumulation dtype, and groups as contiguous int32, both or none."""
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2:
             raise ValueError(f"{name}: expected (rows, D), got shape {tuple(value.shape)}")
@@ -135,7 +135,9 @@ def _check(
     if x_group is not None or y_group is not None:
         # Rows without groups of their own match nothing: a group of the other side is below 2^31 - 1.
         x_group, y_group = (
-            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32) if group is None else group.to(torch.int32)
+            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32)
+            if group is None
+            else group.to(torch.int32).contiguous()
             for rows, group in ((x, x_group), (y, y_group))
         )
     dtype = accumulation_dtype(x.dtype)

@@ -30,15 +30,13 @@ def why_not(x: Tensor, y: Tensor) -> list[str]:
 
 
 class _Launch:
-    """What every launch on a pair of operands shares. It owns what its pointers point to."""
+    """What every launch on a pair of operands shares. The operands outlive it, and it their aligned copies."""
 
     def __init__(self, x: Operand, y: Operand, scale: Tensor) -> None:
         self.depth = x.rows.shape[1]
         self.x, self.y = (aligned(side.matrix(side.dtype), 8) for side in (x, y))
-        self.scale = scale
-        self.groups = [None if side.group is None else side.group.contiguous() for side in (x, y)]
         self.operands = cuda.Operands(
-            self.x.data_ptr(), self.y.data_ptr(), *map(cuda.pointer, self.groups), cuda.pointer(scale),
+            self.x.data_ptr(), self.y.data_ptr(), cuda.pointer(x.group), cuda.pointer(y.group), cuda.pointer(scale),
             self.x.stride(0), self.y.stride(0), self.x.shape[0], self.y.shape[0], self.x.shape[1],
             cuda.DTYPES[self.x.dtype],
         )  # fmt: skip

@@ -301,6 +301,20 @@ def test_unsorted_groups(backend):
     torch.testing.assert_close(mixed_y, sorted_y[order_y])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_are_views(backend):
+    """Every other element, and one for all, in the dtype that kernels read."""
+    x, y, _, _ = operands(21, 30, 8, widest(backend))
+    require(backend, x.dtype)
+    scale = torch.tensor(2.0, device=DEVICE)
+    pairs = torch.arange(42, dtype=torch.int32, device=DEVICE).view(21, 2) % 5
+    views = pairs[:, 0], pairs[2, :1].expand(30)
+    assert not any(group.is_contiguous() for group in views)
+    ours = similarity_logsumexp(x, y, scale, *views, backend=backend)
+    truth = similarity_logsumexp(x, y, scale, *(group.contiguous() for group in views), backend="reference")
+    torch.testing.assert_close(ours, truth)
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_groups_over_several_ranges_of_rows(in_order, monkeypatch):
     """The blockwise form looks for equal groups range by range."""
