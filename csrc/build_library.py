@@ -30,9 +30,11 @@ CUTLASS_SHA256 = "f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693
 CUTLASS_FOLDERS = ("include", "tools/util/include")
 FLAGS = [
     f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}",
-    *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"),
-    # Hidden: what the library exports is what betaclip.h declares, whatever CUTLASS instantiates.
-    *("-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
+    # Flushing denormals makes __expf and __logf single instructions.
+    *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-ftz=true"),
+    # What the library exports is what betaclip.h declares, whatever CUTLASS instantiates and the CUDA runtime holds.
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
+    *("-cudart", "static", "-Xlinker", "--exclude-libs,ALL"),
 ]
 
 
@@ -76,7 +78,7 @@ def install(folder: Path) -> None:
         replacement = folder / f"{LIBRARY}.new"  # not in place: a process may have the old one mapped
         shutil.copy(library, replacement)
         replacement.replace(folder / LIBRARY)
-        version = ".".join(map(str, _version(_compiler())))
+        version = ".".join(map(str, _version(compiler())))
         record = {"architectures": [f"sm_{ARCHITECTURE}"], "nvcc": version, "cutlass": _cutlass_version()}
     (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
@@ -86,7 +88,7 @@ def build() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with _alone():
         # Objects depend on it: ninja compares commands, not the compilers behind them.
-        _write_if_changed(BUILD / "compiler", f"{_compiler()} {_version(_compiler())}\n")
+        _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
         _write_if_changed(BUILD / "build.ninja", _ninja_file())
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs], check=True)
@@ -98,7 +100,7 @@ def _ninja_file() -> str:
     sources = sorted(CSRC.glob("*.cu"))
     objects = [f"{source.stem}.o" for source in sources]
     lines = [
-        f"nvcc = {_quoted(_compiler())}",
+        f"nvcc = {_quoted(compiler())}",
         f"flags = {' '.join([*FLAGS, *includes])}",
         "rule compile",
         "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
@@ -138,7 +140,7 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _compiler() -> Path:
+def compiler() -> Path:
     """nvcc of CUDA_HOME, else of PATH.
 
     Raises:
@@ -156,7 +158,7 @@ def _missing_compiler() -> str | None:
     if sys.platform != "linux":
         return f"the CUDA library is for Linux, this is {sys.platform}"
     try:
-        nvcc = _compiler()
+        nvcc = compiler()
     except FileNotFoundError as error:
         return str(error)
     version = _version(nvcc)
