@@ -91,7 +91,8 @@ def build() -> Path:
         _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
         _write_if_changed(BUILD / "build.ninja", _ninja_file())
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs], check=True)
+        if subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs]).returncode:
+            raise RuntimeError(f"the CUDA library does not compile ({VARIABLE}=0 installs without it)")
     return BUILD / LIBRARY
 
 
@@ -208,7 +209,8 @@ def _fetch_headers(top: Path) -> None:
         )
         if fetched.returncode:
             raise RuntimeError(
-                f"{CUTLASS} could not be fetched (CUTLASS_PATH names headers you have):\n{fetched.stderr}"
+                f"{CUTLASS} could not be fetched (CUTLASS_PATH names headers that you have, {VARIABLE}=0 installs"
+                f" without the CUDA library):\n{fetched.stderr}"
             )
         (wheel,) = Path(scratch).glob("*.whl")
         prefixes = tuple(f"cutlass_library/source/{folder}/" for folder in CUTLASS_FOLDERS)

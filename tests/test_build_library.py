@@ -128,6 +128,13 @@ def test_builds_what_changed(build, nvcc, tmp_path, monkeypatch):
     assert len(commands(nvcc)) == 2
 
 
+@needs_ninja
+def test_sources_that_do_not_compile(build, nvcc):
+    nvcc.write_text(nvcc.read_text() + "exit 1\n")
+    with pytest.raises(RuntimeError, match=r"does not compile \(BETACLIP_BUILD_CUDA=0 installs without it"):
+        build.build()
+
+
 def test_headers_that_are_none(build, nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=f"CUTLASS_PATH={tmp_path}: no include/cutlass/version.h below it"):
