@@ -17,7 +17,13 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NO_DRIVER = 35  # cudaErrorInsufficientDriver
 BUFFER = ctypes.create_string_buffer(4096)
 ADDRESS = -(-ctypes.addressof(BUFFER) // 1024) * 1024  # for arguments that are looked at and not followed
-LAUNCHERS = ("betaclip_logsumexp_forward", "betaclip_logsumexp_ds", "betaclip_softplus_forward", "betaclip_softplus_ds")
+LAUNCHERS = {
+    "betaclip_logsumexp_forward": "operands lse_x lse_y workspace workspace_bytes",
+    "betaclip_logsumexp_ds": "operands gradient chunk",
+    "betaclip_softplus_forward": "operands bias softplus workspace workspace_bytes",
+    "betaclip_softplus_ds": "operands bias weight chunk softplus sigmoid workspace workspace_bytes",
+}
+VECTORS = [name for name, _ in cuda.LogsumexpGradient._fields_]
 
 
 def compiler(name: str) -> str:
@@ -57,13 +63,7 @@ def test_header_is_c_and_cpp(command, tmp_path):
     program, *options = command.split()
     file = tmp_path / "includes"
     file.write_text('#include "betaclip.h"\n#include "betaclip.h"\nint main(void) { return betaclip_version(); }\n')
-    warnings = [
-        "-pedantic",
-        "-Wall",
-        "-Wextra",
-        "-Wstrict-prototypes"[: None if "x c++" not in command else 5],
-        "-Werror",
-    ]
+    warnings = ["-pedantic", "-Wall", "-Wextra", "-Werror", *(["-Wstrict-prototypes"] if program == "cc" else [])]
     run(compiler(program), *options, *warnings, "-fsyntax-only", f"-I{CSRC}", file)
 
 
@@ -87,35 +87,24 @@ def test_every_error_has_a_text(library):
     assert len(names) == 10 and len(texts) == len(names) + 3 and all(texts)
 
 
-class Call:
-    """A launcher with arguments that are in order, any of which may be changed."""
+def call(library, function, **changes) -> int:
+    """A launcher's answer to arguments in order but for ``changes``, which are arguments or fields of structures."""
 
-    def __init__(self, library, function: str, **changes) -> None:
-        self.library, self.function, self.changes = library, function, changes
+    def structure(kind, **values):
+        return kind(**values | {name: changes[name] for name, _ in kind._fields_ if name in changes})
 
-    def _structure(self, kind, values):
-        names = [name for name, _ in kind._fields_]
-        return kind(**values | {name: self.changes.pop(name) for name in list(self.changes) if name in names})
-
-    def __call__(self) -> int:
-        pointers = {name: ADDRESS for name in ("x", "y", "x_group", "y_group", "scale")}
-        sizes = {"x_stride": 64, "y_stride": 72, "n": 300, "m": 200, "d": 64, "dtype": 1}
-        operands = self._structure(cuda.Operands, pointers | sizes)
-        bounds = {"row_begin": 10, "row_end": 300, "col_begin": 0, "col_end": 100}
-        chunk = self._structure(cuda.Chunk, {"ds": ADDRESS, "ds_stride": 104} | bounds)
-        gradient = self._structure(
-            cuda.LogsumexpGradient, {name: ADDRESS for name, _ in cuda.LogsumexpGradient._fields_}
-        )
-        given = {name: ADDRESS for name in ("first", "second", "bias", "weight", "out", "sigmoid", "workspace")}
-        given |= {"workspace_bytes": 2**40, "operands": operands, "chunk": chunk, "gradient": gradient} | self.changes
-        assert given.keys() >= self.changes.keys()
-        names = {
-            "betaclip_logsumexp_forward": "operands first second workspace workspace_bytes",
-            "betaclip_logsumexp_ds": "operands gradient chunk",
-            "betaclip_softplus_forward": "operands bias out workspace workspace_bytes",
-            "betaclip_softplus_ds": "operands bias weight chunk out sigmoid workspace workspace_bytes",
-        }[self.function]
-        return getattr(self.library, self.function)(*(given[name] for name in names.split()), None)
+    pointers = dict.fromkeys(("x", "y", "x_group", "y_group", "scale"), ADDRESS)
+    sizes = {"x_stride": 64, "y_stride": 72, "n": 300, "m": 200, "d": 64, "dtype": 1}
+    bounds = {"row_begin": 10, "row_end": 300, "col_begin": 0, "col_end": 100}
+    arguments = {
+        **dict.fromkeys(("lse_x", "lse_y", "bias", "weight", "softplus", "sigmoid", "workspace"), ADDRESS),
+        "operands": structure(cuda.Operands, **pointers, **sizes),
+        "chunk": structure(cuda.Chunk, ds=ADDRESS, ds_stride=104, **bounds),
+        "gradient": structure(cuda.LogsumexpGradient, **dict.fromkeys(VECTORS, ADDRESS)),
+        "workspace_bytes": 2**40,
+        **changes,
+    }
+    return getattr(library, function)(*(arguments[name] for name in LAUNCHERS[function].split()), None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -123,10 +112,10 @@ class Call:
 def test_refuses_without_a_device(function, library, capfd):
     """In order or with what may be NULL left out: CUDA's own error, and nothing printed."""
     for changes in ({}, {"x_group": None, "y_group": None}, {"dtype": 0}):
-        assert Call(library, function, **changes)() == NO_DRIVER
+        assert call(library, function, **changes) == NO_DRIVER
     if "softplus" in function:
         optional = {"bias": None, "sigmoid": None} if function == "betaclip_softplus_ds" else {"bias": None}
-        assert Call(library, function, **optional)() == NO_DRIVER
+        assert call(library, function, **optional) == NO_DRIVER
     assert "driver" in library.betaclip_error_string(NO_DRIVER).decode()
     assert capfd.readouterr() == ("", "")
 
@@ -150,24 +139,24 @@ CHUNK_ERRORS = [
 ]
 OTHER_ERRORS = {
     "betaclip_logsumexp_forward": [
-        *(({name: None}, -1) for name in ("first", "second", "workspace")),
-        *(({name: ADDRESS + 2}, -6) for name in ("first", "second")),
+        *(({name: None}, -1) for name in ("lse_x", "lse_y", "workspace")),
+        *(({name: ADDRESS + 2}, -6) for name in ("lse_x", "lse_y")),
         ({"workspace": ADDRESS + 8}, -6),
     ],
     "betaclip_logsumexp_ds": [
         *CHUNK_ERRORS,
-        *(({name: None}, -1) for name in ("gradient", *(name for name, _ in cuda.LogsumexpGradient._fields_))),
-        *(({name: ADDRESS + 2}, -6) for name, _ in cuda.LogsumexpGradient._fields_),
+        *(({name: None}, -1) for name in ("gradient", *VECTORS)),
+        *(({name: ADDRESS + 2}, -6) for name in VECTORS),
     ],
     "betaclip_softplus_forward": [
-        *(({name: None}, -1) for name in ("out", "workspace")),
-        *(({name: ADDRESS + 2}, -6) for name in ("out", "bias")),
+        *(({name: None}, -1) for name in ("softplus", "workspace")),
+        *(({name: ADDRESS + 2}, -6) for name in ("softplus", "bias")),
         ({"workspace": ADDRESS + 8}, -6),
     ],
     "betaclip_softplus_ds": [
         *CHUNK_ERRORS,
-        *(({name: None}, -1) for name in ("weight", "out", "workspace")),
-        *(({name: ADDRESS + 2}, -6) for name in ("weight", "out", "sigmoid", "bias")),
+        *(({name: None}, -1) for name in ("weight", "softplus", "workspace")),
+        *(({name: ADDRESS + 2}, -6) for name in ("weight", "softplus", "sigmoid", "bias")),
         ({"workspace": ADDRESS + 8}, -6),
     ],
 }
@@ -177,13 +166,13 @@ OTHER_ERRORS = {
 def test_rejects_arguments(function, library):
     """Before the device is looked at."""
     for changes, code in (*OPERAND_ERRORS, *OTHER_ERRORS[function]):
-        assert Call(library, function, **changes)() == code, changes
+        assert call(library, function, **changes) == code, changes
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", [name for name in LAUNCHERS if name != "betaclip_logsumexp_ds"])
 def test_rejects_a_small_workspace(function, library):
-    assert Call(library, function, workspace_bytes=8)() == -9
+    assert call(library, function, workspace_bytes=8) == -9
 
 
 def test_workspace_sizes(library):
