@@ -8,7 +8,9 @@
 
 namespace betaclip {
 
-inline bool is_aligned(const void *pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void *pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 inline bool is_count(int64_t rows) { return rows >= 1 && rows <= BETACLIP_MAX_ROWS; }
 

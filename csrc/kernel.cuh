@@ -25,10 +25,12 @@ static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgrou
 template <class Element>
 struct Mainloop {
   using Mma = cute::conditional_t<std::is_same_v<Element, __half>, cutlass::half_t, cutlass::bfloat16_t>;
+  using Tile = cute::Int<kTile>;
+  using Depth = cute::Int<kDepth>;
   using SmemLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Mma>{},
-                                                  cute::Shape<cute::Int<kTile>, cute::Int<kDepth>, cute::Int<kStages>>{}));
+                                                  cute::Shape<Tile, Depth, cute::Int<kStages>>{}));
   using TiledMma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Mma, Mma, float, cute::Shape<cute::Int<kTile>, cute::Int<kTile>, cute::Int<kDepth>>>()));
+      cute::GMMA::ss_op_selector<Mma, Mma, float, cute::Shape<Tile, Tile, Depth>>()));
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = cutlass::PipelineState<kStages>;
   using Turns = cutlass::OrderedSequenceBarrier<1, kConsumers>;
@@ -58,7 +60,7 @@ struct Mainloop {
   static CUTE_HOST_DEVICE auto tile_coordinates(const TensorMap &map, int32_t count, int32_t depth, int32_t first) {
     using namespace cute;
     return local_tile(domain_offset(make_coord(first, 0), map.get_tma_tensor(make_shape(count, depth))),
-                      Shape<Int<kTile>, Int<kDepth>>{}, make_coord(0, _));
+                      Shape<Tile, Depth>{}, make_coord(0, _));
   }
 
   struct Storage {
@@ -101,7 +103,7 @@ struct Mainloop {
     }
 
     CUTLASS_DEVICE auto accumulators() const {
-      return cute::partition_fragment_C(TiledMma{}, cute::Shape<cute::Int<kTile>, cute::Int<kTile>>{});
+      return cute::partition_fragment_C(TiledMma{}, cute::Shape<Tile, Tile>{});
     }
 
     // A stage is released when the products that read it have finished, one step later than they were issued. The
@@ -111,8 +113,10 @@ struct Mainloop {
       using namespace cute;
       TiledMma mma;
       const auto thread = mma.get_slice(threadIdx.x % kWarpgroup);
-      Tensor x = thread.make_fragment_A(thread.partition_A(make_tensor(make_smem_ptr(storage_.x.data()), SmemLayout{})));
-      Tensor y = thread.make_fragment_B(thread.partition_B(make_tensor(make_smem_ptr(storage_.y.data()), SmemLayout{})));
+      Tensor smem_x = make_tensor(make_smem_ptr(storage_.x.data()), SmemLayout{});
+      Tensor smem_y = make_tensor(make_smem_ptr(storage_.y.data()), SmemLayout{});
+      Tensor x = thread.make_fragment_A(thread.partition_A(smem_x));
+      Tensor y = thread.make_fragment_B(thread.partition_B(smem_y));
       mma.accumulate_ = GMMA::ScaleOut::Zero;
       turns_.wait();
       PipelineState finished = state_;
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                       const __grid_constant__ typename Terms::Params params, const __grid_constant__ Job job) {
   using Loop = Mainloop<Element>;
   using Pipeline = typename Loop::Pipeline;
-  extern __shared__ char shared[];
+  extern __shared__ __align__(1024) char shared[];
   auto &storage = *reinterpret_cast<SharedStorage<Terms, Element> *>(shared);
   const int warpgroup = cutlass::canonical_warp_group_idx();
   const bool produces = warpgroup == 0;

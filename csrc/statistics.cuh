@@ -30,14 +30,18 @@ __global__ void __launch_bounds__(kWarpgroup) largest_norms_kernel(Side x, Side 
   maxima[blockIdx.y * gridDim.x + blockIdx.x] = largest;
 }
 
-// One thread per side: it takes microseconds, and their order is fixed.
-static __global__ void __launch_bounds__(32) reference_kernel(const float *maxima, const float *scale, float *reference) {
-  float largest = 0.0f;
-  if (threadIdx.x < 2) {
-    for (int i = 0; i < kNormBlocks; ++i) largest = fmaxf(largest, maxima[threadIdx.x * kNormBlocks + i]);
+// One warp for both sides.
+static __global__ void __launch_bounds__(32)
+    reference_kernel(const float *maxima, const float *scale, float *reference) {
+  float largest[2] = {0.0f, 0.0f};
+  for (int i = threadIdx.x; i < 2 * kNormBlocks; i += 32) {
+    float &side = largest[i / kNormBlocks];
+    side = fmaxf(side, maxima[i]);
   }
-  const float other = __shfl_xor_sync(0xffffffffu, largest, 1);
-  if (threadIdx.x == 0) *reference = reference_for(*scale, largest, other);
+  for (int mask = 16; mask > 0; mask /= 2) {
+    for (float &side : largest) side = fmaxf(side, __shfl_xor_sync(0xffffffffu, side, mask));
+  }
+  if (threadIdx.x == 0) *reference = reference_for(*scale, largest[0], largest[1]);
 }
 
 // lse (rows) from parts (count, rows); then the block's lost rows once more, one after the other. There are none unless

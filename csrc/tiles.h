@@ -22,7 +22,9 @@ struct Grid {
 // ranges win, since each column and row has a partial sum for every one of them.
 inline Grid make_grid(int64_t rows, int64_t cols, int32_t programs) {
   const int64_t row_tiles = ceil_divide(rows, kTile), col_tiles = ceil_divide(cols, kTile);
-  const auto ranges_beside = [&](int64_t strips) { return col_tiles < programs / strips ? col_tiles : programs / strips; };
+  const auto ranges_beside = [&](int64_t strips) {
+    return col_tiles < programs / strips ? col_tiles : programs / strips;
+  };
   const auto area_with = [&](int64_t strips) {
     return ceil_divide(row_tiles, strips) * ceil_divide(col_tiles, ranges_beside(strips));
   };

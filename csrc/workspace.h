@@ -5,7 +5,9 @@
 
 namespace betaclip {
 
-constexpr int kNormBlocks = 132;  // per side; each leaves one partial maximum
+// Blocks per side that look for the largest norm; each leaves one partial maximum. Warps read one row at a time, so it
+// takes many to keep memory busy.
+constexpr int kNormBlocks = 512;
 
 // In floats: reference, 3 unused, largest norms (2, kNormBlocks), then the partial sums of consumer.h, which are what
 // needs zeroes.

@@ -56,7 +56,8 @@ struct Problem {
     fill(y, c.m, y_stride, -1.0f);
     const bool grouped = c.grouping != Grouping::kNone;
     if (grouped) {
-      const auto fill_groups = [&](std::vector<int32_t> &group, std::vector<Element> &rows, int64_t count, int64_t stride) {
+      const auto fill_groups = [&](std::vector<int32_t> &group, std::vector<Element> &rows, int64_t count,
+                                   int64_t stride) {
         for (int64_t i = 0; i < count; ++i) {
           group.push_back(c.grouping == Grouping::kOneGroup ? 7 : int32_t(random() % 5));
           if (c.grouping != Grouping::kPadded || random() % 4 != 0) continue;
@@ -70,7 +71,9 @@ struct Problem {
     for (int64_t i = 0; i < c.n; ++i) {
       for (int64_t j = 0; j < c.m; ++j) {
         double product = 0.0;
-        for (int64_t k = 0; k < c.d; ++k) product += double(float(x[i * x_stride + k])) * double(float(y[j * y_stride + k]));
+        for (int64_t k = 0; k < c.d; ++k) {
+          product += double(float(x[i * x_stride + k])) * double(float(y[j * y_stride + k]));
+        }
         const bool out = grouped && (x_group[i] == y_group[j] || x_group[i] < 0 || y_group[j] < 0);
         logits.push_back(out ? -kInf : product * scale);
       }
@@ -168,7 +171,9 @@ int check_logsumexp(const Case &c, const Problem<Element> &p, std::mt19937 &rand
   float most = -INFINITY;
   for (const float value : stat_x) most = value == INFINITY ? most : std::max(most, value);
   for (int64_t i = 0; i < c.n; ++i) factor_x[i] = stat_x[i] == INFINITY ? 0.0f : std::exp(stat_x[i] - least);
-  for (int64_t j = 0; j < c.m; ++j) factor_y[j] = stat_y[j] == INFINITY ? 0.0f : weight_y[j] * std::exp(least - stat_y[j]);
+  for (int64_t j = 0; j < c.m; ++j) {
+    factor_y[j] = stat_y[j] == INFINITY ? 0.0f : weight_y[j] * std::exp(least - stat_y[j]);
+  }
   const bool may_be_narrow = most - least < 55.0f;
   for (int32_t narrow = 0; narrow <= int32_t(may_be_narrow); ++narrow) {
     const betaclip_logsumexp_gradient gradient = {stat_x.data(),   stat_y.data(),   weight_x.data(), weight_y.data(),
@@ -213,7 +218,8 @@ void check_softplus(const Case &c, const Problem<Element> &p, std::mt19937 &rand
     for (int64_t i = row; i < row_end; ++i) {
       for (int64_t j = col; j < col_end; ++j) {
         const double expected = weight[i] * sigmoid_of(p.logits[i * c.m + j] + c.bias);
-        check("dS of softplus", i, j, buffer.at(i, j), expected, (kRounding<Element> + 10 * tolerance) * std::fabs(expected) + 1e-7);
+        const double share = kRounding<Element> + 10 * tolerance;
+        check("dS of softplus", i, j, buffer.at(i, j), expected, share * std::fabs(expected) + 1e-7);
       }
     }
   });
@@ -232,8 +238,9 @@ void check_softplus(const Case &c, const Problem<Element> &p, std::mt19937 &rand
 template <class Element>
 void check_case(const Case &c, unsigned seed) {
   char text[200];
-  std::snprintf(text, sizeof text, "n=%" PRId64 " m=%" PRId64 " d=%" PRId64 " programs=%d scale=%g bias=%g data=%d groups=%d %s",
-                c.n, c.m, c.d, c.programs, c.scale, c.bias, int(c.data), int(c.grouping),
+  std::snprintf(text, sizeof text,
+                "n=%" PRId64 " m=%" PRId64 " d=%" PRId64 " programs=%d scale=%g bias=%g data=%d groups=%d %s", c.n,
+                c.m, c.d, c.programs, c.scale, c.bias, int(c.data), int(c.grouping),
                 std::is_same_v<Element, __half> ? "float16" : "bfloat16");
   current_case = text;
   std::mt19937 random(seed);
@@ -273,7 +280,7 @@ void check_tiles() {
           TileWalk walk(rectangle(grid, program / grid.ranges, program % grid.ranges));
           if (walk.done()) fail("a block without a tile");
           for (; !walk.done(); walk.next()) {
-            if (walk.row() - walk.band() >= kBandTiles || walk.row() >= walk.band_end()) fail("a tile outside its band");
+            if (walk.row() - walk.band() >= kBandTiles || walk.row() >= walk.band_end()) fail("a tile beyond its band");
             ++visits[size_t(walk.row()) * grid.col_tiles + walk.col()];
           }
         }

@@ -1,4 +1,4 @@
-// The operations of betaclip.h on the CPU: the kernels' own code, with emulated threads, products one by one and no TMA.
+// The operations of betaclip.h on the CPU: the kernels' own code, with emulated threads and products one by one.
 #pragma once
 
 #include <cmath>
