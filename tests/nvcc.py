@@ -5,7 +5,7 @@ from pathlib import Path
 # As a compiler it reports a dependency and writes a line. As a linker it does the same, or copies a library.
 _SCRIPT = r"""#!/bin/sh
 if [ "$1" = --version ]; then echo "Cuda compilation tools, release {version}, V{version}.88"; exit; fi
-echo "$@" >> "{log}"
+{{ printf '%s|' "$@"; echo; }} >> "{log}"
 while [ $# -gt 0 ]; do case "$1" in -o) out=$2 ;; -MF) dep=$2 ;; -c) source=$2 ;; esac; shift; done
 if [ -n "$dep" ]; then echo "$out: $(echo "$source" | sed 's/ /\\ /g')" > "$dep"; fi
 if [ -z "$source" ] && [ -n "{library}" ]; then cp "{library}" "$out"; else echo built > "$out"; fi
@@ -21,7 +21,7 @@ def write_nvcc(folder: Path, version: str = "13.0", library: str = "") -> Path:
 
 
 def commands(nvcc: Path) -> list[str]:
-    """What the stand-in was asked for since the last time."""
+    """What the stand-in was asked for since the last time, a bar behind each argument."""
     log = nvcc.parent / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)

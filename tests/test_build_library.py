@@ -111,10 +111,10 @@ def test_builds_what_changed(build, nvcc, tmp_path, monkeypatch):
     assert record == {"architectures": ["sm_90a"], "nvcc": "13.0.88", "cutlass": "4.2.1"}
     first, second, link = commands(nvcc)
     for command, name in ((first, "first"), (second, "second")):
-        assert f"-c {build.CSRC / name}.cu -o {name}.o" in command
-        assert f"-isystem {tmp_path}/a folder/cutlass/include" in command
-        assert "-gencode=arch=compute_90a,code=sm_90a" in command
-    assert "-shared first.o second.o" in link and "-cudart static" in link
+        assert f"|-c|{build.CSRC / name}.cu|-o|{name}.o|" in command
+        assert f"|-isystem|{tmp_path}/a folder/cutlass/include|" in command
+        assert "-gencode=arch=compute_90a,code=sm_90a|" in command
+    assert "|-shared|first.o|second.o|" in link and "|-cudart|static|" in link
     build.install(tmp_path)
     assert commands(nvcc) == []
     (build.CSRC / "second.cu").touch()
