@@ -30,8 +30,8 @@ def compiler(name: str) -> str:
     return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
 
-def run(*command) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(*command, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -229,11 +229,13 @@ def test_program(program, build_library, tmp_path):
 
 
 def test_example_of_the_readme(path, build_library, tmp_path):
-    """It compiles and links; what it computes is seen on a GPU."""
+    """It compiles by its own first line, links, and hands the library's refusal on: of no device, or of no data."""
     (example,) = re.findall(r"```cpp\n(.*?)```", (CSRC / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    source, executable = tmp_path / "example.cu", tmp_path / "example"
-    source.write_text(example)
-    run(build_library.compiler(), "-std=c++17", f"-I{CSRC}", source, path, "-o", executable)
+    call = "two_sided_logsumexp(nullptr, nullptr, nullptr, 300, 200, 64, nullptr, nullptr, nullptr)"
+    (tmp_path / "example.cpp").write_text(f'{example}\nint main() {{ std::printf("%d", {call}); }}\n')
+    nvcc, *command = example.splitlines()[0].removeprefix("// ").split()
+    folders = {"csrc": CSRC, "betaclip/lib": path.parent}
+    assert nvcc == "nvcc" and folders.keys() < set(command)
+    run(build_library.compiler(), *(folders.get(word, word) for word in command), cwd=tmp_path)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(path.parent)}
-    done = subprocess.run([executable], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 if torch.cuda.is_available() else done.returncode > 0, done
+    assert run(tmp_path / "a.out", env=environment) == ("-1" if torch.cuda.is_available() else str(NO_DRIVER))
