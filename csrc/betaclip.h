@@ -52,8 +52,8 @@ enum {
 
 enum betaclip_dtype { BETACLIP_BFLOAT16 = 0, BETACLIP_FLOAT16 = 1 };
 
-/* Row coordinates of the tensor memory accelerator are 32-bit; everything else is 64-bit. */
-#define BETACLIP_MAX_ROWS ((int64_t)2147483392)
+/* Row coordinates of the tensor memory accelerator are 32-bit, and may run past the end; all else is 64-bit. */
+#define BETACLIP_MAX_ROWS ((int64_t)1 << 30)
 
 /* The two sides of an operation. */
 typedef struct betaclip_operands {
@@ -72,7 +72,8 @@ typedef struct betaclip_operands {
 
 /* A rectangle of the matrix of similarities, and where its gradient dS is written: element (i, j), for
  * row_begin <= i < row_end and col_begin <= j < col_end, goes to ds[(i - row_begin) * ds_stride + j - col_begin].
- * Pairs that take no part become 0; nothing outside of the rectangle is touched. */
+ * Pairs that take no part become 0, and so do elements of these rows up to the next multiple of 8 columns; nothing else
+ * is touched. */
 typedef struct betaclip_chunk {
   void *ds;          /* dtype of the operands, 16-byte aligned */
   int64_t ds_stride; /* elements, a multiple of 8, at least col_end - col_begin */

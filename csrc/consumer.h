@@ -60,8 +60,8 @@ class Consumer {
  public:
   BETACLIP_HD Consumer(const Terms &terms, const Job &job, int program, int which, Warpgroup &warpgroup,
                        ConsumerStorage<Terms> &storage)
-      : terms_(terms), job_(job), strip_(program / job.grid.ranges), range_(program % job.grid.ranges), which_(which),
-        thread_(warpgroup.thread()), warpgroup_(warpgroup), storage_(storage) {}
+      : terms_(terms), job_(job), place_(place_of(job.grid, program)), which_(which), thread_(warpgroup.thread()),
+        warpgroup_(warpgroup), storage_(storage) {}
 
   // products(accumulators) computes this consumer's next tile.
   template <class Products>
@@ -69,7 +69,7 @@ class Consumer {
     auto accumulators = products.accumulators();
     float col_sums[kLines] = {};
     if (Terms::kRowSums > 0) clear_row_sums();
-    TileWalk walk(rectangle(job_.grid, strip_, range_));
+    TileWalk walk(rectangle(job_.grid, place_));
     walk.skip(which_);
     for (int buffer = 0; !walk.done(); buffer ^= 1) {
       const int64_t row = row_of(walk.row()), col = col_of(walk.col());
@@ -106,6 +106,7 @@ class Consumer {
   template <int kVariant, class Accumulators>
   BETACLIP_HD void tile(const Accumulators &accumulators, int buffer, int64_t row, int64_t col, float *row_sums,
                         float (&col_sums)[kLines]) {
+    const DsTile ds_tile = job_.ds.tile(row, col);
     float slot_sums[kSlots][kRowSums] = {};
     typename Terms::Row slot_rows[kSlots];
     BETACLIP_UNROLL
@@ -131,7 +132,7 @@ class Consumer {
           for (int k = 0; k < 4; ++k) words[k] = pack<Element>(ds[2 * k], ds[2 * k + 1]);
           transpose_quad(words, warpgroup_);
           // Block number thread % 4 of the four that these 32 columns are.
-          job_.ds.store(row + accumulator_row(thread_, slot), col + first * 4 + (thread_ % 4) * 8, words);
+          ds_tile.store(accumulator_row(thread_, slot), first * 4 + (thread_ % 4) * 8, words);
         }
       }
     }
@@ -159,7 +160,7 @@ class Consumer {
   BETACLIP_HD void flush_row_sums(const TileWalk &walk) {
     const PartialSums &sums = job_.sums;
     for (int s = 0; s < Terms::kRowSums; ++s) {
-      const int64_t part = int64_t(s) * kConsumers * job_.grid.ranges + kConsumers * range_ + which_;
+      const int64_t part = int64_t(s) * kConsumers * job_.grid.ranges + kConsumers * place_.range + which_;
       for (int32_t tile = walk.band(); tile < walk.band_end(); ++tile) {
         const int64_t row = int64_t(tile) * kTile + kept_row();
         if (row < sums.row_count) {
@@ -185,7 +186,7 @@ class Consumer {
     const PartialSums &sums = job_.sums;
     const int64_t col = int64_t(col_tile) * kTile + thread_;
     if (col < sums.col_count) {
-      sums.cols[(int64_t(kConsumers) * strip_ + which_) * sums.col_count + col] += total;
+      sums.cols[(int64_t(kConsumers) * place_.strip + which_) * sums.col_count + col] += total;
     }
     BETACLIP_UNROLL
     for (int line = 0; line < kLines; ++line) col_sums[line] = 0.0f;
@@ -193,7 +194,7 @@ class Consumer {
 
   const Terms &terms_;
   const Job &job_;
-  int32_t strip_, range_;
+  Place place_;
   int which_, thread_;
   Warpgroup &warpgroup_;
   ConsumerStorage<Terms> &storage_;

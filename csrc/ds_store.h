@@ -50,24 +50,36 @@ BETACLIP_HD void transpose_quad(uint32_t (&words)[4], Warpgroup &warpgroup) {
   }
 }
 
+// Where one tile goes: as far as it lies within the chunk, rounded up to whole blocks of eight columns.
+struct DsTile {
+  uint16_t *origin;
+  int64_t stride;
+  int32_t rows, cols;
+
+  // Eight elements at columns col to col + 7; col is a multiple of 8.
+  BETACLIP_HD void store(int row, int col, const uint32_t (&words)[4]) const {
+    if (row >= rows || col >= cols) return;
+    auto *to = reinterpret_cast<uint4 *>(origin + row * stride + col);
+    const uint4 value = make_uint4(words[0], words[1], words[2], words[3]);
+#if defined(__CUDA_ARCH__)
+    __stwb(to, value);  // an assignment may be taken apart into four stores
+#else
+    *to = value;
+#endif
+  }
+};
+
 // The destination, indexed by rows and columns of the whole matrix.
 struct DsChunk {
   void *ds;
   int64_t stride;  // elements, a multiple of 8
   int64_t row_begin, row_end, col_begin, col_end;
 
-  // Eight 16-bit elements at columns col to col + 7; col - col_begin is a multiple of 8.
-  BETACLIP_HD void store(int64_t row, int64_t col, const uint32_t (&words)[4]) const {
-    if (row >= row_end || col >= col_end) return;
-    uint16_t *to = static_cast<uint16_t *>(ds) + (row - row_begin) * stride + (col - col_begin);
-    if (col + 8 <= col_end) {
-      *reinterpret_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-      return;
-    }
-    BETACLIP_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      if (col + k < col_end) to[k] = static_cast<uint16_t>(words[k / 2] >> (16 * (k % 2)));
-    }
+  // The tile that starts at (row, col), whole multiples of a tile from the chunk's own start.
+  BETACLIP_HD DsTile tile(int64_t row, int64_t col) const {
+    const int64_t rows = row_end - row, cols = col_end - col;
+    return {static_cast<uint16_t *>(ds) + (row - row_begin) * stride + (col - col_begin), stride,
+            int32_t(rows < kTile ? rows : kTile), int32_t(cols < kTile ? cols : kTile)};
   }
 };
 

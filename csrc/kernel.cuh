@@ -36,31 +36,44 @@ struct Mainloop {
   using Turns = cutlass::OrderedSequenceBarrier<1, kConsumers>;
   static constexpr uint32_t kStageBytes = 2 * kTile * kDepth * sizeof(Mma);
 
-  static auto tensor_map(const void *rows, int64_t count, int64_t depth, int64_t stride) {
+  // How tiles reach shared memory: those of y by shares, each block of a cluster to all of it.
+  using Multicast = cute::conditional_t<kCluster == 1, cute::SM90_TMA_LOAD, cute::SM90_TMA_LOAD_MULTICAST>;
+  template <class Copy, class Receivers>
+  static auto tensor_map(Copy copy, Receivers receivers, const void *rows, int64_t count, int64_t depth,
+                         int64_t stride) {
     const auto layout = cute::make_layout(cute::make_shape(int32_t(count), int32_t(depth)),
                                           cute::make_stride(stride, cute::_1{}));
-    return cute::make_tma_copy(cute::SM90_TMA_LOAD{},
-                               cute::make_tensor(cute::make_gmem_ptr(static_cast<const Mma *>(rows)), layout),
-                               SmemLayout{}(cute::_, cute::_, cute::_0{}));
+    return cute::make_tma_copy(copy, cute::make_tensor(cute::make_gmem_ptr(static_cast<const Mma *>(rows)), layout),
+                               SmemLayout{}(cute::_, cute::_, cute::_0{}), cute::Shape<Tile, Depth>{}, receivers);
   }
-  using TensorMap = decltype(tensor_map(nullptr, 0, 0, 0));
+  static auto x_map(const void *rows, int64_t count, int64_t depth, int64_t stride) {
+    return tensor_map(cute::SM90_TMA_LOAD{}, cute::_1{}, rows, count, depth, stride);
+  }
+  static auto y_map(const void *rows, int64_t count, int64_t depth, int64_t stride) {
+    return tensor_map(Multicast{}, cute::Int<kCluster>{}, rows, count, depth, stride);
+  }
+  using XMap = decltype(x_map(nullptr, 0, 0, 0));
+  using YMap = decltype(y_map(nullptr, 0, 0, 0));
 
   struct Arguments {
-    TensorMap x, y;
+    XMap x;
+    YMap y;
     int32_t n, m, d;
 
     static Arguments make(const betaclip_operands &o) {
-      return {tensor_map(o.x, o.n, o.d, o.x_stride), tensor_map(o.y, o.m, o.d, o.y_stride), int32_t(o.n), int32_t(o.m),
+      return {x_map(o.x, o.n, o.d, o.x_stride), y_map(o.y, o.m, o.d, o.y_stride), int32_t(o.n), int32_t(o.m),
               int32_t(o.d)};
     }
     CUTE_HOST_DEVICE int steps() const { return (d + kDepth - 1) / kDepth; }
   };
 
-  // Coordinates (kTile, kDepth, steps) of the tile of rows that starts at `first`, for TMA.
-  static CUTE_HOST_DEVICE auto tile_coordinates(const TensorMap &map, int32_t count, int32_t depth, int32_t first) {
+  // Coordinates of what block `rank` of a cluster loads of the tile whose rows start at `first`: (copy, 1, 1, steps).
+  template <class Map>
+  static CUTE_HOST_DEVICE auto share_of_tile(const Map &map, int rank, int32_t count, int32_t depth, int32_t first) {
     using namespace cute;
-    return local_tile(domain_offset(make_coord(first, 0), map.get_tma_tensor(make_shape(count, depth))),
-                      Shape<Tile, Depth>{}, make_coord(0, _));
+    return map.get_slice(rank).partition_S(local_tile(
+        domain_offset(make_coord(first, 0), map.get_tma_tensor(make_shape(count, depth))), Shape<Tile, Depth>{},
+        make_coord(0, _)));
   }
 
   struct Storage {
@@ -70,25 +83,26 @@ struct Mainloop {
   };
 
   // One thread: every tile of the block, in the order of the walk. Rows, columns and depth beyond the operands arrive
-  // as zeros, and count as bytes arrived.
-  static CUTLASS_DEVICE void load(const Arguments &args, const Job &job, const Rectangle &rect, Pipeline &pipeline,
+  // as zeros, and count as bytes arrived. A stage of this block fills from the whole cluster, and is free when all of
+  // the cluster, to which this block writes, have released theirs.
+  static CUTLASS_DEVICE void load(const Arguments &args, const Job &job, int program, Pipeline &pipeline,
                                   Storage &storage) {
     using namespace cute;
-    Tensor smem_x = make_tensor(make_smem_ptr(storage.x.data()), SmemLayout{});
-    Tensor smem_y = make_tensor(make_smem_ptr(storage.y.data()), SmemLayout{});
+    const int rank = program % kCluster;
+    const uint16_t everyone = (1 << kCluster) - 1;
+    const auto to_x = args.x.get_slice(0).partition_D(make_tensor(make_smem_ptr(storage.x.data()), SmemLayout{}));
+    const auto to_y = args.y.get_slice(rank).partition_D(make_tensor(make_smem_ptr(storage.y.data()), SmemLayout{}));
     PipelineState state = cutlass::make_producer_start_state<Pipeline>();
-    for (TileWalk walk(rect); !walk.done(); walk.next()) {
-      Tensor gmem_x = tile_coordinates(args.x, args.n, args.d, int32_t(job.row_begin) + walk.row() * kTile);
-      Tensor gmem_y = tile_coordinates(args.y, args.m, args.d, int32_t(job.col_begin) + walk.col() * kTile);
-      auto [from_x, to_x] =
-          tma_partition(args.x, _0{}, Layout<_1>{}, group_modes<0, 2>(smem_x), group_modes<0, 2>(gmem_x));
-      auto [from_y, to_y] =
-          tma_partition(args.y, _0{}, Layout<_1>{}, group_modes<0, 2>(smem_y), group_modes<0, 2>(gmem_y));
+    for (TileWalk walk(rectangle(job.grid, place_of(job.grid, program))); !walk.done(); walk.next()) {
+      const int32_t row = int32_t(job.row_begin) + walk.row() * kTile;
+      const int32_t col = int32_t(job.col_begin) + walk.col() * kTile;
+      const auto from_x = share_of_tile(args.x, 0, args.n, args.d, row);
+      const auto from_y = share_of_tile(args.y, rank, args.m, args.d, col);
       for (int step = 0; step < args.steps(); ++step, ++state) {
         pipeline.producer_acquire(state);
         auto *barrier = pipeline.producer_get_barrier(state);
-        copy(args.x.with(*barrier), from_x(_, step), to_x(_, state.index()));
-        copy(args.y.with(*barrier), from_y(_, step), to_y(_, state.index()));
+        copy(args.x.with(*barrier), from_x(_, _, _, step), to_x(_, _, _, state.index()));
+        copy(args.y.with(*barrier, everyone), from_y(_, _, _, step), to_y(_, _, _, state.index()));
       }
     }
     pipeline.producer_tail(state);
@@ -159,7 +173,7 @@ struct SharedStorage {
 };
 
 template <class Terms, class Element>
-__global__ void __launch_bounds__(kBlockThreads, 1)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     similarity_kernel(const __grid_constant__ typename Mainloop<Element>::Arguments args,
                       const __grid_constant__ typename Terms::Params params, const __grid_constant__ Job job) {
   using Loop = Mainloop<Element>;
@@ -175,16 +189,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   pipeline_params.role = produces ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
   pipeline_params.is_leader = leads;
   pipeline_params.num_consumers = kWarpgroup;  // a stage belongs to one of the two
-  Pipeline pipeline(storage.mainloop.pipeline, pipeline_params, cute::Shape<cute::_1, cute::_1, cute::_1>{});
+  Pipeline pipeline(storage.mainloop.pipeline, pipeline_params, cute::Shape<cute::Int<kCluster>, cute::_1, cute::_1>{});
   typename Loop::Turns turns(storage.mainloop.turns, {uint32_t(warpgroup - 1), kWarpgroup});
-  __syncthreads();  // barriers are initialised
+  // Barriers are initialised, and whatever else in the cluster may arrive at them may do so.
+  cutlass::pipeline_init_arrive_relaxed(kCluster);
+  cutlass::pipeline_init_wait(kCluster);
 
   if (produces) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (leads) {
-      const Rectangle rect = rectangle(job.grid, blockIdx.x / job.grid.ranges, blockIdx.x % job.grid.ranges);
-      Loop::load(args, job, rect, pipeline, storage.mainloop);
-    }
+    if (leads) Loop::load(args, job, blockIdx.x, pipeline, storage.mainloop);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     const int which = warpgroup - 1;

@@ -27,32 +27,34 @@ int check_accumulators() {
   return wrong + (seen != betaclip::kTile * betaclip::kTile);
 }
 
-// TMA's first coordinate is the contiguous one.
-template <class Element>
-int check_coordinates() {
-  using Loop = betaclip::Mainloop<Element>;
-  const int32_t count = 2147483392, depth = 136;
-  const typename Loop::TensorMap map{};
+// TMA's first coordinate is the contiguous one. The shares of a cluster's blocks make up the tile.
+template <class Loop, class Map>
+int check_coordinates(const char *name, const Map &map, int blocks) {
+  const int32_t count = 1 << 30, depth = 136, share = betaclip::kTile / blocks;
   int wrong = 0;
-  for (const int32_t first : {0, 5, 2147483264}) {
-    const auto tile = Loop::tile_coordinates(map, count, depth, first);
-    if (size<2>(tile) != (depth + betaclip::kDepth - 1) / betaclip::kDepth) ++wrong;
-    for (int row : {0, 1, 127}) {
-      for (int k : {0, 1, 63}) {
-        for (int step = 0; step < size<2>(tile); ++step) {
-          const auto at = tile(row, k, step);
-          wrong += get<0>(at) != step * betaclip::kDepth + k || get<1>(at) != first + row;
+  for (int rank = 0; rank < blocks; ++rank) {
+    for (const int32_t first : {0, 5, count - 1}) {
+      const auto tile = Loop::share_of_tile(map, rank, count, depth, first);
+      if (size<3>(tile) != (depth + betaclip::kDepth - 1) / betaclip::kDepth) ++wrong;
+      if (size<1>(tile) != 1 || size<2>(tile) != 1) ++wrong;  // copies, for one step
+      for (int step = 0; step < size<3>(tile); ++step) {
+        for (int element = 0; element < share * betaclip::kDepth; ++element) {
+          const auto at = tile(element, 0, 0, step);
+          wrong += get<0>(at) != step * betaclip::kDepth + element % betaclip::kDepth;
+          wrong += get<1>(at) != first + rank * share + element / betaclip::kDepth;
         }
       }
     }
   }
-  std::printf("coordinates: %d wrong\n", wrong);
+  std::printf("coordinates of %s: %d wrong\n", name, wrong);
   return wrong;
 }
 
 template <class Element>
 int check() {
-  return check_accumulators<Element>() + check_coordinates<Element>();
+  using Loop = betaclip::Mainloop<Element>;
+  return check_accumulators<Element>() + check_coordinates<Loop>("x", typename Loop::XMap{}, 1) +
+         check_coordinates<Loop>("y", typename Loop::YMap{}, betaclip::kCluster);
 }
 
 int main() { return check<__nv_bfloat16>() + check<__half>() == 0 ? 0 : 1; }

@@ -26,8 +26,7 @@ class Products {
   };
 
   Products(const betaclip_operands &o, const Job &job, int program, int which, int thread)
-      : o_(o), job_(job), thread_(thread),
-        walk_(betaclip::rectangle(job.grid, program / job.grid.ranges, program % job.grid.ranges)) {
+      : o_(o), job_(job), thread_(thread), walk_(betaclip::rectangle(job.grid, betaclip::place_of(job.grid, program))) {
     walk_.skip(which);
   }
 
