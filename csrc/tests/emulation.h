@@ -56,12 +56,25 @@ class Products {
   betaclip::TileWalk walk_;
 };
 
-// Every consumer of every block. Shared memory starts as NaN: nothing may be read before it was written.
+// All partial sums of a launch, rows first.
+template <class Terms>
+std::vector<float> partial_sums(const Job &job) {
+  const betaclip::PartialSums &sums = job.sums;
+  const int64_t rows = Terms::kRowSums * betaclip::kConsumers * job.grid.ranges * sums.row_count;
+  const int64_t cols = Terms::kColSums * betaclip::kConsumers * job.grid.strips * sums.col_count;
+  std::vector<float> all(sums.rows, sums.rows + rows);
+  all.insert(all.end(), sums.cols, sums.cols + cols);
+  return all;
+}
+
+// Every consumer of every block, one after the other, in place of all at once: none may touch a sum that another has
+// touched. Shared memory starts as NaN: nothing may be read before it was written.
 template <class Terms, class Element>
 void launch(const betaclip_operands &o, const typename Terms::Params &params, const Job &job, unsigned seed) {
   using Thread = Warpgroup::Thread;
   for (int program = 0; program < job.grid.programs(); ++program) {
     for (int which = 0; which < betaclip::kConsumers; ++which) {
+      const std::vector<float> before = partial_sums<Terms>(job);
       betaclip::ConsumerStorage<Terms> storage;
       std::memset(static_cast<void *>(&storage), 0xff, sizeof storage);
       Warpgroup(seed + program * betaclip::kConsumers + which).run([&](Thread &thread) {
@@ -69,6 +82,10 @@ void launch(const betaclip_operands &o, const typename Terms::Params &params, co
         Products<Element> products(o, job, program, which, thread.thread());
         betaclip::Consumer<Terms, Element, Thread>(terms, job, program, which, thread, storage).run(products);
       });
+      const std::vector<float> after = partial_sums<Terms>(job);
+      for (size_t i = 0; i < after.size(); ++i) {
+        if (before[i] != 0.0f && std::memcmp(&before[i], &after[i], sizeof(float)) != 0) fail("two consumers, one sum");
+      }
     }
   }
 }
