@@ -179,9 +179,11 @@ int check_logsumexp(const Case &c, const Problem<Element> &p, std::mt19937 &rand
     factor_y[j] = stat_y[j] == INFINITY ? 0.0f : weight_y[j] * std::exp(least - stat_y[j]);
   }
   const bool may_be_narrow = most - least < 55.0f;
+  const std::vector<float> unused(std::max(c.n, c.m), NAN);  // factors, where statistics are not narrow
   for (int32_t narrow = 0; narrow <= int32_t(may_be_narrow); ++narrow) {
-    const betaclip_logsumexp_gradient gradient = {stat_x.data(),   stat_y.data(),   weight_x.data(), weight_y.data(),
-                                                  factor_x.data(), factor_y.data(), &narrow};
+    const betaclip_logsumexp_gradient gradient = {
+        stat_x.data(), stat_y.data(), weight_x.data(), weight_y.data(), narrow ? factor_x.data() : unused.data(),
+        narrow ? factor_y.data() : unused.data(), &narrow};
     for_each_chunk(c, [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
       ChunkBuffer<Element> buffer(row, row_end, col, col_end);
       logsumexp_ds<Element>(o, gradient, buffer.chunk, c.programs, random());
@@ -256,20 +258,22 @@ void check_case(const Case &c, unsigned seed) {
   std::printf("ok %s, %d statistics from true maxima\n", text, lost);
 }
 
-// NaN in a row that takes part reaches its own statistic and those of the columns it meets, and no other.
-void check_nan() {
+// NaN or infinity in a row that takes part reaches its own statistic and those of the columns it meets, and no other.
+void check_not_finite() {
   const Case c = {130, 70, 16, 2, 10.0f, 0.0f, Data::kUnit, Grouping::kNone};
-  current_case = "NaN in row 3";
-  std::mt19937 random(5);
-  Problem<__nv_bfloat16> problem(c, random);
-  problem.x[3 * problem.operands.x_stride + 1] = __nv_bfloat16(NAN);
-  std::vector<float> lse_x(c.n), lse_y(c.m);
-  logsumexp_forward<__nv_bfloat16>(problem.operands, lse_x.data(), lse_y.data(), c.programs, 1);
-  for (int64_t i = 0; i < c.n; ++i) {
-    if (std::isnan(lse_x[i]) != (i == 3)) check("NaN in lse_x", i, 0, lse_x[i], 0.0, -1.0);
-  }
-  for (const float value : lse_y) {
-    if (!std::isnan(value)) check("NaN in lse_y", 0, 0, value, NAN, -1.0);
+  for (const float value : {NAN, INFINITY}) {
+    current_case = std::to_string(value) + " in row 3";
+    std::mt19937 random(5);
+    Problem<__nv_bfloat16> problem(c, random);
+    problem.x[3 * problem.operands.x_stride + 1] = __nv_bfloat16(value);
+    std::vector<float> lse_x(c.n), lse_y(c.m);
+    logsumexp_forward<__nv_bfloat16>(problem.operands, lse_x.data(), lse_y.data(), c.programs, 1);
+    for (int64_t i = 0; i < c.n; ++i) {
+      if (std::isfinite(lse_x[i]) != (i != 3)) check("lse_x", i, 0, lse_x[i], i == 3 ? value : 0.0, -1.0);
+    }
+    for (int64_t j = 0; j < c.m; ++j) {
+      if (std::isnan(value) && !std::isnan(lse_y[j])) check("lse_y", 0, j, lse_y[j], value, -1.0);
+    }
   }
 }
 
@@ -310,7 +314,7 @@ void check_tiles() {
 
 int main() {
   check_tiles();
-  check_nan();
+  check_not_finite();
   using B = __nv_bfloat16;
   using H = __half;
   check_case<B>({1, 1, 8, 132, 1.0f, 0.0f, Data::kUnit, Grouping::kNone}, 1);
