@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import betaclip
-from betaclip.kernels import attention_pool, similarity
+from betaclip.kernels import attention_pool, cuda, similarity
 from betaclip.kernels.backends import WhyNot, resolve
 
 OPERATIONS: dict[str, Mapping[str, WhyNot]] = {
@@ -41,6 +41,7 @@ def report() -> dict[str, Any]:
             "triton": _version("triton"),
             "numpy": _version("numpy"),
             "cuda": torch.version.cuda or "none",
+            "libbetaclip": cuda.status(),
             "platform": platform.platform(),
         },
         "devices": _devices(),

@@ -183,7 +183,7 @@ class BetaCALLoss(nn.Module):
             (keep it >= 0, for example by a softplus: the loss takes it as it is).
         alpha: weight of the own text.
         padding: ``"ignore"`` or ``"published"``.
-        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"blockwise"`` or ``"reference"``.
         gather: contrast with the images and texts of all ranks of ``process_group``; True, ``"all_gather"`` or
             ``"ring"``. :func:`beta_cal_ce_loss` has what that means for gradients.
 

@@ -16,7 +16,13 @@ from torch import Tensor
 WhyNot = Callable[..., list[str]]
 
 # Of all operations: BETACLIP_BACKEND may name one that an operation does not have.
-NAMES = ("triton", "blockwise", "folded", "sdpa", "reference")
+NAMES = ("triton", "cuda", "blockwise", "folded", "sdpa", "reference")
+
+# What keeps "auto" from choosing a backend that could serve: it is for those who ask for it by name.
+ONLY_BY_NAME: Mapping[str, WhyNot] = {
+    "triton": lambda x, *others: [] if x.is_cuda else ["its interpreter is for tests and is never chosen by 'auto'"],
+    "cuda": lambda *tensors: ["never chosen by 'auto' until a recorded run on a GPU shows it correct and faster"],
+}
 
 
 def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensors: Tensor) -> str:
@@ -42,10 +48,9 @@ def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensor
     candidates = list(table) if requested == "auto" else [requested]
     refusals = {}
     for name in candidates:
-        # A kernel that would run in an interpreter is served only to those who ask for it by name.
         reasons = table[name](*tensors)
-        if requested == "auto" and not reasons and name == "triton" and not tensors[0].is_cuda:
-            reasons = ["its interpreter is for tests and is never chosen by 'auto'"]
+        if requested == "auto" and not reasons and name in ONLY_BY_NAME:
+            reasons = ONLY_BY_NAME[name](*tensors)
         if not reasons:
             return name
         refusals[name] = reasons

@@ -19,7 +19,7 @@ class Operand:
     normalised rows. Backends that read blocks never hold the normalised rows of both sides.
 
     rows: (N, D) floating point.
-    group: (N,) int32, < 0 for rows that take no part; None for both sides of an operation, or for neither.
+    group: (N,) contiguous int32, < 0 for rows that take no part; None for both sides of an operation, or for neither.
     inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None: the rows are used as they are.
     dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
     """

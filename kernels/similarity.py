@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from betaclip.kernels import similarity_blockwise, similarity_reference, similarity_triton
+from betaclip.kernels import similarity_blockwise, similarity_cuda, similarity_reference, similarity_triton
 from betaclip.kernels.backends import resolve, without_autocast
 from betaclip.kernels.operand import DTYPES, Operand, accumulation_dtype
 
 _MODULES: dict[str, ModuleType] = {
     "triton": similarity_triton,
+    "cuda": similarity_cuda,
     "blockwise": similarity_blockwise,
     "reference": similarity_reference,
 }
@@ -52,7 +53,8 @@ def similarity_logsumexp(
         x_group: (N,) integer group of each row, below 2^31 - 1; ``< 0`` is padding, which takes part in nothing and
             may hold anything. None: each row is in a group of its own.
         y_group: (M,) likewise.
-        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
+            ``"blockwise"`` or ``"reference"``.
 
     Returns:
         lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.
@@ -107,7 +109,7 @@ def similarity_softplus(
 def _check(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Raise on malformed tensors; scalars in accumulation dtype, and groups as int32, both or none."""
+    """Raise on malformed tensors; scalars in accumulation dtype, and groups as contiguous int32, both or none."""
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2:
             raise ValueError(f"{name}: expected (rows, D), got shape {tuple(value.shape)}")
@@ -133,7 +135,9 @@ def _check(
     if x_group is not None or y_group is not None:
         # Rows without groups of their own match nothing: a group of the other side is below 2^31 - 1.
         x_group, y_group = (
-            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32) if group is None else group.to(torch.int32)
+            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32)
+            if group is None
+            else group.to(torch.int32).contiguous()
             for rows, group in ((x, x_group), (y, y_group))
         )
     dtype = accumulation_dtype(x.dtype)

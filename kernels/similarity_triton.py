@@ -7,7 +7,6 @@ gradients are read on the device; nothing here waits for it.
 
 import copy
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from betaclip.kernels import triton_support
 from betaclip.kernels.operand import Operand
-from betaclip.kernels.products import add_product
-from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM, SPREAD
+from betaclip.kernels.similarity_chunks import Accumulators, aligned, amplification, logsumexp_vectors
+from betaclip.kernels.similarity_range import FOOTROOM, HEADROOM
 from betaclip.kernels.similarity_tiles import Tile, choose, chunk, rectangles
 
 
@@ -36,7 +35,7 @@ class _Launch:
 
         self.kernels = similarity_triton_kernels
         self.depth = x.rows.shape[1]
-        self.x, self.y = (_aligned(side.matrix(side.dtype)) for side in (x, y))
+        self.x, self.y = (aligned(side.matrix(side.dtype), 16) for side in (x, y))
         self.scale, self.x_group, self.y_group, self.dtype = scale, x.group, y.group, x.accumulation
         self.arch = triton_support.architecture(self.x.device)
         self.tile = choose(self.arch, min(self.x.element_size(), 4))
@@ -70,18 +69,14 @@ class _Launch:
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
 
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.x.device)
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.x.device)
 
+    def chunk(self) -> int:
+        return chunk(self.arch, min(self.x.element_size(), 4))
 
-def _aligned(t: Tensor) -> Tensor:
-    """Rows that vector loads and the tensor memory accelerator can read: a copy with zero columns if need be."""
-    rows, depth = t.shape
-    if t.stride(1) == 1 and t.stride(0) >= depth and all(v % 16 == 0 for v in (depth, t.stride(0), t.data_ptr())):
-        return t
-    padded = t.new_zeros(rows, -(-depth // 16) * 16)
-    padded[:, :depth] = t
-    return padded
+    def accumulators(self, need_dx: bool, need_dy: bool) -> Accumulators:
+        return Accumulators(self.x, self.y, self.depth, self.chunk(), need_dx, need_dy)
 
 
 def _descriptor(t: Tensor, rows: int, tile: Tile) -> Any:
@@ -121,50 +116,6 @@ def similarity_logsumexp_fwd(x: Operand, y: Operand, scale: Tensor) -> tuple[Ten
     return statistics[0], statistics[1]
 
 
-class _Accumulators:
-    """dS y and dS^T x of chunks of dS, added up in accumulation dtype; dx and dy up to a common factor."""
-
-    def __init__(self, launch: _Launch, need_dx: bool, need_dy: bool) -> None:
-        self.x, self.y, self.launch = launch.x, launch.y, launch
-        self.side = chunk(launch.arch, min(self.x.element_size(), 4))
-        # dscale = sum(x * (dS y)) = sum(y * (dS^T x)) takes one of the two.
-        self.use_dx, self.need_dx, self.need_dy = need_dx or not need_dy, need_dx, need_dy
-        self.dx = launch.new(*(self.x.shape if self.use_dx else (0,)))
-        self.dy = launch.new(*(self.y.shape if need_dy else (0,)))
-        rows, cols = (min(self.side, t.shape[0]) for t in (self.x, self.y))
-        self.workspace = launch.new(rows, -(-cols // 16) * 16, dtype=self.x.dtype)
-
-    def chunks(self) -> Iterator[tuple[int, int, int, int, Tensor]]:
-        """Bounds of each chunk and room for its dS; what was written there is added before the next."""
-        for row in range(0, self.x.shape[0], self.side):
-            row_end = min(row + self.side, self.x.shape[0])
-            for col in range(0, self.y.shape[0], self.side):
-                col_end = min(col + self.side, self.y.shape[0])
-                ds = self.workspace[: row_end - row, : col_end - col]
-                yield row, col, row_end, col_end, ds
-                if self.use_dx:
-                    add_product(self.dx[row:row_end], ds, self.y[col:col_end], first=col == 0)
-                if self.need_dy:
-                    add_product(self.dy[col:col_end], ds.T, self.x[row:row_end], first=row == 0)
-
-    def finish(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dx, dy and dscale, for dS times ``factor``."""
-        operand, gradient = (self.x, self.dx) if self.use_dx else (self.y, self.dy)
-        dscale = self.launch.new().zero_()
-        for row in range(0, operand.shape[0], self.side):
-            dscale += (operand[row : row + self.side] * gradient[row : row + self.side]).sum()
-        for gradient in (self.dx, self.dy):
-            gradient.mul_(self.launch.scale * factor)
-        dx, dy = (t[..., : self.launch.depth].contiguous() for t in (self.dx, self.dy))
-        return dx if self.need_dx else self.launch.new(0), dy if self.need_dy else self.launch.new(0), dscale * factor
-
-
-def _amplification(dtype: torch.dtype) -> float:
-    """The largest incoming gradient that a kernel is given. dS is at most twice that, and fits float16's range with
-    as much room as there is for small ones; bfloat16 has float32's range."""
-    return 2.0**14 if dtype == torch.float16 else 1.0
-
-
 def similarity_logsumexp_bwd(
     x: Operand,
     y: Operand,
@@ -177,15 +128,8 @@ def similarity_logsumexp_bwd(
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = _Launch(x, y, scale)
-    sums = _Accumulators(launch, need_dx, need_dy)
-    factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max()) / _amplification(x.dtype)
-    weight_x, weight_y = (torch.where(factor > 0, dlse / factor, 0) for dlse in (dlse_x, dlse_y))
-    stat_x, stat_y = (torch.where(lse == -torch.inf, torch.inf, lse) for lse in (lse_x, lse_y))
-    least = stat_y.min()
-    narrow = torch.where(stat_x == torch.inf, -torch.inf, stat_x).max() - least < SPREAD[launch.dtype]
-    factor_x = torch.where(stat_x == torch.inf, 0, torch.exp(stat_x - least))
-    factor_y = torch.where(stat_y == torch.inf, 0, torch.exp(least - stat_y)) * weight_y
-    vectors = stat_x, stat_y, weight_x, weight_y, narrow.to(torch.int32), factor_x, factor_y
+    sums = launch.accumulators(need_dx, need_dy)
+    factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype)
     for row, col, row_end, col_end, ds in sums.chunks():
         tiles = math.prod(launch.tiles(row_end - row, col_end - col))
         launch(
@@ -193,12 +137,12 @@ def similarity_logsumexp_bwd(
             x.group, y.group, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
             launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
         )  # fmt: skip
-    return sums.finish(factor)
+    return sums.finish(scale, factor)
 
 
 def similarity_softplus_fwd(x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
     launch = _Launch(x, y, scale)
-    n, m, side = launch.x.shape[0], launch.y.shape[0], chunk(launch.arch, min(launch.x.element_size(), 4))
+    n, m, side = launch.x.shape[0], launch.y.shape[0], launch.chunk()
     rows = launch.new(n).zero_()
     for row in range(0, n, side):
         for col in range(0, m, side):
@@ -217,16 +161,16 @@ def similarity_softplus_fwd_bwd(
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = _Launch(x, y, scale)
-    sums = _Accumulators(launch, need_dx, need_dy)
+    sums = launch.accumulators(need_dx, need_dy)
     rows, dbias = launch.new(launch.x.shape[0]).zero_(), launch.new().zero_()
-    factor = drows.abs().max() / _amplification(x.dtype)
+    factor = drows.abs().max() / amplification(x.dtype)
     weight = torch.where(factor > 0, drows / factor, 0)
     for row, col, row_end, col_end, ds in sums.chunks():
         softplus, sigmoid = _softplus_chunk(launch, bias, weight, ds, (row, col, row_end, col_end))
         rows[row:row_end] += softplus
         if sigmoid is not None:
             dbias += (sigmoid * drows[row:row_end]).sum()
-    return rows, *sums.finish(factor), dbias
+    return rows, *sums.finish(scale, factor), dbias
 
 
 def _softplus_chunk(

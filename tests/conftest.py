@@ -1,8 +1,13 @@
 """Set-up of all tests: how many processes, Triton's interpreter where there is no GPU, the ``gpu`` marker, one seed."""
 
+import ctypes
 import gc
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,13 +52,49 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/betaclip.h on the CPU."""
+    from betaclip.kernels import cuda
+
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no C compiler")
+    tests, library = Path(__file__).parent, tmp_path_factory.mktemp("stand_in") / "libbetaclip.so"
+    options = ["-std=c11", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{tests.parent / 'csrc'}"]
+    subprocess.run([compiler, *options, tests / "betaclip_cpu.c", "-o", library, "-lm"], check=True)
+    return cuda.load(library)
+
+
+@pytest.fixture
+def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The backend "cuda" for tensors of the CPU, in chunks so small that a few dozen rows have several."""
+    from betaclip.kernels import cuda, similarity_cuda
+
+    monkeypatch.setattr(cuda, "_library", stand_in_library)
+    monkeypatch.setattr(cuda, "why_not", lambda device: [])
+    monkeypatch.setattr(cuda, "current", lambda device: nullcontext(0))
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(similarity_cuda, "SIDE", 48)
+    return stand_in_library
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest) -> None:
+    """The backend "cuda": on a GPU the real one, else its binding over the stand-in."""
+    if not torch.cuda.is_available():
+        request.getfixturevalue("cuda_on_cpu")
+
+
 @pytest.fixture(autouse=True)
 def _skip_missing_backend(request: pytest.FixtureRequest) -> None:
     """Skip a test of a backend that serves nothing on this machine, with the backend's own reasons."""
     from betaclip.env import OPERATIONS
 
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    probe = torch.zeros(1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend == "cuda":
+        request.getfixturevalue("cuda")
+    probes = [torch.zeros(1, 8, dtype=dtype, device=device) for dtype in (torch.float32, torch.float16)]
     for table in OPERATIONS.values():
-        if backend in table and (reasons := table[backend](probe, probe)):
-            pytest.skip(f"{backend}: {'; '.join(reasons)}")
+        if backend in table and (reasons := [table[backend](probe, probe) for probe in probes]) and all(reasons):
+            pytest.skip(f"{backend}: {'; '.join(reasons[-1])}")

@@ -10,6 +10,7 @@ import torch
 
 import betaclip
 from betaclip import env
+from betaclip.kernels import cuda
 from betaclip.kernels.backends import NAMES, resolve
 
 
@@ -23,6 +24,7 @@ def test_versions_and_devices():
     assert report["versions"]["betaclip"] == betaclip.__version__
     assert report["versions"]["torch"] == torch.__version__
     assert set(report["devices"]) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    assert report["versions"]["libbetaclip"] == cuda.status()
     assert report["environment"]["BETACLIP_BACKEND"] is None
 
 

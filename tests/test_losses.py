@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from precision import HALF, widest
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
@@ -181,7 +182,7 @@ def test_one_text_per_image_is_siglip():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_valid_text(backend, form, padding):
-    b = batch(dtype=torch.float32)
+    b = batch(dtype=widest(backend, torch.float32))
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
     loss = BetaCALLoss(form, padding=padding, backend=backend)(*leaves, mask=torch.zeros_like(b.mask))
     for value in gradients(loss, *leaves):
@@ -191,7 +192,7 @@ def test_no_valid_text(backend, form, padding):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, form):
-    rows = torch.zeros(0, 8, device=DEVICE, requires_grad=True)
+    rows = torch.zeros(0, 8, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
     index = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     loss = BetaCALLoss(form, backend=backend)(rows, rows, 5.0, image_index=index)
     loss.backward()
@@ -213,7 +214,7 @@ def test_one_image_or_one_text(backend, form, images, texts):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_anything_may_stand_in_padded_slots(backend, form):
-    b = batch(dtype=torch.float32)
+    b = batch(dtype=widest(backend, torch.float32))
     clean = LOSSES[form](b.image, b.text, b.scale, mask=b.mask, backend=backend)
     b.image[~b.mask], b.text[~b.mask] = torch.nan, torch.inf
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
@@ -240,8 +241,9 @@ def test_zero_vector_has_no_direction(form):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_similarities_at_the_limit(backend, form, sign):
     """Every logit +100 or -100: the loss is log N (or known in closed form), the gradients finite."""
-    image = torch.ones(5, 3, 7, device=DEVICE, requires_grad=True)
-    text = (sign * torch.ones(5, 3, 7, device=DEVICE)).requires_grad_()
+    # Of length 2: normalising is exact in every precision.
+    image = torch.ones(5, 3, 4, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
+    text = (sign * image.detach()).requires_grad_()
     scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
     loss = LOSSES[form](image, text, scale, backend=backend)
     if form == "ce":
@@ -267,6 +269,20 @@ def test_near_the_optimum_in_bfloat16(form):
     exact = [t.detach().double().requires_grad_() for t in (image, text)]
     truth = gradients(dense(form, *exact, 50.0), *exact)
     for a, t in zip(ours, truth, strict=True):
+        assert (a.double() - t).norm() <= 0.02 * t.norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cuda_matches_dense_formula(form, masked, dtype, cuda):
+    """On the embeddings as they were rounded; what is normalised is rounded once more."""
+    b = batch(images=12, dim=72, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    mask = b.mask if masked else None
+    ours = gradients(LOSSES[form](*leaves, mask=mask, backend="cuda"), *leaves)
+    for a, t in zip(ours, gradients(dense(form, *exact, mask=mask), *exact), strict=True):
         assert (a.double() - t).norm() <= 0.02 * t.norm()
 
 
@@ -453,7 +469,7 @@ def test_double_backward_raises(form, by):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diverged_embeddings_show(backend, form, poison):
     """NaN or infinity in a valid row must reach the loss: a scaler or a guard waits for it."""
-    b = batch(dtype=torch.float32)
+    b = batch(dtype=widest(backend, torch.float32))
     b.text[2, 1, 3] = poison
     assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
 

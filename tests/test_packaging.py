@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from nvcc import write_cutlass, write_nvcc
 
 import betaclip
 
@@ -18,12 +20,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [file.parent for file in (ROOT / "betaclip").rglob("__init__.py")]
 FILES = [file for folder in (*PACKAGES, ROOT / "kernels") for file in folder.glob("*.py")]
 SOURCES = {file.relative_to(ROOT).as_posix() for file in FILES}
+NOT_BUILT = {**os.environ, "BETACLIP_BUILD_CUDA": "0"}
 MODULES = {name if name.startswith("betaclip/") else f"betaclip/{name}" for name in SOURCES} | {"betaclip/py.typed"}
 PRINT_KERNELS = """
 import importlib.util
 spec = importlib.util.find_spec("kernels")
 print(spec and spec.origin, *(spec.submodule_search_locations if spec else ()), sep="\\n")
 """
+PRINT_LIBRARY = "from betaclip.kernels import cuda; print(cuda.status())"
 PRINT_FILES = "import betaclip.env, betaclip.kernels.backends as b; print(betaclip.env.__file__, b.__file__, sep='\\n')"
 
 
@@ -51,9 +55,9 @@ def sdist(tmp_path_factory):
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("sdist")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("betaclip", "kernels"):
+    for name in ("betaclip", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, copy, cwd=out)
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, copy, cwd=out, env=NOT_BUILT)
     (archive,) = out.iterdir()
     return archive, copy
 
@@ -63,7 +67,7 @@ def wheel(request, sdist, tmp_path_factory):
     archive, copy = sdist
     out = tmp_path_factory.mktemp("wheel")
     source = archive if request.param == "sdist" else copy
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, source, cwd=out)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, source, cwd=out, env=NOT_BUILT)
     (file,) = out.iterdir()
     return file
 
@@ -86,18 +90,21 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as contents:
         names, metadata = set(contents.namelist()), contents.read(f"{information}/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"betaclip", information}
-    assert {name for name in names if name.startswith("betaclip/")} == MODULES
+    assert {name for name in names if name.startswith("betaclip/")} == {*MODULES, "betaclip/lib/build.json"}
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert f"{information}/licenses/LICENSE" in names
     assert f"\nVersion: {betaclip.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
 def test_sdist_holds_the_modules_as_files(sdist):
-    archive, _ = sdist
+    archive, copy = sdist
     with tarfile.open(archive) as contents:
         members = {member.name.split("/", 1)[-1]: member for member in contents.getmembers()}
     assert members.keys() >= {*MODULES, "pyproject.toml", "setup.py", "README.md", "LICENSE"}
     assert all(members[name].isfile() for name in MODULES)
+    sources = {file.relative_to(copy).as_posix() for file in (copy / "csrc").rglob("*.*") if file.suffix != ".pyc"}
+    assert sources and members.keys() >= sources
 
 
 def test_wheel_imports_in_a_clean_venv(wheel, clean_venv, tmp_path):
@@ -105,6 +112,46 @@ def test_wheel_imports_in_a_clean_venv(wheel, clean_venv, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site_packages, wheel)
     for file in run(python, "-I", "-c", PRINT_FILES, cwd=tmp_path):
         assert Path(file).is_relative_to(site_packages)
+
+
+@pytest.fixture
+def with_library(sdist, stand_in_library, tmp_path):
+    """A checkout, and an environment whose nvcc makes the stand-in library."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(sdist[1], checkout, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info", "lib"))
+    nvcc = write_nvcc(tmp_path / "bin", library=stand_in_library._name)
+    path = f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    cutlass = str(write_cutlass(tmp_path / "cutlass"))
+    return checkout, {**os.environ, "PATH": path, "CUTLASS_PATH": cutlass, "BETACLIP_BUILD_CUDA": "1"}
+
+
+def test_wheel_with_the_library(with_library, clean_venv, tmp_path):
+    checkout, environment = with_library
+    python, site_packages = clean_venv
+    out = tmp_path / "out"
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, checkout, cwd=tmp_path, env=environment)
+    (wheel,) = out.iterdir()
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"betaclip-{betaclip.__version__}-py3-none-{platform}.whl"
+    with zipfile.ZipFile(wheel) as contents:
+        names = {name for name in contents.namelist() if name.startswith("betaclip/")}
+    assert names == {*MODULES, "betaclip/lib/build.json", "betaclip/lib/libbetaclip.so"}
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site_packages, wheel)
+    library = site_packages / "betaclip" / "lib" / "libbetaclip.so"
+    assert run(python, "-I", "-c", PRINT_LIBRARY, cwd=tmp_path) == [f"cpu, not yet run on hardware ({library})"]
+
+
+def test_editable_install_finds_the_library(with_library, clean_venv, tmp_path):
+    """And one without a library takes that of an earlier one away."""
+    checkout, environment = with_library
+    python, _ = clean_venv
+    library = checkout / "betaclip" / "lib" / "libbetaclip.so"
+    missing = "none (betaclip was installed without its CUDA library: left out by BETACLIP_BUILD_CUDA=0)"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--editable", checkout]
+    for variable, status in (("1", f"cpu, not yet run on hardware ({library})"), ("0", missing)):
+        run(*install, cwd=tmp_path, env=environment | {"BETACLIP_BUILD_CUDA": variable})
+        assert run(python, "-I", "-c", PRINT_LIBRARY, cwd=tmp_path) == [status]
+        assert library.exists() == (variable == "1")
 
 
 def test_uninstalled_checkout_imports(clean_venv):

@@ -1,0 +1,170 @@
+// The four operations, pair by pair: what becomes of the product <x_i, y_j>.
+//
+// Each has
+//   Row, Col          what it needs of row i and column j; staged in shared memory, one element per thread
+//   row(i), col(j)    read them; beyond the end they belong to group -1
+//   kRowSums          sums over columns that it forms
+//   kColSums          sums over rows, 0 or 1
+//   kStores           whether it writes dS
+//   variant()         0 or 1, the same for a whole launch, chooses term<0> or term<1>
+//   term<variant>()   adds to the sums; returns dS_ij
+//
+// Differences are taken in nats, where they are nearly exact, before an exponential scales them to octaves. Values of
+// excluded pairs are replaced and never multiplied away, so that NaN in padded rows reaches nothing.
+#pragma once
+
+#include "host_device.h"
+
+namespace betaclip {
+
+// Groups of one side. Negative groups and indices from `end` on read as -1, so that one comparison tells pairs that
+// take part: equal groups have exclusive or 0, two negative ones too, and one negative makes it negative.
+struct Groups {
+  const int32_t *group;  // or null: every row is in a group of its own,
+  int32_t absent;        // this one, which differs between the two sides
+  int64_t end;
+
+  BETACLIP_HD int32_t operator()(int64_t index) const {
+    if (index >= end) return -1;
+    const int32_t id = group == nullptr ? absent : group[index];
+    return id < 0 ? -1 : id;
+  }
+};
+
+BETACLIP_HD bool takes_part(int32_t x_group, int32_t y_group) { return (x_group ^ y_group) > 0; }
+
+BETACLIP_HD float read_or(const float *values, int64_t index, int64_t end, float otherwise) {
+  return index < end ? values[index] : otherwise;
+}
+
+// log(1 + e) for 0 <= e <= 1, to 2e-7 of its value, also where 1 + e rounds to 1: a polynomial of least relative error,
+// since multiply-adds are cheaper than the special function unit.
+BETACLIP_HD float log1p_of_at_most_1(float e) {
+  float p = 0.00523262398f * e - 0.0295049571f;
+  p = p * e + 0.0782254932f;
+  p = p * e - 0.136632069f;
+  p = p * e + 0.191059885f;
+  p = p * e - 0.248429775f;
+  p = p * e + 0.333190962f;
+  p = p * e - 0.499994931f;
+  p = p * e + 0.99999997f;
+  return p * e;
+}
+
+// Sums of exp(S - reference) in both directions.
+struct LogSumExpTerms {
+  struct Params {
+    Groups x, y;
+    const float *scale, *reference;
+  };
+  struct Row {
+    int32_t group;
+  };
+  using Col = Row;
+  static constexpr int kRowSums = 1, kColSums = 1;
+  static constexpr bool kStores = false;
+
+  Params params;
+  float scale, reference;
+
+  BETACLIP_HD explicit LogSumExpTerms(const Params &p) : params(p), scale(*p.scale), reference(*p.reference) {}
+  BETACLIP_HD Row row(int64_t i) const { return {params.x(i)}; }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD int variant() const { return 0; }
+
+  template <int kVariant>
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sum, float *col_sum) const {
+    const float e = takes_part(row.group, col.group) ? fast_exp(product * scale - reference) : 0.0f;
+    *row_sum += e;
+    *col_sum += e;
+    return 0.0f;
+  }
+};
+
+// weight_x exp(S - stat_x) + weight_y exp(S - stat_y), with one exponential in variant 1: see betaclip.h.
+struct LogSumExpGradientTerms {
+  struct Params {
+    Groups x, y;
+    const float *scale;
+    const float *stat_x, *stat_y, *weight_x, *weight_y, *factor_x, *factor_y;
+    const int32_t *narrow;
+  };
+  struct alignas(16) Row {
+    int32_t group;
+    float stat, weight, factor;
+  };
+  using Col = Row;
+  static constexpr int kRowSums = 0, kColSums = 0;
+  static constexpr bool kStores = true;
+
+  Params params;
+  float scale;
+  bool narrow;
+
+  BETACLIP_HD explicit LogSumExpGradientTerms(const Params &p)
+      : params(p), scale(*p.scale), narrow(*p.narrow != 0) {}
+  BETACLIP_HD Row row(int64_t i) const {
+    const int64_t end = params.x.end;
+    return {params.x(i), read_or(params.stat_x, i, end, kInfinity), read_or(params.weight_x, i, end, 0.0f),
+            read_or(params.factor_x, i, end, 0.0f)};
+  }
+  BETACLIP_HD Col col(int64_t j) const {
+    const int64_t end = params.y.end;
+    return {params.y(j), read_or(params.stat_y, j, end, kInfinity), read_or(params.weight_y, j, end, 0.0f),
+            read_or(params.factor_y, j, end, 0.0f)};
+  }
+  BETACLIP_HD int variant() const { return narrow ? 1 : 0; }
+
+  template <int kVariant>
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *, float *) const {
+    float ds;
+    if (kVariant == 1) {
+      ds = fast_exp(product * scale - row.stat) * (row.weight + row.factor * col.factor);
+    } else {
+      ds = row.weight * fast_exp(product * scale - row.stat) + col.weight * fast_exp(product * scale - col.stat);
+    }
+    return takes_part(row.group, col.group) ? ds : 0.0f;
+  }
+};
+
+// softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|).
+template <bool kGradient>
+struct SoftplusTerms {
+  struct Params {
+    Groups x, y;
+    const float *scale, *bias, *weight;  // bias may be null
+  };
+  struct Row {
+    int32_t group;
+    float weight;
+  };
+  struct Col {
+    int32_t group;
+  };
+  static constexpr int kRowSums = kGradient ? 2 : 1, kColSums = 0;
+  static constexpr bool kStores = kGradient;
+
+  Params params;
+  float scale, bias;
+
+  BETACLIP_HD explicit SoftplusTerms(const Params &p)
+      : params(p), scale(*p.scale), bias(p.bias == nullptr ? 0.0f : *p.bias) {}
+  BETACLIP_HD Row row(int64_t i) const {
+    return {params.x(i), kGradient ? read_or(params.weight, i, params.x.end, 0.0f) : 0.0f};
+  }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD int variant() const { return 0; }
+
+  template <int kVariant>
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sums, float *) const {
+    const float s = takes_part(row.group, col.group) ? product * scale + bias : -kInfinity;
+    const float e = fast_exp(-fabsf(s));
+    row_sums[0] += (s < 0.0f ? 0.0f : s) + log1p_of_at_most_1(e);
+    if (!kGradient) return 0.0f;
+    const float sigmoid = fast_divide(s < 0.0f ? e : 1.0f, 1.0f + e);
+    row_sums[1] += sigmoid;
+    return row.weight * sigmoid;
+  }
+};
+
+}  // namespace betaclip
