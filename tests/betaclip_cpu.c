@@ -27,6 +27,13 @@ static void store(void *data, int64_t index, int32_t dtype, float value) {
     ((uint16_t *)data)[index] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* Row i of a chunk's dS, with zeros up to the next multiple of 8 columns. */
+static void store_row(const betaclip_operands *o, const betaclip_chunk *c, int64_t i, const float *ds) {
+  int64_t cols = c->col_end - c->col_begin;
+  for (int64_t j = 0; j < (cols + 7) / 8 * 8; j++)
+    store(c->ds, (i - c->row_begin) * c->ds_stride + j, o->dtype, j < cols ? ds[j] : 0);
+}
+
 /* -inf for a pair that takes no part. */
 static float logit(const betaclip_operands *o, const float *bias, int64_t i, int64_t j) {
   if (o->x_group && (o->x_group[i] < 0 || o->y_group[j] < 0 || o->x_group[i] == o->y_group[j])) return -INFINITY;
@@ -119,14 +126,20 @@ int betaclip_logsumexp_ds(const betaclip_operands *o, const betaclip_logsumexp_g
                  !g->narrow))
     error = BETACLIP_ERROR_NULL;
   if (error) return error;
-  for (int64_t i = c->row_begin; i < c->row_end; i++)
+  float *ds = malloc((size_t)(c->col_end - c->col_begin) * sizeof(float));
+  for (int64_t i = c->row_begin; i < c->row_end; i++) {
     for (int64_t j = c->col_begin; j < c->col_end; j++) {
-      float s = logit(o, NULL, i, j), p = expf(s - g->stat_x[i]), ds = 0;
-      if (s != -INFINITY)
-        ds = *g->narrow ? p * (g->weight_x[i] + g->factor_x[i] * g->factor_y[j])
-                        : p * g->weight_x[i] + expf(s - g->stat_y[j]) * g->weight_y[j];
-      store(c->ds, (i - c->row_begin) * c->ds_stride + j - c->col_begin, o->dtype, ds);
+      float s = logit(o, NULL, i, j), p = expf(s - g->stat_x[i]), *out = &ds[j - c->col_begin];
+      if (s == -INFINITY)
+        *out = 0;
+      else if (*g->narrow)
+        *out = p * (g->weight_x[i] + g->factor_x[i] * g->factor_y[j]);
+      else
+        *out = p * g->weight_x[i] + expf(s - g->stat_y[j]) * g->weight_y[j];
     }
+    store_row(o, c, i, ds);
+  }
+  free(ds);
   return BETACLIP_SUCCESS;
 }
 
@@ -154,12 +167,16 @@ int betaclip_softplus_ds(const betaclip_operands *o, const float *bias, const fl
         workspace, workspace_bytes,
         betaclip_softplus_workspace_bytes(c->row_end - c->row_begin, c->col_end - c->col_begin, MULTIPROCESSORS));
   if (error) return error;
-  for (int64_t i = c->row_begin; i < c->row_end; i++)
+  float *ds = malloc((size_t)(c->col_end - c->col_begin) * sizeof(float));
+  for (int64_t i = c->row_begin; i < c->row_end; i++) {
     for (int64_t j = c->col_begin; j < c->col_end; j++) {
       float s = logit(o, bias, i, j), p = 1 / (1 + expf(-s));
       softplus[i] += softplus_of(s);
       if (sigmoid) sigmoid[i] += p;
-      store(c->ds, (i - c->row_begin) * c->ds_stride + j - c->col_begin, o->dtype, weight[i] * p);
+      ds[j - c->col_begin] = weight[i] * p;
     }
+    store_row(o, c, i, ds);
+  }
+  free(ds);
   return BETACLIP_SUCCESS;
 }
