@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from betaclip import BetaCALLoss
 from betaclip.data.batches import Batch
 from betaclip.training import checkpoints, parallel
-from betaclip.training.config import LossConfig
 from betaclip.training.errors import Stopped
 from betaclip.training.log import read_metrics
 from betaclip.training.optimizers import create_optimizer
@@ -109,7 +108,8 @@ def updates_equal_one_process(world: World) -> None:
 
 def losses_of_each_rank_are_averaged(world: World) -> None:
     """β-CAL of the rank's own images as published, while the global loss is of all."""
-    whole, settings = steps.double(tiny_batch(7)), replace(steps.config(), loss=LossConfig(gather="false"))
+    whole, settings = steps.double(tiny_batch(7)), steps.config()
+    settings = replace(settings, loss=replace(settings.loss, gather="false"))
     parts = [whole.of_images(0, 3), whole.of_images(3, 7)]
     model = tiny_model().double()
     wrapped, objective = parallel.wrap(model, "ddp", world), create_objective(settings, world)
