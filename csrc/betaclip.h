@@ -11,8 +11,9 @@
  * pointer, owned by the caller and in use until the work queued on `stream` has finished. The structures themselves
  * are read during the call only. Functions that launch work run on the calling thread's current device, queue work on
  * `stream` (a cudaStream_t; NULL is the default stream) and return without waiting for it: they allocate nothing,
- * synchronise with nothing, print nothing, and may be captured into a CUDA graph, whose replays read scale, bias and
- * everything else from the same addresses. Two calls may overlap in time if their workspaces and outputs do not.
+ * synchronise with nothing, print nothing (but what CUTLASS says on stderr if CUDA refuses a tensor map), and may be
+ * captured into a CUDA graph, whose replays read scale, bias and everything else from the same addresses. The first call
+ * of each function makes CUDA load its code: let that be outside of a capture. Two calls may overlap in time if their workspaces and outputs do not.
  *
  * They return 0, a positive cudaError_t from CUDA (35 where there is no driver), or a negative BETACLIP_ERROR_*;
  * arguments are checked before the device is looked at. After an error nothing usable was written.

@@ -61,7 +61,7 @@ def requirements() -> list[str]:
         return []
     # A ninja that another environment's Python starts does not run in an isolated build.
     have_ninja = shutil.which("ninja") and subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
-    have_headers = "CUTLASS_PATH" in os.environ or _fetched_headers().is_dir()
+    have_headers = bool(os.environ.get("CUTLASS_PATH")) or _fetched_headers().is_dir()
     return [*([] if have_ninja else ["ninja"]), *([] if have_headers else ["pip"])]
 
 
@@ -74,10 +74,10 @@ def install(folder: Path) -> None:
         print(f"betaclip: installing without the CUDA library: {missing}")
         record: dict[str, object] = {"missing": missing}
     else:
-        library = build()
-        replacement = folder / f"{LIBRARY}.new"  # not in place: a process may have the old one mapped
-        shutil.copy(library, replacement)
-        replacement.replace(folder / LIBRARY)
+        with _alone():
+            replacement = folder / f"{LIBRARY}.new"  # not in place: a process may have the old one mapped
+            shutil.copy(_build(), replacement)
+            replacement.replace(folder / LIBRARY)
         version = ".".join(map(str, _version(compiler())))
         record = {"architectures": [f"sm_{ARCHITECTURE}"], "nvcc": version, "cutlass": _cutlass_version()}
     (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -85,14 +85,17 @@ def install(folder: Path) -> None:
 
 def build() -> Path:
     """The library, made or made anew where a source, a header, a flag or the compiler changed."""
-    BUILD.mkdir(parents=True, exist_ok=True)
     with _alone():
-        # Objects depend on it: ninja compares commands, not the compilers behind them.
-        _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
-        _write_if_changed(BUILD / "build.ninja", _ninja_file())
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        if subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs]).returncode:
-            raise RuntimeError(f"the CUDA library does not compile ({VARIABLE}=0 installs without it)")
+        return _build()
+
+
+def _build() -> Path:
+    # Objects depend on it: ninja compares commands, not the compilers behind them.
+    _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
+    _write_if_changed(BUILD / "build.ninja", _ninja_file())
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    if subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs]).returncode:
+        raise RuntimeError(f"the CUDA library does not compile ({VARIABLE}=0 installs without it)")
     return BUILD / LIBRARY
 
 
@@ -135,7 +138,8 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Two builds at a time would write the same objects."""
+    """Two builds at a time would write the same objects, and one could copy what the other links."""
+    BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

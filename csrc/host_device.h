@@ -2,6 +2,7 @@
 // elementary functions that are single instructions on the device.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 

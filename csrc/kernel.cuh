@@ -10,6 +10,8 @@
 #include <cutlass/cluster_launch.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
+#include <cstring>
+
 #include "betaclip.h"
 #include "consumer.h"
 #include "warpgroup.cuh"
@@ -63,6 +65,12 @@ struct Mainloop {
     static Arguments make(const betaclip_operands &o) {
       return {x_map(o.x, o.n, o.d, o.x_stride), y_map(o.y, o.m, o.d, o.y_stride), int32_t(o.n), int32_t(o.m),
               int32_t(o.d)};
+    }
+    // CuTe reports a descriptor that CUDA would not encode on stderr alone, and leaves it all zeros.
+    bool is_encoded() const {
+      const cute::TmaDescriptor empty = {};
+      return std::memcmp(x.get_tma_descriptor(), &empty, sizeof empty) != 0 &&
+             std::memcmp(y.get_tma_descriptor(), &empty, sizeof empty) != 0;
     }
     CUTE_HOST_DEVICE int steps() const { return (d + kDepth - 1) / kDepth; }
   };
@@ -219,12 +227,14 @@ int launch_similarity(const betaclip_operands &operands, const typename Terms::P
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
     return error;
   }
+  const auto args = Mainloop<Element>::Arguments::make(operands);
+  if (!args.is_encoded()) return cudaErrorInvalidValue;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(job.grid.programs());
   config.blockDim = dim3(kBlockThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, Mainloop<Element>::Arguments::make(operands), params, job);
+  return cudaLaunchKernelEx(&config, kernel, args, params, job);
 }
 
 }  // namespace betaclip

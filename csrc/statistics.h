@@ -21,7 +21,8 @@ constexpr float kLeastSum = 1.7587922e-25f;
 // |S| is at most |scale| times the largest norms. The reference is 0 where it can be, since an exponent's rounding
 // error grows with its size.
 BETACLIP_HD float reference_for(float scale, float largest_x_norm, float largest_y_norm) {
-  return fmaxf(fabsf(scale) * largest_x_norm * largest_y_norm - kHeadroom, 0.0f);
+  const float bound = fminf(fabsf(scale) * largest_x_norm * largest_y_norm, FLT_MAX);
+  return fmaxf(bound - kHeadroom, 0.0f);
 }
 
 // The largest norm that counts: rows that are not finite make their own statistics so, but must not move others'.

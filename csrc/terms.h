@@ -150,7 +150,8 @@ struct SoftplusTerms {
   BETACLIP_HD explicit SoftplusTerms(const Params &p)
       : params(p), scale(*p.scale), bias(p.bias == nullptr ? 0.0f : *p.bias) {}
   BETACLIP_HD Row row(int64_t i) const {
-    return {params.x(i), kGradient ? read_or(params.weight, i, params.x.end, 0.0f) : 0.0f};
+    const int32_t group = params.x(i);
+    return {group, kGradient && group >= 0 ? params.weight[i] : 0.0f};  // beyond the end the group is negative
   }
   BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
   BETACLIP_HD int variant() const { return 0; }
