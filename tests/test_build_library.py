@@ -98,6 +98,8 @@ def test_requirements_are_what_is_missing(build, nvcc, tmp_path, monkeypatch):
     assert build.requirements() == have
     monkeypatch.delenv("CUTLASS_PATH")
     assert build.requirements() == [*have, "pip"]
+    monkeypatch.setenv("CUTLASS_PATH", "")
+    assert build.requirements() == [*have, "pip"]
     monkeypatch.setenv("PATH", f"{broken.parent}{os.pathsep}{os.environ['PATH']}")
     assert build.requirements() == ["ninja", "pip"]
 
