@@ -44,9 +44,9 @@ static __global__ void __launch_bounds__(32)
   if (threadIdx.x == 0) *reference = reference_for(*scale, largest[0], largest[1]);
 }
 
-// lse (rows) from parts (count, rows); then the block's lost rows once more, one after the other. A row
-// without any pair is one of them, and looks at all groups; else there are none unless every logit of a row lies some
-// 130 nats below what norms allow, or a sum is not finite. So most blocks leave at once.
+// lse (rows) from parts (count, rows); then the block's lost rows once more, one after the other. A row without any pair
+// is one of them, and looks at all groups; else there are none unless every logit of a row lies some 130 nats below what
+// norms allow, or a sum overflowed. So most blocks leave at once.
 template <class Element>
 __global__ void __launch_bounds__(kWarpgroup)
     merge_kernel(Side side, const float *scale, const float *reference, const float *parts, int count, float *lse) {
