@@ -55,7 +55,21 @@ class BdistWheel(bdist_wheel):
 
 # Listed by hand: betaclip/kernels is a symlink, and the directory it points to must not become a package of its own.
 setup(
-    packages=["betaclip", "betaclip.data", "betaclip.evaluation", "betaclip.kernels", "betaclip.training"],
+    packages=[
+        "betaclip",
+        "betaclip.data",
+        "betaclip.data.phrases",
+        "betaclip.data.readers",
+        "betaclip.data.scenes",
+        "betaclip.evaluation",
+        "betaclip.evaluation.tasks",
+        "betaclip.kernels",
+        "betaclip.kernels.attention_pool",
+        "betaclip.kernels.similarity",
+        "betaclip.losses",
+        "betaclip.model",
+        "betaclip.training",
+    ],
     distclass=PlatformDistribution,
     cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": BdistWheel},
 )

@@ -15,9 +15,9 @@ from global_losses import beta_cal
 from harness import Run, percentiles
 
 from betaclip.kernels.backends import resolve
-from betaclip.kernels.operand import Operand
-from betaclip.kernels.similarity import BACKENDS, implementation
-from betaclip.ranks import TRANSPORTS
+from betaclip.kernels.similarity.operand import Operand
+from betaclip.kernels.similarity.operators import BACKENDS, implementation
+from betaclip.losses.ranks import TRANSPORTS
 
 
 class Rates:

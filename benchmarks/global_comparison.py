@@ -30,8 +30,8 @@ from report import Figure, Progress, Row, in_bytes, in_ms, number
 from torch import Tensor
 from traffic import Traffic
 
-from betaclip.kernels.scratch import forget
-from betaclip.ranks import TRANSPORTS
+from betaclip.kernels.memory import forget
+from betaclip.losses.ranks import TRANSPORTS
 
 BENCHMARK = "global_batch"
 TRUTH_ROWS = 4608  # up to here the first rank computes the float64 truth

@@ -18,8 +18,8 @@ from harness import Unavailable
 from torch import Tensor
 
 from betaclip import BetaCALLoss
-from betaclip.kernels.scratch import forget
-from betaclip.kernels.similarity import BACKENDS
+from betaclip.kernels.memory import forget
+from betaclip.kernels.similarity.operators import BACKENDS
 
 FORMS = ("ce", "bce", "clip", "siglip")
 BETA = 0.5

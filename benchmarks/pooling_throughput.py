@@ -52,8 +52,8 @@ from pools import (
 from report import Figure, Progress, Row, in_bytes, in_ms, number, plot
 from torch import Tensor
 
-from betaclip.kernels import scratch
-from betaclip.kernels.attention_pool_cost import folding_pays
+from betaclip.kernels import memory as scratch
+from betaclip.kernels.attention_pool.cost import folding_pays
 
 BENCHMARK = "pooling_throughput"
 BATCH = {"cpu": 64, "cuda": 256}

@@ -15,7 +15,7 @@ from harness import Unavailable
 from torch import Tensor, nn
 
 from betaclip import TextConditionedPool
-from betaclip.kernels.attention_pool import BACKENDS, FOLDED
+from betaclip.kernels.attention_pool.operators import BACKENDS, FOLDED
 
 PARTS = ("attention", "block")
 MLP_RATIO = 4

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from betaclip.data.hierarchy import choose, clean, split_sentences
-from betaclip.data.phrases import of_sentence
-from betaclip.data.phrases_by_rules import RuleExtractor
-from betaclip.model import BetaCLIP
-from betaclip.text_tower import text_modules
-from betaclip.texts import RaggedTexts
-from betaclip.tokenizer import Tokenizer
+from betaclip.data.phrases.extraction import of_sentence
+from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.text_tower import text_modules
+from betaclip.model.texts import RaggedTexts
+from betaclip.model.tokenizer import Tokenizer
 from betaclip.training.objective import Objective
 
 PARTS = ("step", "text", "vision", "pooling", "losses")

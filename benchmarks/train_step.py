@@ -44,8 +44,8 @@ from report import Figure, Progress, Row, in_bytes, number, plot
 from steps import PARTS, Step, StepBatch, call, least_flop, made_up_step_batch, step_implementations
 from torch import Tensor
 
-from betaclip.kernels import scratch
-from betaclip.model import BetaCLIP, ModelConfig, create_model
+from betaclip.kernels import memory as scratch
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 
 BENCHMARK = "train_step"
 IMAGES = {"cpu": (4, 12), "cuda": (64,)}

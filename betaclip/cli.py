@@ -49,8 +49,8 @@ def _run(name: str, arguments: list[str]) -> None:
     import tyro
 
     from betaclip.data.batches import BadDataError
-    from betaclip.training.errors import NonFiniteError, Stopped
-    from betaclip.training.settings import ConfigError, read
+    from betaclip.errors import ConfigError, NonFiniteError, Stopped
+    from betaclip.settings import read
 
     logging.basicConfig(format="%(message)s")
     command = COMMANDS[name]
@@ -79,7 +79,7 @@ def _run(name: str, arguments: list[str]) -> None:
 
 def _config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
-    from betaclip.training.settings import ConfigError
+    from betaclip.errors import ConfigError
 
     file, rest = None, []
     left = iter(arguments)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import betaclip
-from betaclip.kernels import attention_pool, cuda, similarity
+from betaclip.kernels import libbetaclip as cuda
+from betaclip.kernels.attention_pool import operators as attention_pool
 from betaclip.kernels.backends import WhyNot, resolve
+from betaclip.kernels.similarity import operators as similarity
 
 OPERATIONS: dict[str, Mapping[str, WhyNot]] = {
     "similarity_logsumexp": similarity.BACKENDS,

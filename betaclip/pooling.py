@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from betaclip.kernels.attention_pool import attention_pool, attention_weights
-from betaclip.kernels.operand import DTYPES, accumulation_dtype, unit_rows
+from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
+from betaclip.kernels.precision import DTYPES, accumulation_dtype, unit_rows
 
 # What ``score`` holds of pairs of images and texts at a time.
 PAIR_BYTES = 64 * 2**20
@@ -41,7 +41,7 @@ class TextConditionedPool(nn.Module):
         return out + mlp(ln_2(out))  # no residual from the query
 
     without keys, values or normalised patches wherever that is faster
-    (:func:`betaclip.kernels.attention_pool.attention_pool`). Parameters have the released checkpoints' names.
+    (:func:`betaclip.kernels.attention_pool.operators.attention_pool`). Parameters have the released checkpoints' names.
 
     Args:
         embed_dim: D, of patches and texts.

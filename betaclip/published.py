@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from betaclip.model import BetaCLIP, ModelConfig, create_model, load_state
-from betaclip.published_layout import from_published, is_published, open_clip_config, to_published
-from betaclip.text_tower import stretched
-from betaclip.weights import read_weights
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
+from betaclip.model.published_layout import from_published, is_published, open_clip_config, to_published
+from betaclip.model.text_tower import stretched
+from betaclip.model.weights import read_weights
 
 
 def load_published(
@@ -21,7 +21,7 @@ def load_published(
     """A model in the published layout, its sizes taken from the tensors. Its configuration makes the same model again.
 
     Args:
-        path: a safetensors file, or one of ``torch.save``: :func:`betaclip.weights.read_weights`.
+        path: a safetensors file, or one of ``torch.save``: :func:`betaclip.model.weights.read_weights`.
         head_width: of the towers' attention heads, which no tensor shows.
         pool_heads: heads of the pooling block, likewise.
         allow_pickle: run whatever code a pickle holds. Only for files that you trust like a program.

@@ -16,14 +16,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from betaclip.checkpoint import load_checkpoint
 from betaclip.data.transforms import UnreadableImageError, read_image
-from betaclip.evaluation.encoding import Squash, encode_images, encode_slots, evaluating
+from betaclip.errors import ConfigError
+from betaclip.evaluation.encode import Squash, encode_images, encode_slots, evaluating
 from betaclip.evaluation.regions import Box
-from betaclip.model import BetaCLIP
-from betaclip.tokenizer import Tokenizer
-from betaclip.training.checkpoints import load_checkpoint
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.tokenizer import Tokenizer
 from betaclip.training.parallel import world
-from betaclip.training.settings import ConfigError
 
 # Inches. A panel's area is that of a square of this side, whatever the picture's shape.
 PANEL, GAP, BAR, WIDEST = 2.6, 0.1, 1.0, 12.5

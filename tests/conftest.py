@@ -55,20 +55,21 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """csrc/betaclip.h on the CPU."""
-    from betaclip.kernels import cuda
+    from betaclip.kernels import libbetaclip as cuda
 
     if not (compiler := shutil.which("cc")):
         pytest.skip("no C compiler")
     tests, library = Path(__file__).parent, tmp_path_factory.mktemp("stand_in") / "libbetaclip.so"
     options = ["-std=c11", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{tests.parent / 'csrc'}"]
-    subprocess.run([compiler, *options, tests / "betaclip_cpu.c", "-o", library, "-lm"], check=True)
+    subprocess.run([compiler, *options, tests / "csrc" / "betaclip_cpu.c", "-o", library, "-lm"], check=True)
     return cuda.load(library)
 
 
 @pytest.fixture
 def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The backend "cuda" for tensors of the CPU, in chunks so small that a few dozen rows have several."""
-    from betaclip.kernels import cuda, similarity_cuda
+    from betaclip.kernels import libbetaclip as cuda
+    from betaclip.kernels.similarity import cuda_backend as similarity_cuda
 
     monkeypatch.setattr(cuda, "_library", stand_in_library)
     monkeypatch.setattr(cuda, "why_not", lambda device: [])

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from betaclip.cli import main
+from betaclip.settings import read
 from betaclip.training.config import TrainConfig
-from betaclip.training.settings import read
 
 MODEL = json.dumps(
     {

@@ -10,7 +10,7 @@ import torch
 
 import betaclip
 from betaclip import env
-from betaclip.kernels import cuda
+from betaclip.kernels import libbetaclip as cuda
 from betaclip.kernels.backends import NAMES, resolve
 
 
@@ -42,8 +42,9 @@ def test_backends_are_those_of_the_operation(operation):
 
 def test_every_table_of_backends_is_reported():
     kernels = Path(env.__file__).parent / "kernels"
-    operators = [file.stem for file in kernels.glob("*.py") if "\nBACKENDS" in file.read_text(encoding="utf-8")]
-    tables = [importlib.import_module(f"betaclip.kernels.{operator}").BACKENDS for operator in operators]
+    files = [file for file in kernels.glob("*/*.py") if "\nBACKENDS" in file.read_text(encoding="utf-8")]
+    names = [f"betaclip.kernels.{file.parent.name}.{file.stem}" for file in files]
+    tables = [importlib.import_module(name).BACKENDS for name in names]
     assert tables and all(any(table is reported for reported in env.OPERATIONS.values()) for table in tables)
 
 

@@ -9,9 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from support.paths import ROOT
 from torch import Tensor
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(params=["open_clip", "transformers"])

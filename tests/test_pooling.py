@@ -1,35 +1,35 @@
 """The pooling block: the published one exactly, and what its masks, scores and dtypes promise."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from largest import LargestTensor
 from safetensors.torch import load_file
+from support.largest import LargestTensor
+from support.paths import GOLDEN
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, TextConditionedPool, pooling
-from betaclip.kernels.attention_pool import BACKENDS
+from betaclip.kernels.attention_pool.operators import BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GOLDEN = load_file(Path(__file__).parent / "golden" / "text_conditioned_pool.safetensors")
+BLOCK = load_file(GOLDEN / "text_conditioned_pool.safetensors")
 PREFIX = "text_conditioned_patches_block."
 
 
 def golden_pool(backend: str = "auto") -> TextConditionedPool:
     pool = TextConditionedPool(32, 8, backend=backend)
-    pool.load_state_dict({name[len(PREFIX) :]: t for name, t in GOLDEN.items() if name.startswith(PREFIX)})
+    pool.load_state_dict({name[len(PREFIX) :]: t for name, t in BLOCK.items() if name.startswith(PREFIX)})
     return pool.to(DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_published_outputs(backend):
     """Values of the released code, on a small model of its layout."""
-    patches, texts = (GOLDEN[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
+    patches, texts = (BLOCK[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
     out = golden_pool(backend)(patches[:, 1:], texts)
-    torch.testing.assert_close(out, GOLDEN["out.pooled_image_embed"].to(DEVICE), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, BLOCK["out.pooled_image_embed"].to(DEVICE), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["ce", "bce"])
@@ -37,14 +37,14 @@ def test_published_outputs(backend):
 def test_published_gradients(backend, form):
     """Through the loss: the block's gradients in the released code."""
     pool = golden_pool(backend)
-    patches, texts = (GOLDEN[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
+    patches, texts = (BLOCK[f"out.{name}"].to(DEVICE) for name in ("patch_and_cls_embed", "text_embed_normalized"))
     loss = BetaCALLoss(form, padding="published")(
-        pool(patches[:, 1:], texts), texts, pool.logit_scale.exp(), mask=GOLDEN["out.mask"].bool().to(DEVICE)
+        pool(patches[:, 1:], texts), texts, pool.logit_scale.exp(), mask=BLOCK["out.mask"].bool().to(DEVICE)
     )
-    torch.testing.assert_close(loss, GOLDEN[f"{form}.loss_beta_cal"].to(DEVICE), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, BLOCK[f"{form}.loss_beta_cal"].to(DEVICE), atol=1e-5, rtol=1e-5)
     loss.backward()
     start = f"{form}.grad.{PREFIX}"
-    expected = {name[len(start) :]: t for name, t in GOLDEN.items() if name.startswith(start)}
+    expected = {name[len(start) :]: t for name, t in BLOCK.items() if name.startswith(start)}
     assert set(expected) == {"attn.in_proj_weight", "mlp.c_fc.weight", "logit_scale"}
     for name, t in expected.items():
         largest = float(t.abs().max())
@@ -101,7 +101,7 @@ def test_attend_is_everything_but_the_mlp():
 
 def test_parameters_have_the_published_names():
     names = set(TextConditionedPool(16, 4).state_dict())
-    assert names == {name[len(PREFIX) :] for name in GOLDEN if name.startswith(PREFIX)} | {"ln_2.weight", "ln_2.bias"}
+    assert names == {name[len(PREFIX) :] for name in BLOCK if name.startswith(PREFIX)} | {"ln_2.weight", "ln_2.bias"}
     added = set(TextConditionedPool(16, 4, norm_inputs=True).state_dict()) - names
     assert added == {f"{ln}.{p}" for ln in ("ln_1", "ln_1_kv") for p in ("weight", "bias")}
 

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import load_file, save_file
-from towers import clip_model
+from support.paths import GOLDEN
+from support.towers import clip_model
 
-from betaclip.losses import BetaCALLoss, ClipLoss
-from betaclip.model import BetaCLIP, ModelConfig, create_model
+from betaclip.losses.beta_cal import BetaCALLoss, ClipLoss
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.published_layout import from_published, to_published
+from betaclip.model.text_tower import stretch_positions
+from betaclip.model.texts import RaggedTexts
 from betaclip.published import load_published, save_published
-from betaclip.published_layout import from_published, to_published
-from betaclip.text_tower import stretch_positions
-from betaclip.texts import RaggedTexts
 
-GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "tiny_published_checkpoint.safetensors"
 OUTPUTS = load_file(GOLDEN / "tiny_published_outputs.safetensors")
 MASK = OUTPUTS["out.mask"].bool()

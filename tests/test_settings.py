@@ -4,7 +4,8 @@ from typing import Literal
 
 import pytest
 
-from betaclip.training.settings import ConfigError, differences, from_dict, keys, read, to_dict, to_toml
+from betaclip.errors import ConfigError
+from betaclip.settings import differences, from_dict, keys, read, to_dict, to_toml
 
 
 @dataclass(frozen=True)

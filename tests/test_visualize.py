@@ -3,17 +3,17 @@
 import sys
 from pathlib import Path
 
-import colours
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 from PIL import Image
+from support import colours
 
 from betaclip import visualize as module
 from betaclip.cli import main
-from betaclip.tokenizer import Tokenizer
+from betaclip.model.tokenizer import Tokenizer
 from betaclip.visualize import attention, attention_figure
 
 LONG = "the very small checkered red square " * 8

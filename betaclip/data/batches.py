@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from betaclip.texts import RaggedTexts
+from betaclip.model.texts import RaggedTexts
 
 CAPTION, SENTENCE, PHRASE = range(3)  # levels of texts
 

@@ -7,15 +7,15 @@ from typing import IO
 
 from betaclip.data.batches import PHRASE, Bad, Example
 from betaclip.data.hierarchy import hierarchy
-from betaclip.data.phrase_cache import UnknownSentenceError
-from betaclip.data.phrases import Phrase
+from betaclip.data.phrases.cache import UnknownSentenceError
+from betaclip.data.phrases.extraction import Phrase
 from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
-from betaclip.tokenizer import Tokenizer
+from betaclip.model.tokenizer import Tokenizer
 
 
 class ExampleMaker:
     """
-    phrases: of a sentence (``betaclip.data.phrase_cache.open_phrases``). sentences, max_phrases: most of each level.
+    phrases: of a sentence (``betaclip.data.phrases.cache.open_phrases``). sentences, max_phrases: most of each level.
     max_phrase_tokens: longer phrases are left out, start and end not counted.
     """
 

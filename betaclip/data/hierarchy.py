@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE
-from betaclip.data.phrases import NOUN, Phrase
+from betaclip.data.phrases.extraction import NOUN, Phrase
 
 _LONGEST_RUN = 50  # words; captioners get stuck on a clause or a sentence, hardly on more
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from betaclip.data.annotations import Annotations, BadRowError
 from betaclip.data.hierarchy import clean, split_sentences
-from betaclip.data.phrase_cache import pack, write_cache
-from betaclip.data.phrases import Extractor, create_extractor
-from betaclip.data.shards import captions_of_shard, expand_shards
-from betaclip.training.settings import ConfigError
+from betaclip.data.phrases.cache import pack, write_cache
+from betaclip.data.phrases.extraction import Extractor, create_extractor
+from betaclip.data.readers.annotations import Annotations, BadRowError
+from betaclip.data.readers.shards import captions_of_shard, expand_shards
+from betaclip.errors import ConfigError
 
 
 @dataclass(frozen=True)

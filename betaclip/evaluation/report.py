@@ -1,13 +1,13 @@
 """Results as a table and as JSON.
 
-Results are, for each set, values by "measure/name" as :func:`betaclip.evaluation.scenes.evaluate_scenes` names them.
+Results are, for each set, values by "measure/name" named as in ``evaluation/tasks/scenes.py``.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from betaclip.evaluation.retrieval import RECALLS_AT
+from betaclip.evaluation.tasks.retrieval import RECALLS_AT
 
 Results = Mapping[str, Mapping[str, float]]
 

@@ -8,22 +8,22 @@ from typing import Any
 
 import tyro
 
-from betaclip.data import fg_ovd, retrieval_sets
+from betaclip.checkpoint import load_checkpoint
 from betaclip.data.batches import Bad
-from betaclip.data.fg_ovd import FGOVD
-from betaclip.data.retrieval_sets import RetrievalSet
+from betaclip.data.readers import fg_ovd, retrieval_sets
+from betaclip.data.readers.fg_ovd import FGOVD
+from betaclip.data.readers.retrieval_sets import RetrievalSet
 from betaclip.data.transforms import EvaluationTransform
-from betaclip.evaluation.choices import choice_accuracy
-from betaclip.evaluation.encoding import NoPicturesError, report
+from betaclip.errors import ConfigError
+from betaclip.evaluation.encode import NoPicturesError, report
 from betaclip.evaluation.report import table, write_json
-from betaclip.evaluation.retrieval import retrieval, texts_of_pictures
-from betaclip.evaluation.scenes import evaluate_scenes
 from betaclip.evaluation.sharding import ALONE, Sharding
-from betaclip.model import BetaCLIP
-from betaclip.tokenizer import Tokenizer
-from betaclip.training.checkpoints import load_checkpoint
+from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
+from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
+from betaclip.evaluation.tasks.scenes import evaluate_scenes
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.tokenizer import Tokenizer
 from betaclip.training.parallel import world
-from betaclip.training.settings import ConfigError
 
 _log = logging.getLogger(__name__)
 

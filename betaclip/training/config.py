@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from betaclip.data.config import DataConfig
-from betaclip.model import ModelConfig
-from betaclip.training.settings import ConfigError
+from betaclip.data.registry import DataConfig
+from betaclip.errors import ConfigError
+from betaclip.model.beta_clip import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from dataclasses import fields
 from pathlib import Path
 
+from betaclip.errors import ConfigError
 from betaclip.evaluation.run import EvaluateConfig, evaluate_sets, read_sets
 from betaclip.evaluation.sharding import Sharding
-from betaclip.model import BetaCLIP
+from betaclip.model.beta_clip import BetaCLIP
 from betaclip.training.config import TrainConfig
 from betaclip.training.parallel import World
-from betaclip.training.settings import ConfigError
 
 SCENES = 200
 

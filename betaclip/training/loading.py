@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from betaclip.data.batches import Batch, collate
-from betaclip.data.config import create_dataset
-from betaclip.model import BetaCLIP
+from betaclip.data.registry import create_dataset
+from betaclip.errors import ConfigError
+from betaclip.model.beta_clip import BetaCLIP
 from betaclip.training.config import TrainConfig
 from betaclip.training.parallel import World
 from betaclip.training.sampler import BatchSampler
-from betaclip.training.settings import ConfigError
 
 
 class Loading(Protocol):
@@ -93,7 +93,7 @@ class ShardLoading:
         return self._part * self._world.size
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        from betaclip.data.shards import batches_of_shards
+        from betaclip.data.readers.shards import batches_of_shards
 
         options = loader_options(self._world)
         return islice(batches_of_shards(self._dataset, self._part, self._workers, first, **options), last - first)

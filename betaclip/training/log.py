@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from betaclip.errors import ConfigError, NonFiniteError
 from betaclip.evaluation.report import Results, table
+from betaclip.settings import to_dict
 from betaclip.training.config import TrainConfig
-from betaclip.training.errors import NonFiniteError
-from betaclip.training.settings import ConfigError, to_dict
 
 
 class Interval:

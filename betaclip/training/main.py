@@ -4,13 +4,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from betaclip.checkpoint import load_checkpoint
 from betaclip.training import parallel
-from betaclip.training.checkpoints import load_checkpoint
+from betaclip.training.artifacts import write_curves, write_pictures, write_results
 from betaclip.training.config import TrainConfig, check
 from betaclip.training.evaluation import Evaluation
-from betaclip.training.loop import Run
-from betaclip.training.outcome import write_curves, write_pictures, write_results
 from betaclip.training.parallel import World
+from betaclip.training.trainer import Run
 
 __all__ = ["TrainConfig", "main"]
 

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from betaclip.losses import BetaCALLoss, beta_cal_ce_loss
-from betaclip.texts import RaggedTexts
+from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.model.texts import RaggedTexts
 
 
 class Objective(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip.training.settings import ConfigError
+from betaclip.errors import ConfigError
 
 
 @dataclass(frozen=True)

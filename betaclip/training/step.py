@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
-from betaclip.model import BetaCLIP
+from betaclip.model.beta_clip import BetaCLIP
 from betaclip.training.config import TrainConfig
 from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions

@@ -1,0 +1,139 @@
+"""Checkpoints: one plain file each, whatever the model was wrapped in, written so that a kill never leaves a half."""
+
+import os
+import pickle
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.published import load_published
+from betaclip.settings import from_dict
+
+_NAME = re.compile(r"checkpoint_(\d{8})\.pt")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint_{step:08}.pt"
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint of the last step in a run's folder. There is no link to it that could point to nothing."""
+    found = [path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
+    return max(found, default=None)
+
+
+def write(path: Path, content: dict[str, Any], keep: int) -> None:
+    """Write atomically, then delete all but the last ``keep`` checkpoints of the folder, and what kills have left.
+
+    content: tensors and plain values, which :func:`read` loads without unpickling anything else.
+    """
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+    old = sorted(p for p in path.parent.glob("checkpoint_*.pt") if _NAME.fullmatch(p.name))[:-keep]
+    for p in [*old, *path.parent.glob("checkpoint_*.partial")]:
+        p.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Their state by parameters' names, whole and on the CPU. All ranks must call; the first one's is complete."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Put what :func:`model_and_optimizer` returned back, into any wrapper and any number of ranks. All ranks must call
+    with the same content."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, content["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
+
+
+def random_states() -> dict[str, Any]:
+    """Of this process: PyTorch's (CPU, and the current GPU), NumPy's and Python's, as plain values."""
+    kind, key, *rest = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    kind, key, *rest = states["numpy"]
+    np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> BetaCLIP:
+    """The model of a checkpoint: ours, the latest of a run's folder, or one in the published layout.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without checkpoints.
+        ValueError: neither layout.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = latest(path)
+        if found is None:
+            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
+        path = found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    config = model_config(path)
+    if config is None:
+        return load_published(path).to(device)
+    model = create_model(replace(config, pretrained=None))
+    model.load_state_dict(read(path)["model"])
+    return model.to(device)
+
+
+def model_config(path: Path) -> ModelConfig | None:
+    """What the model of one of our checkpoints was made from; None for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):  # safetensors; torch's older format; pickles of other things
+        return None
+    if not isinstance(content, dict) or "betaclip" not in content:
+        return None
+    return from_dict(ModelConfig(), content["config"]["model"])

@@ -1,0 +1,1 @@
+"""Phrases of sentences: two extractors, what they share, and a cache."""

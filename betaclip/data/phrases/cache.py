@@ -1,0 +1,145 @@
+"""Phrases extracted once, in one file that all workers of a machine share, and phrases extracted on the fly.
+
+The file holds, for each distinct sentence, a hash of its text and the spans of its phrases as characters of it. A
+caption's phrases are those of the sentences that were sampled from it, so that is all there is to know. The file is
+mapped into memory, not read:
+
+    header    512 bytes: "betaclip phrases", then JSON {version, extractor, sentences, spans}, then blanks
+    keys      sentences x uint64, sorted: BLAKE2b of the sentence's UTF-8
+    firsts    (sentences + 1) x uint64: the sentence's first span
+    spans     spans x (uint16 begin, uint16 end, uint8 kind)
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from betaclip.data.phrases.extraction import Extractor, Phrase, Span, create_extractor, of_sentence
+
+SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
+_MAGIC = b"betaclip phrases\n"
+_HEADER = 512
+
+_log = logging.getLogger(__name__)
+
+
+class UnknownSentenceError(LookupError):
+    """A cache of phrases does not know a sentence: it was made from other captions."""
+
+
+def key_of(sentence: str) -> int:
+    return int.from_bytes(blake2b(sentence.encode(), digest_size=8).digest(), "little")
+
+
+class PhraseCache:
+    """The phrases of a sentence, from a file that :func:`write_cache` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file, or not whole.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"phrases: {self.path} is not a file; betaclip prepare makes it")
+        with self.path.open("rb") as file:
+            header = file.read(_HEADER)
+        if not header.startswith(_MAGIC) or len(header) < _HEADER:
+            raise ValueError(f"phrases: {self.path} was not made by betaclip prepare")
+        about = json.loads(header[len(_MAGIC) :])
+        self.extractor: str = about["extractor"]
+        sentences, spans = about["sentences"], about["spans"]
+        layout = (("keys", "<u8", sentences), ("firsts", "<u8", sentences + 1), ("spans", SPANS, spans))
+        expected = _HEADER + sum(np.dtype(dtype).itemsize * count for _, dtype, count in layout)
+        if about["version"] != 1 or self.path.stat().st_size != expected:
+            raise ValueError(f"phrases: {self.path} is not whole, or of a later version: make it again")
+        data = np.asarray(np.memmap(self.path, np.uint8, "r", offset=_HEADER))
+        arrays, begin = [], 0
+        for _, dtype, count in layout:
+            end = begin + np.dtype(dtype).itemsize * count
+            arrays.append(data[begin:end].view(dtype))
+            begin = end
+        self.keys, self.firsts, self.spans = arrays
+
+    def __reduce__(self) -> tuple[type["PhraseCache"], tuple[Path]]:
+        return PhraseCache, (self.path,)  # a worker that was spawned maps the file itself
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __call__(self, sentence: str) -> list[Phrase]:
+        """
+        Raises:
+            UnknownSentenceError: there is no such sentence.
+        """
+        key = np.uint64(key_of(sentence))
+        row = int(np.searchsorted(self.keys, key))
+        if row == len(self.keys) or self.keys[row] != key:
+            raise UnknownSentenceError(f"{self.path} does not know the sentence {sentence!r}")
+        spans = self.spans[int(self.firsts[row]) : int(self.firsts[row + 1])]
+        return of_sentence(sentence, (Span(*span) for span in spans.tolist()))
+
+
+class PhrasesOnTheFly:
+    """The phrases of a sentence, by an extractor."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+
+    def __call__(self, sentence: str) -> list[Phrase]:
+        (spans,) = self.extractor([sentence])
+        return of_sentence(sentence, spans)
+
+
+def open_phrases(path: str | Path | None) -> Callable[[str], list[Phrase]]:
+    """From a cache, or without one on the fly, which the log says."""
+    if path is not None:
+        return PhraseCache(path)
+    extractor = create_extractor()
+    _log.info("phrases are extracted anew in every epoch (%s); betaclip prepare does it once", extractor.name)
+    return PhrasesOnTheFly(extractor)
+
+
+def pack(sentences: Sequence[str], spans: Iterable[Sequence[Span]]) -> dict[str, npt.NDArray[np.generic]]:
+    """keys (N,), counts (N,) and spans of N sentences, in their order."""
+    rows = [list(row) for row in spans]
+    return {
+        "keys": np.array([key_of(sentence) for sentence in sentences], np.uint64),
+        "counts": np.array([len(row) for row in rows], np.uint64),
+        "spans": np.array([tuple(span) for row in rows for span in row], SPANS),
+    }
+
+
+def write_cache(path: str | Path, extractor: str, parts: Iterable[dict[str, npt.NDArray[np.generic]]]) -> int:
+    """Write the file that PhraseCache reads, from parts that ``pack`` made; the number of distinct sentences.
+
+    The file appears under its name when it is whole.
+    """
+    columns = list(parts)
+    keys, counts, spans = (np.concatenate([part[name] for part in columns]) for name in ("keys", "counts", "spans"))
+    counts = counts.astype(np.int64)
+    keys, rows = np.unique(keys, return_index=True)
+    firsts = (counts.cumsum() - counts)[rows]
+    counts = counts[rows]
+    ends = counts.cumsum()
+    gathered = spans[np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)]
+    about = {"version": 1, "extractor": extractor, "sentences": len(keys), "spans": len(gathered)}
+    header = (_MAGIC + json.dumps(about).encode()).ljust(_HEADER)
+    if len(header) != _HEADER:
+        raise ValueError(f"extractor: expected a short name, got {extractor!r}")
+    partial = Path(f"{path}.partial")
+    with partial.open("wb") as file:
+        file.write(header)
+        for values in (keys.astype("<u8"), np.append(0, ends).astype("<u8"), gathered.astype(SPANS)):
+            file.write(values.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return len(keys)

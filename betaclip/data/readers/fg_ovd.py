@@ -1,0 +1,154 @@
+"""FG-OVD: a box, the text that describes what is in it, and negatives that differ in one, two or three attributes.
+
+Two forms of file are read, both on images of COCO 2017:
+
+* the benchmark's own: ``1_attributes.json`` … with ``images`` (``file_name``: ``train2017/000000075285.jpg``),
+  ``annotations`` (``image_id``, ``bbox`` as x, y, width, height, ``category_id``, ``neg_category_ids``) and
+  ``categories`` (``id``, ``name``: the text);
+* FG-CLIP's: ``1_attributes_llava.jsonl`` … with one object a line: ``img_path``, ``bbox`` likewise, ``pos_expression``
+  and ``neg_expression``, both lists of texts.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from betaclip.data.batches import Bad
+from betaclip.data.multiple_choice import Choice
+from betaclip.data.readers.annotations import BadRowError, parse_json
+
+DIFFICULTIES = {
+    "hard": "1_attributes",
+    "medium": "2_attributes",
+    "easy": "3_attributes",
+    "trivial": "shuffle_negatives",
+}
+
+
+@dataclass(frozen=True)
+class FGOVD:
+    """The choices of one difficulty, and what could not be used of its file."""
+
+    choices: list[Choice]
+    bad: list[Bad]
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+
+def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
+    """The file of a difficulty (hard, medium, easy, trivial) in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: unknown difficulty, or several files for it.
+    """
+    if difficulty not in DIFFICULTIES:
+        raise ValueError(f"difficulty: expected one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
+    stem = DIFFICULTIES[difficulty]
+    found = sorted(path for path in Path(folder).glob(f"{stem}*") if path.suffix in (".json", ".jsonl"))
+    if not found:
+        raise FileNotFoundError(f"fg_ovd: {folder} has no {stem}.json or {stem}*.jsonl")
+    if len(found) > 1:
+        raise ValueError(f"fg_ovd: {folder} has several files for {difficulty}: {', '.join(p.name for p in found)}")
+    return found[0]
+
+
+def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
+    """Of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
+
+    A row is bad if its image is not there, its box is empty, a text is missing, or it has no negatives.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of neither form, or has no usable row.
+    """
+    file, images = Path(file), Path(images)
+    choices: list[Choice] = []
+    bad: list[Bad] = []
+    for where, record in _lines(file) if file.suffix == ".jsonl" else _annotations(file):
+        try:
+            choices.append(_choice(record(), images))
+        except BadRowError as error:
+            bad.append(Bad(where, str(error)))
+    if not choices:
+        first = f"; the first: {bad[0].path}: {bad[0].reason}" if bad else ""
+        raise ValueError(f"fg_ovd: {file} has no usable row{first}")
+    return FGOVD(choices, bad)
+
+
+class _Record(NamedTuple):
+    """A row as it stands in the file, of whatever types."""
+
+    image: Any
+    bbox: Any
+    positive: Any
+    negatives: Any
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line.strip():
+            yield f"{file}, row {number}", partial(_of_line, line)
+
+
+def _of_line(line: bytes) -> _Record:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise BadRowError("no object")
+    positive = row.get("pos_expression")
+    if isinstance(positive, list) and len(positive) == 1:
+        positive = positive[0]
+    return _Record(row.get("img_path"), row.get("bbox"), positive, row.get("neg_expression"))
+
+
+def _annotations(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
+    try:
+        content = parse_json(file.read_bytes())
+        images = {image["id"]: image["file_name"] for image in content["images"]}
+        texts = {category["id"]: category["name"] for category in content["categories"]}
+        rows = list(content["annotations"])
+    except (BadRowError, KeyError, TypeError) as error:
+        wanted = "an object with images (id, file_name), categories (id, name) and annotations"
+        raise ValueError(f"fg_ovd: expected {file} to hold {wanted}: {type(error).__name__}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{file}, annotation {number}", partial(_of_annotation, row, images, texts)
+
+
+def _of_annotation(row: Any, images: dict[Any, Any], texts: dict[Any, Any]) -> _Record:
+    try:
+        negatives = [texts[category] for category in row["neg_category_ids"]]
+        return _Record(images[row["image_id"]], row["bbox"], texts[row["category_id"]], negatives)
+    except (KeyError, TypeError) as error:
+        raise BadRowError(f"{type(error).__name__}: {error}") from error
+
+
+def _choice(record: _Record, images: Path) -> Choice:
+    """Checked.
+
+    Raises:
+        BadRowError: what is wrong.
+    """
+    image, bbox, positive, negatives = record
+    if not isinstance(image, str) or not image.strip("/"):
+        raise BadRowError(f"no image, but {image!r}")
+    path = images / image.lstrip("/")  # FG-CLIP's begin with one
+    if not path.is_file():
+        raise BadRowError(f"no such image: {path}")
+    if not isinstance(positive, str) or not positive.strip():
+        raise BadRowError(f"no positive text, but {positive!r}")
+    if not isinstance(negatives, list) or not negatives or not all(isinstance(n, str) and n.strip() for n in negatives):
+        raise BadRowError(f"no negative texts, but {negatives!r}")
+    numbers = isinstance(bbox, list) and all(isinstance(value, int | float) and isfinite(value) for value in bbox)
+    if not numbers or len(bbox) != 4:
+        raise BadRowError(f"no box, but {bbox!r}")
+    x, y, width, height = bbox
+    if not (width > 0 and height > 0):
+        raise BadRowError(f"an empty box: {bbox}")
+    return Choice(path, (x, y, x + width, y + height), positive, tuple(negatives))

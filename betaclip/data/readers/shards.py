@@ -1,0 +1,198 @@
+"""Pictures and captions in tar shards, read in sequence by the webdataset library: for storage that is slow to seek.
+
+A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.txt``, or ``KEY.json`` with
+a "caption" or with ShareGPT4V's "conversations".
+"""
+
+import io
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from betaclip.data.batches import Bad, Batch, Example, collate
+from betaclip.data.example_maker import ExampleMaker
+from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
+
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+
+_log = logging.getLogger(__name__)
+
+
+def expand_shards(shards: str) -> list[str]:
+    """The files or addresses of a pattern such as ``shards-{0000..0099}.tar``; ``::`` stands between patterns.
+
+    Raises:
+        FileNotFoundError: some of the files are missing.
+    """
+    found = list(expand_urls(shards))
+    missing = [shard for shard in found if ":" not in shard and not Path(shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"shards: {len(missing)} of {len(found)} are not files; the first: {missing[0]}")
+    return found
+
+
+class ShardDataset(IterableDataset[Example | Bad]):
+    """The samples of all shards in an order that the seed and the epoch decide, split over ranks and their workers.
+
+    Without ``epoch_samples`` an epoch is one pass: the shards are permuted and dealt out, and every sample is seen once
+    over all ranks and workers. Ranks that were dealt more samples then have more batches, which no training step that
+    ranks take together survives. With ``epoch_samples``, every worker draws shards from all of them, with replacement,
+    until it has its part of so many samples: as many on every rank, and some samples more often than others.
+
+    A shard that cannot be read, or a part of one, is one ``Bad``. Example by example the same as a map-style dataset;
+    all that is random about a sample follows from its name, the seed and the epoch (and with replacement from which
+    worker draws it when), so that a pass has the same examples whatever the number of ranks and workers.
+
+    shuffle: samples in each worker's buffer, undecoded, of which it draws the next; 0 keeps a shard's order.
+    rank, ranks: this process among those of the run.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        make: ExampleMaker,
+        *,
+        seed: int = 0,
+        shuffle: int = 500,
+        epoch_samples: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if len(shards) < (ranks if epoch_samples is None else 1):
+            raise ValueError(f"shards: expected at least one for each of {ranks} ranks, got {len(shards)}")
+        self.shards, self.make = list(shards), make
+        self.seed, self.shuffle, self.epoch_samples = seed, shuffle, epoch_samples
+        self.rank, self.ranks = rank, ranks
+        # Epoch, batches that this rank has had of it, their size: shared, so that persistent workers see them too.
+        self.position = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int, batches: int = 0, batch_size: int = 0) -> None:
+        """Call before each epoch; with ``batches``, to go on after that many batches of ``batch_size``.
+
+        What they had is read again, but not decoded. The rest is what it would have been as long as the numbers of
+        ranks and of workers and the batch size are the same, and no worker had come to its end.
+        """
+        self.position.copy_(torch.tensor((epoch, batches, batch_size)))
+
+    def batches_per_epoch(self, batch_size: int, workers: int) -> int:
+        """Whole batches of a rank in an epoch of ``epoch_samples``."""
+        if self.epoch_samples is None:
+            raise ValueError("epoch_samples: expected a number, got None: a pass has as many samples as it finds")
+        workers = max(workers, 1)
+        return self.epoch_samples // (self.ranks * workers) // batch_size * workers
+
+    def __iter__(self) -> Iterator[Example | Bad]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, batches, batch_size = self.position.tolist()
+        # The loader asks its first worker first: that one goes on as the one whose turn it was.
+        worker = (worker + batches) % workers
+        had = (batches - worker + workers - 1) // workers * batch_size
+        end = None if self.epoch_samples is None else self.epoch_samples // (self.ranks * workers)
+        for number, sample in enumerate(islice(self._samples(epoch, worker, workers), had, end), had):
+            turn = "" if self.epoch_samples is None else f"{self.rank} {worker} {number}"
+            yield sample if isinstance(sample, Bad) else self._example(sample, epoch, turn)
+
+    def _samples(self, epoch: int, worker: int, workers: int) -> Iterator[dict[str, Any] | Bad]:
+        """What this worker has of an epoch, undecoded."""
+        if self.epoch_samples is None:
+            order = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
+            mine: Iterator[str] = iter(order[self.rank :: self.ranks][worker::workers])
+        else:
+            draws = random.Random(f"{self.seed} {epoch} {self.rank} {worker}")
+            mine = iter(lambda: draws.choice(self.shards), None)
+        samples = (sample for shard in mine for sample in _read(shard))
+        if not self.shuffle:
+            return samples
+        rng = random.Random(f"{self.seed} {epoch} {self.rank} {worker} samples")
+        return iter(wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(samples))
+
+    def _example(self, sample: dict[str, Any], epoch: int, turn: str) -> Example | Bad:
+        path = f"{sample['__url__']}/{sample['__key__']}"
+        picture = next((sample[suffix] for suffix in _PICTURES if suffix in sample), None)
+        if picture is None:
+            return Bad(path, f"no picture ({', '.join(_PICTURES)})")
+        try:
+            caption = _caption(sample)
+        except BadRowError as error:
+            return Bad(path, str(error))
+        name = path[len(sample["__url__"].rpartition("/")[0]) :]  # wherever the shards are
+        digest = blake2b(f"{self.seed} {epoch} {name} {turn}".encode(), digest_size=8).digest()
+        return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
+
+
+def batches_of_shards(
+    dataset: ShardDataset, batch_size: int, workers: int, first: int = 0, **options: Any
+) -> Iterator[Batch]:
+    """This rank's batches, epoch after epoch without end, from number ``first`` on; needs ``epoch_samples``.
+
+    options: of the DataLoader.
+    """
+    epoch, had = divmod(first, dataset.batches_per_epoch(batch_size, workers))
+    loader = DataLoader(
+        dataset, batch_size, num_workers=workers, collate_fn=collate, drop_last=True,
+        persistent_workers=workers > 0, **options,
+    )  # fmt: skip
+    while True:
+        dataset.set_epoch(epoch, had, batch_size)
+        yield from loader
+        epoch, had = epoch + 1, 0
+
+
+def captions_of_shard(shard: str) -> Iterator[str | None]:
+    """The caption of each sample; None if it has none, and for what cannot be read."""
+    for sample in _read(shard, only=(".json", ".txt")):
+        if isinstance(sample, Bad):
+            _log.warning("%s: %s", sample.path, sample.reason)
+            yield None
+            continue
+        try:
+            yield _caption(sample)
+        except BadRowError:
+            yield None
+
+
+def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] | Bad]:
+    """The samples of a shard, then what was wrong with it. only: endings of the files to read."""
+    faults: list[Bad] = []
+
+    def note(error: Exception) -> bool:
+        reason = next((text for text in error.args if isinstance(text, str)), "")  # before what webdataset adds
+        faults.append(Bad(shard, f"{type(error).__name__}: {reason}"))
+        return True  # go on
+
+    samples = 0
+    try:
+        with gopen(shard) as stream:
+            source = [{"url": shard, "stream": stream}]
+            files = tar_file_expander(source, note, lambda name: name.lower().endswith(only), eof_value=None)
+            for sample in group_by_keys(files, handler=note):
+                samples += 1
+                yield sample
+    except OSError as error:
+        note(error)
+    yield from faults[:1]
+    if not samples and not faults:
+        yield Bad(shard, "a shard without samples")
+
+
+def _caption(sample: dict[str, Any]) -> str:
+    if "json" in sample:
+        row = parse_json(sample["json"])
+        if not isinstance(row, dict) or "caption" not in row:
+            return caption_of(row)
+        return checked_caption(row["caption"])
+    if "txt" in sample:
+        return checked_caption(sample["txt"].decode(errors="replace"))
+    raise BadRowError("no caption (json, txt)")

@@ -1,0 +1,1 @@
+"""Rendered scenes: pictures of a few things, with a caption, sentences and phrases with boxes."""

@@ -1,0 +1,127 @@
+"""Rendered scenes: pictures of several things, with texts that are true of them and the boxes of what they name.
+
+A scene is a function of its split, seed and number, the same in every process and on every machine. There are enough of
+them never to meet one twice, and nothing to download.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, combinations, islice, product, zip_longest
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from betaclip.data.batches import CAPTION, PHRASE, SENTENCE, Draw, Example
+from betaclip.data.scenes.drawing import Box, draw
+from betaclip.data.scenes.layout import ATTRIBUTES, Kind, Layout, random_layout
+from betaclip.data.scenes.texts import describe, indefinite, noun
+from betaclip.data.transforms import normalize
+from betaclip.model.tokenizer import Tokenizer
+
+TRAIN, TEST = "train", "test"
+DIFFICULTIES = ("hard", "medium", "easy", "trivial")  # 1, 2, 3, 4 attributes are wrong
+MOST_NEGATIVES = 10
+
+
+@dataclass(frozen=True)
+class Scene:
+    """image: (size, size, 3) uint8. caption: the sentences, joined.
+
+    Each phrase is true of the things in ``named`` alone, by their numbers in the layout: of one thing, or of two for a
+    relation ("a red star above a ring"). ``boxes`` has the box (x0, y0, x1, y1) in pixels around all that the phrase
+    names, ``thing_boxes`` that of each thing.
+    """
+
+    image: npt.NDArray[np.uint8]
+    caption: str
+    sentences: list[str]
+    phrases: list[str]
+    boxes: list[Box]
+    named: list[tuple[int, ...]]
+    layout: Layout
+    thing_boxes: list[Box]
+
+
+def scene(seed: int, index: int, size: int = 72, split: str = TRAIN) -> Scene:
+    """Scene ``index`` of a split, whose scenes have nothing to do with those of the other, whatever the seeds."""
+    rng = Random(f"{split}/{seed}/{index}")
+    layout = random_layout(rng)
+    sentences, phrases = describe(layout, rng)
+    image, boxes = draw(layout, size)
+    return Scene(
+        image,
+        " ".join(sentences),
+        sentences,
+        [phrase.text for phrase in phrases],
+        [_around([boxes[i] for i in phrase.things]) for phrase in phrases],
+        [phrase.things for phrase in phrases],
+        layout,
+        boxes,
+    )
+
+
+def _around(boxes: list[Box]) -> Box:
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+class SceneChoice(NamedTuple):
+    """A thing of a scene, by its box, with the text that is true of it and, by difficulty, texts that are not."""
+
+    scene: Scene
+    box: Box
+    positive: str
+    negatives: dict[str, list[str]]
+
+
+def choices(seed: int, count: int, size: int = 72) -> Iterator[SceneChoice]:
+    """Of each of ``count`` test scenes one thing, with 10 negatives per difficulty, as FG-OVD has them.
+
+    A negative has other values of one (hard), two (medium), three (easy) or all four attributes (trivial). Which ones
+    takes turns.
+    """
+    for index in range(count):
+        rng = Random(f"choices/{seed}/{index}")
+        shown = scene(seed, index, size, TEST)
+        number = rng.randrange(len(shown.thing_boxes))
+        kind = shown.layout.things[number].kind
+        negatives = {
+            difficulty: [indefinite(noun(other)) for other in islice(_others(kind, wrong, rng), MOST_NEGATIVES)]
+            for wrong, difficulty in enumerate(DIFFICULTIES, start=1)
+        }
+        yield SceneChoice(shown, shown.thing_boxes[number], indefinite(noun(kind)), negatives)
+
+
+def _others(kind: Kind, wrong: int, rng: Random) -> Iterator[Kind]:
+    """All kinds that differ in ``wrong`` attributes, at random, but every set of attributes in turn."""
+    groups = []
+    for fields in combinations(range(4), wrong):
+        values = ([v for v in ATTRIBUTES[f] if v != kind[f]] if f in fields else [kind[f]] for f in range(4))
+        groups.append([Kind(*one) for one in product(*values)])
+        rng.shuffle(groups[-1])
+    rng.shuffle(groups)
+    return (other for other in chain.from_iterable(zip_longest(*groups)) if other is not None)
+
+
+class ScenesDataset(Dataset[Example]):
+    """``count`` scenes, not cropped, or texts would become untrue; a draw's seed has nothing to decide."""
+
+    def __init__(self, count: int, seed: int, size: int, tokenizer: Tokenizer, split: str = TRAIN) -> None:
+        self.count, self.seed, self.size, self.tokenizer, self.split = count, seed, size, tokenizer, split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, draw: Draw) -> Example:
+        shown = scene(self.seed, draw.index, self.size, self.split)
+        texts = [shown.caption, *shown.sentences, *shown.phrases]
+        return Example(
+            normalize(shown.image),
+            texts,
+            [self.tokenizer(text) for text in texts],
+            [CAPTION] + [SENTENCE] * len(shown.sentences) + [PHRASE] * len(shown.phrases),
+            f"scenes/{self.split}/{self.seed}/{draw.index}",
+        )

@@ -1,0 +1,123 @@
+"""Draws the layout of a scene: every pixel takes the share of it that a shape covers, from the distance to its edge."""
+
+import numpy as np
+import numpy.typing as npt
+
+from betaclip.data.scenes.layout import BACKGROUNDS, Layout, Thing
+
+Array = npt.NDArray[np.float32]
+Box = tuple[int, int, int, int]
+
+_PERIOD = 0.078  # of stripes and dots, as a share of the picture
+# Share of a thing's brightness that is left in its marks: darker than any background, they leave its outline whole.
+_MARK = np.float32(0.35)
+
+
+def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
+    """(size, size, 3) picture, and of each thing the box (x0, y0, x1, y1) of the pixels that it half covers or more."""
+    canvas = _background(layout, size)
+    boxes = [_draw_thing(canvas, thing) for thing in layout.things]
+    return np.rint(canvas).astype(np.uint8), boxes
+
+
+def _rgb(values: tuple[float, float, float]) -> Array:
+    return np.array(values, np.float32)
+
+
+def _background(layout: Layout, size: int) -> Array:
+    canvas = np.empty((size, size, 3), np.float32)
+    canvas[:] = _rgb(BACKGROUNDS[layout.background])
+    if layout.texture == "shaded":
+        ramp = np.linspace(-24, 24, size, dtype=np.float32)
+        across, down = (np.float32(slope) for slope in layout.slope)
+        canvas += (ramp * across + ramp[:, None] * down)[..., None]
+    return canvas.clip(0, 255, out=canvas)
+
+
+def _draw_thing(canvas: Array, thing: Thing) -> Box:
+    """Onto the canvas; the thing's box."""
+    size = len(canvas)
+    reach = thing.radius * size + 1
+    x0, y0 = (max(0, int(centre * size - reach)) for centre in (thing.x, thing.y))
+    x1, y1 = (min(size, int(centre * size + reach) + 1) for centre in (thing.x, thing.y))
+    # From the thing's centre to those of the pixels, in pixels, turned with the thing.
+    x = np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - thing.x * size)
+    y = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - thing.y * size))[:, None]
+    cosine, sine = (np.float32(value) for value in thing.angle)
+    x, y = x * cosine + y * sine, y * cosine - x * sine
+    radius = np.float32(thing.radius * size)
+    distance = _DISTANCES[thing.kind.shape](x / radius, y / radius) * radius
+    covered, colours = _below(distance), _rgb(thing.rgb)
+    if thing.kind.pattern != "plain":
+        share = _marked(thing.kind.pattern, x, y, np.float32(_PERIOD * size))
+        colours = colours * (1 - (1 - _MARK) * share[..., None])
+    region = canvas[y0:y1, x0:x1]
+    region += covered[..., None] * (colours - region)
+    half = covered >= 0.5
+    columns, rows = (np.flatnonzero(half.any(axis)) for axis in (0, 1))
+    return x0 + int(columns[0]), y0 + int(rows[0]), x0 + int(columns[-1]) + 1, y0 + int(rows[-1]) + 1
+
+
+def _below(distance: Array) -> Array:
+    """Share of each pixel where the distance, in pixels, is below 0."""
+    return np.minimum(np.maximum(np.float32(0.5) - distance, 0), 1)
+
+
+def _marked(pattern: str, x: Array, y: Array, period: np.float32) -> Array:
+    """Share of each pixel that has the pattern's second colour."""
+    if pattern == "striped":
+        return _below(_to_band((x + y) * np.float32(0.5**0.5), period))
+    across, down = (np.abs(v / period - np.floor(v / period) - np.float32(0.5)) * period for v in (x, y))
+    return _below(np.sqrt(across * across + down * down) - np.float32(0.32) * period)
+
+
+def _to_band(position: Array, period: np.float32) -> Array:
+    """Distance to the bands that fill half of every period, negative within."""
+    return (np.abs(position / period - np.floor(position / period) - np.float32(0.5)) - np.float32(0.25)) * period
+
+
+# Distance to the edge, in radii, negative inside; right near the edge, which is all that drawing needs. A shape lies
+# within the unit circle; y points downwards.
+
+
+def _circle(x: Array, y: Array) -> Array:
+    return np.sqrt(x * x + y * y) - np.float32(0.95)
+
+
+def _square(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.75)
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    side = np.abs(x) * np.float32(0.87) - (y + np.float32(0.95)) * np.float32(0.5)
+    return np.maximum(side, y - np.float32(0.68))
+
+
+def _star(x: Array, y: Array) -> Array:
+    # Folding the plane twice turns the nearest of five points upwards.
+    x, y = np.abs(x), -y
+    across, down = np.float32(0.809017), np.float32(0.587785)
+    for side in (across, -across):
+        beyond = np.float32(2) * np.maximum(side * x - down * y, np.float32(0))
+        x, y = x - beyond * side, y + beyond * down
+    # From a point, at (0, 1), to the notch beside it.
+    return np.abs(x) * np.float32(0.86) + (y - np.float32(1)) * np.float32(0.51)
+
+
+def _cross(x: Array, y: Array) -> Array:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - np.float32(0.92), np.minimum(x, y) - np.float32(0.3))
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return np.abs(np.sqrt(x * x + y * y) - np.float32(0.68)) - np.float32(0.27)
+
+
+_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+}

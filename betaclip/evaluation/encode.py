@@ -1,0 +1,132 @@
+"""Pictures and texts through a model, a batch at a time; pictures that cannot be read are handed on, not replaced."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from betaclip.data.batches import Bad
+from betaclip.data.transforms import UnreadableImageError, normalize, read_image
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.texts import RaggedTexts
+from betaclip.model.tokenizer import Tokenizer
+
+Source = Path | npt.NDArray[np.uint8]  # a file, or (H, W, 3)
+Transform = Callable[[Image.Image], Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Threads that decode and resize, where the interpreter's lock is free.
+READERS = 4
+
+# What cannot be used is named in the log, this many of one list.
+NAMED = 20
+
+_log = logging.getLogger(__name__)
+
+
+class NoPicturesError(ValueError):
+    """Nothing is left to evaluate on."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; the mode of every part of the model returns afterwards.
+
+    Not torch.inference_mode: what the kernels keep between calls must serve a training step again.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Squash:
+    """The whole picture on a square, whatever its shape, bicubic: (3, size, size), normalised."""
+
+    def __init__(self, size: int) -> None:
+        self.size = (size, size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalize(image.resize(self.size, Image.Resampling.BICUBIC))
+
+
+def read_pictures(
+    sources: Iterable[Source], transform: Transform, depth: int
+) -> Iterator[tuple[Tensor, tuple[int, int]] | None]:
+    """Of each source the (3, S, S) picture and the width and height that it had; None, and a line in the log, for what
+    cannot be read. Threads are up to ``depth`` pictures ahead."""
+
+    def read(source: Source) -> tuple[Tensor, tuple[int, int]] | Bad:
+        try:
+            image = read_image(source) if isinstance(source, Path) else Image.fromarray(source)
+        except UnreadableImageError as error:
+            return Bad(str(source), str(error))
+        return transform(image), image.size
+
+    for picture in _ahead(read, sources, depth):
+        if isinstance(picture, Bad):
+            report([picture])
+            yield None
+        else:
+            yield picture
+
+
+def report(bad: Sequence[Bad]) -> None:
+    """Log the first of them, each with its reason, and how many more there are."""
+    for one in bad[:NAMED]:
+        _log.warning("left out %s: %s", one.path, one.reason)
+    if len(bad) > NAMED:
+        _log.warning("left out %d more", len(bad) - NAMED)
+
+
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
+    """``map(function, items)`` by threads, up to ``depth`` results before they are asked for."""
+    pool, iterator = ThreadPoolExecutor(READERS), iter(items)
+    try:
+        pending = deque(pool.submit(function, item) for item in islice(iterator, depth))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(iterator, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Neighbours, ``size`` at a time; the last may be fewer."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def encode_images(model: BetaCLIP, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, D) of CLS and (B, P, D) of the patches of B pictures (3, S, S)."""
+    return model.encode_image(torch.stack(list(images)).to(model.logit_scale.device))
+
+
+def encode_texts(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
+    """(N, D), ``batch_size`` texts at a time."""
+    parts = [model.encode_text(RaggedTexts.of([tokenizer(t)] for t in some)) for some in batches(texts, batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, model.embed_dim, device=model.logit_scale.device)
+
+
+def encode_slots(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """(B, K, D) of the texts of each of B images or questions, and (B, K) bool where there is one."""
+    ragged = RaggedTexts.of([tokenizer(text) for text in some] for some in texts)
+    slots, valid = (t.to(model.logit_scale.device) for t in ragged.slots())
+    return model.encode_text(ragged)[slots], valid

@@ -1,0 +1,1 @@
+"""The tasks that a model is evaluated on, one file each."""

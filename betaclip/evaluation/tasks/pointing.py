@@ -1,0 +1,56 @@
+"""Pointing: does a phrase attend to what it names? The share of its attention inside its box."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from betaclip.data.scenes.dataset import Scene
+from betaclip.evaluation.encode import Squash, batches, encode_images, encode_slots, evaluating
+from betaclip.evaluation.regions import coverage, on_grid
+from betaclip.evaluation.sharding import ALONE, Sharding
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.tokenizer import Tokenizer
+
+
+def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(N,) each: the share of the attention inside the box, where a patch counts as far as the box covers it, and the
+    box's share of the picture, which even attention would have.
+
+    attention: (N, P), sums of 1; boxes: (N, 4) in units of patches.
+    """
+    covered = coverage(boxes, grid)
+    return (attention * covered).sum(1), covered.mean(1)
+
+
+def pointing(
+    model: BetaCLIP, tokenizer: Tokenizer, scenes: Sequence[Scene], *, batch_size: int, sharding: Sharding = ALONE
+) -> dict[str, float]:
+    """Means over all phrases of the scenes, on every rank: "mass_in_box", "box_share", the "ratio" of the two, and
+    "phrases", their number. Attention is averaged over heads.
+
+    Raises:
+        ValueError: there are no phrases.
+    """
+    part = sharding.part(len(scenes))
+    device, squash = model.logit_scale.device, Squash(model.image_size)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    with evaluating(model):
+        for some in batches(scenes[part.start : part.stop], batch_size):
+            _, patches = encode_images(model, [squash(Image.fromarray(scene.image)) for scene in some])
+            texts, valid = encode_slots(model, tokenizer, [scene.phrases for scene in some])
+            attention = model.pool(patches, texts, need_weights=True)[1][valid]
+            boxes = [box for scene in some for box in scene.boxes]
+            sizes = [scene.image.shape[1::-1] for scene in some for _ in scene.boxes]
+            mass, share = mass_in_boxes(attention, on_grid(boxes, sizes, model.patch_grid).to(device), model.patch_grid)
+            totals += torch.stack((mass.double().sum(), share.double().sum(), valid.sum()))
+    mass_sum, share_sum, phrases = sharding.sum(totals).tolist()
+    if not phrases:
+        raise ValueError("scenes: no phrases to point with")
+    return {
+        "mass_in_box": mass_sum / phrases,
+        "box_share": share_sum / phrases,
+        "ratio": mass_sum / share_sum,
+        "phrases": phrases,
+    }

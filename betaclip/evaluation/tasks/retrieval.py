@@ -1,0 +1,165 @@
+"""Retrieval: the rank of what belongs together among all images, or all texts.
+
+Scores come in blocks of some of this rank's images with the texts of all ranks; a block serves both directions, and
+each pair is scored where its image is. An image may have several texts: any of them finds it, and it finds the best of
+them. What scores as high as the right one, or NaN, is ranked before it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from betaclip.evaluation.encode import (
+    NoPicturesError,
+    Source,
+    Transform,
+    batches,
+    encode_images,
+    encode_texts,
+    evaluating,
+    read_pictures,
+)
+from betaclip.evaluation.sharding import ALONE, Sharding
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.tokenizer import Tokenizer
+
+RECALLS_AT = (1, 5, 10)
+# Pairs that are compared at a time.
+PAIRS = 2**22
+
+# (hi - lo, M) scores of this rank's images lo to hi with the M texts of all ranks.
+Scores = Callable[[int, int], Tensor]
+
+
+def cosines(images: Tensor, texts: Tensor) -> Scores:
+    """Cosines of (n, D) image embeddings and (M, D) text embeddings of any norm.
+
+    Products in float64, rounded to float32: equal embeddings score alike wherever they stand in a block.
+    """
+    images, texts = (F.normalize(e.double(), dim=-1) for e in (images, texts))
+    return lambda lo, hi: (images[lo:hi] @ texts.T).float()
+
+
+def retrieval_ranks(
+    scores: Scores, images: int, image_of_text: Tensor, sharding: Sharding = ALONE
+) -> tuple[Tensor, Tensor]:
+    """Ranks, from 1, of each text's image among all images, and of each image's best text among those of other images.
+
+    Args:
+        scores: of this rank's images and all texts.
+        images: how many images this rank has; those of all ranks are numbered in the order of the ranks.
+        image_of_text: (M,) int64 image of each text of all ranks; every image has one or more.
+
+    Returns:
+        (M,) int64 for the texts of all ranks, and (images,) int64 for the images of this one.
+
+    Raises:
+        ValueError: an image without a text, or a text without an image.
+    """
+    device, count, least = image_of_text.device, len(image_of_text), -torch.inf
+    numbers = sharding.gather(torch.full((1,), images, device=device))
+    first, total = int(numbers[: sharding.rank].sum()), int(numbers.sum())
+    if not torch.equal(image_of_text.unique(), torch.arange(total, device=device)):
+        raise ValueError(f"image_of_text: expected every number below {total}, the images of all ranks, and no other")
+    rows = max(1, PAIRS // max(1, count))
+    blocks = [(lo, min(images, lo + rows)) for lo in range(0, images, rows)]
+
+    def own(lo: int, hi: int) -> Tensor:
+        """(hi - lo, M) whether the text is the image's."""
+        return image_of_text == torch.arange(first + lo, first + hi, device=device)[:, None]
+
+    of_text = torch.full((count,), least, device=device)
+    of_image = torch.full((images,), least, device=device)
+    for lo, hi in blocks:
+        block = scores(lo, hi)
+        right = block.masked_fill(block.isnan() | ~own(lo, hi), least)
+        of_text, of_image[lo:hi] = torch.maximum(of_text, right.amax(0)), right.amax(1)
+    of_text = sharding.maximum(of_text)
+
+    before_image = torch.zeros(count, dtype=torch.int64, device=device)
+    before_text = torch.zeros(images, dtype=torch.int64, device=device)
+    for lo, hi in blocks:
+        block, other = scores(lo, hi), ~own(lo, hi)
+        # Not "block >= right": what is NaN goes before it.
+        before_image += (~(block < of_text) & other).sum(0)
+        before_text[lo:hi] = (~(block < of_image[lo:hi, None]) & other).sum(1)
+    return 1 + sharding.sum(before_image), 1 + before_text
+
+
+def recalls(scores: Scores, images: int, image_of_text: Tensor, sharding: Sharding = ALONE) -> dict[str, float]:
+    """Share of the texts whose image ("t2i_r1" …) and of the images one of whose texts ("i2t_r1" …) is among the first
+    1, 5, 10; of all ranks, on every rank. The arguments are :func:`retrieval_ranks`'s."""
+    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, sharding)
+    directions = (("t2i", text_to_image), ("i2t", sharding.gather(image_to_text)))
+    return {f"{name}_r{k}": float((ranks <= k).double().mean()) for name, ranks in directions for k in RECALLS_AT}
+
+
+def texts_of_pictures(pairs: Iterable[tuple[Path, str]]) -> list[tuple[Path, list[str]]]:
+    """Each picture once, with all of its texts."""
+    texts: dict[Path, list[str]] = {}
+    for picture, text in pairs:
+        texts.setdefault(picture, []).append(text)
+    return list(texts.items())
+
+
+def retrieval(
+    model: BetaCLIP,
+    tokenizer: Tokenizer,
+    pictures: Sequence[tuple[Source, Sequence[str]]],
+    transform: Transform,
+    *,
+    conditioned: bool,
+    batch_size: int,
+    sharding: Sharding = ALONE,
+) -> dict[str, float]:
+    """Recalls of CLS embeddings against texts; with ``conditioned`` also ("conditioned_t2i_r1" …) of the cosine between
+    a text and the embedding of the image that it conditions, for all pairs.
+
+    A picture that cannot be read is left out with its texts. Beside the texts' embeddings a rank holds one row of
+    scores per picture of its own, and the patches of one batch.
+
+    Returns:
+        the recalls, and "images", "texts" that they are of, and "left_out" pictures; of all ranks, on every rank.
+
+    Raises:
+        NoPicturesError: none could be read.
+    """
+    part = sharding.part(len(pictures))
+    mine = pictures[part.start : part.stop]
+    device = model.logit_scale.device
+    read: list[bool] = []
+    with evaluating(model):
+        text_embeds = encode_texts(model, tokenizer, [text for _, texts in mine for text in texts], batch_size)
+        text_embeds = sharding.gather(text_embeds)
+        image_embeds = text_embeds.new_empty(len(mine), model.embed_dim)
+        matrix = torch.empty(len(mine) if conditioned else 0, len(text_embeds))  # on the CPU
+        found = read_pictures((picture for picture, _ in mine), transform, 2 * batch_size)
+        for batch in batches(found, batch_size):
+            images = [picture[0] for picture in batch if picture is not None]
+            rows = slice(sum(read), sum(read) + len(images))
+            read += [picture is not None for picture in batch]
+            if images:
+                image_embeds[rows], patches = encode_images(model, images)
+                if conditioned:
+                    matrix[rows] = model.pool.score(patches, text_embeds).cpu()
+    # Numbered again without the pictures that could not be read.
+    usable = sharding.gather(torch.tensor(read, dtype=torch.bool, device=device))
+    if not usable.any():
+        raise NoPicturesError(f"none of {len(pictures)} pictures could be read")
+    counts = torch.tensor([len(texts) for _, texts in pictures], device=device)
+    kept = usable.repeat_interleave(counts)
+    image_of_text = (usable.cumsum(0) - 1).repeat_interleave(counts)[kept]
+    own = sum(read)
+    result = {"images": float(usable.sum()), "texts": float(kept.sum()), "left_out": float((~usable).sum())}
+    result |= recalls(cosines(image_embeds[:own], text_embeds[kept]), own, image_of_text, sharding)
+    if conditioned:
+
+        def of_pairs(lo: int, hi: int) -> Tensor:
+            return matrix[lo:hi].to(device)[:, kept]
+
+        found_by_pooling = recalls(of_pairs, own, image_of_text, sharding)
+        result |= {f"conditioned_{name}": value for name, value in found_by_pooling.items()}
+    return result

@@ -1,0 +1,57 @@
+"""All measures on rendered scenes that no training run has seen."""
+
+from betaclip.data.multiple_choice import Choice
+from betaclip.data.scenes import dataset as scenes
+from betaclip.evaluation.encode import Squash
+from betaclip.evaluation.sharding import ALONE, Sharding
+from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
+from betaclip.evaluation.tasks.pointing import pointing
+from betaclip.evaluation.tasks.retrieval import retrieval
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.tokenizer import Tokenizer
+
+BATCH_SIZE = 32
+
+
+def evaluate_scenes(
+    model: BetaCLIP,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int = BATCH_SIZE,
+    conditioned: bool = True,
+    sharding: Sharding = ALONE,
+) -> dict[str, float]:
+    """Retrieval, choices and pointing on the first ``count`` test scenes of a seed, drawn at the model's size.
+
+    Without ``sharding`` a rank evaluates all of them by itself, whatever the others do. Random states and the model's
+    mode stay as they are.
+
+    Returns:
+        "retrieval/t2i_r1" … (``tasks/retrieval.py``), "choices/hard", "choices/hard_chance" …
+        (``tasks/multiple_choice.py``; one thing of each scene), "pointing/mass_in_box",
+        "pointing/box_share" … (:func:`betaclip.evaluation.tasks.pointing.pointing`; all phrases of each scene).
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count: expected at least one scene, got {count}")
+    asked = list(scenes.choices(seed, count, model.image_size))
+    shown = [one.scene for one in asked]
+    pictures = [(scene.image, [scene.caption]) for scene in shown]
+    questions = [
+        (difficulty, Choice(one.scene.image, one.box, one.positive, tuple(one.negatives[difficulty])))
+        for one in asked
+        for difficulty in scenes.DIFFICULTIES
+    ]
+    measures = {
+        "retrieval": retrieval(
+            model, tokenizer, pictures, Squash(model.image_size),
+            conditioned=conditioned, batch_size=batch_size, sharding=sharding,
+        ),
+        "choices": choice_accuracy(model, tokenizer, questions, batch_size=batch_size, sharding=sharding),
+        "pointing": pointing(model, tokenizer, shown, batch_size=batch_size, sharding=sharding),
+    }  # fmt: skip
+    return {f"{measure}/{name}": value for measure, values in measures.items() for name, value in values.items()}

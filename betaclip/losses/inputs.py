@@ -1,0 +1,181 @@
+"""What the losses are given: checked, and brought into one form."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from betaclip.kernels.precision import DTYPES, accumulation_dtype
+from betaclip.losses.contrast import Texts
+from betaclip.losses.ranks import TRANSPORTS
+
+FORMS = ("ce", "bce")
+PADDINGS = ("ignore", "published")
+
+
+class Batch(NamedTuple):
+    """Checked inputs. image, text: (N, D); scale: () in accumulation dtype; valid: (B, K) bool or None (all)."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    texts: Texts
+    valid: Tensor | None
+    dtype: torch.dtype
+
+
+def prepare(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    mask: Tensor | None,
+    image_index: Tensor | None,
+    padding: str,
+) -> Batch:
+    check_choice("padding", padding, PADDINGS)
+    if padding == "published" and image_index is not None:
+        raise ValueError("padding: expected 'ignore' with image_index (a ragged batch has no padding), got 'published'")
+    _check_embeddings(image_embeds, text_embeds, mask, image_index)
+    dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
+    device_type = image_embeds.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    scale = as_scalar("logit_scale", logit_scale, image_embeds, accumulation_dtype(dtype))
+    if image_index is not None:
+        texts = _ragged(image_index)
+        assert texts.slots is not None
+        return Batch(image_embeds, text_embeds, scale, texts, texts.slots >= 0, dtype)
+    images, count, _ = image_embeds.shape
+    group = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(count)
+    if mask is not None:
+        group = torch.where(mask.flatten(), group, -1)
+    texts = Texts(images, count, group, None)
+    return Batch(image_embeds.flatten(0, 1), text_embeds.flatten(0, 1), scale, texts, mask, dtype)
+
+
+def _check_embeddings(
+    image_embeds: Tensor, text_embeds: Tensor, mask: Tensor | None, image_index: Tensor | None
+) -> None:
+    layout = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
+    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        check_tensor(name, embeds)
+        if embeds.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {embeds.dtype}")
+        if embeds.dim() != (3 if image_index is None else 2):
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(embeds.shape)}")
+    if text_embeds.shape != image_embeds.shape:
+        expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
+        raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
+    rows = image_embeds.shape[:-1]
+    for name, value, shape in (("mask", mask, rows), ("image_index", image_index, rows)):
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if name == "mask" and image_index is not None:
+            raise ValueError("mask: expected None with image_index (leave padded rows out instead), got a tensor")
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        if name == "mask" and value.dtype != torch.bool:
+            raise ValueError(f"mask: expected dtype torch.bool (True = valid), got {value.dtype}")
+        if name == "image_index" and value.dtype not in (
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+        ):
+            raise ValueError(f"image_index: expected an integer dtype, got {value.dtype}")
+    for name, value in (("text_embeds", text_embeds), ("mask", mask), ("image_index", image_index)):
+        if value is not None and value.device != image_embeds.device:
+            raise ValueError(f"{name}: expected device {image_embeds.device} as image_embeds, got {value.device}")
+
+
+def _ragged(image_index: Tensor) -> Texts:
+    """Slots of a ragged batch. Reads four numbers back to the host: the check, and the slots' shape."""
+    index = image_index.to(torch.int64)
+    rows = torch.arange(len(index), device=index.device)
+    if len(index) == 0:
+        return Texts(0, 0, index.to(torch.int32), index.view(0, 0))
+    position = rows - torch.searchsorted(index, index)
+    image = (position == 0).cumsum(0) - 1
+    unsorted, least, images, texts = torch.stack(
+        ((index[1:] < index[:-1]).any().to(torch.int64), index.min(), image[-1] + 1, position.max() + 1)
+    ).tolist()
+    if unsorted:
+        raise ValueError("image_index: expected sorted values, rows of one image next to each other, got unsorted ones")
+    if least < 0:
+        raise ValueError(f"image_index: expected values >= 0, got {least}")
+    slots = torch.full((images, texts), -1, dtype=torch.int64, device=index.device)
+    slots[image, position] = rows
+    return Texts(images, texts, image.to(torch.int32), slots)
+
+
+def image_of_row(batch: Batch) -> Tensor:
+    """(N,) int32 image of each row, padded rows included."""
+    if batch.texts.slots is not None:
+        return batch.texts.group
+    rows = torch.arange(batch.texts.images, dtype=torch.int32, device=batch.image.device)
+    return rows.repeat_interleave(batch.texts.texts)
+
+
+def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weights: Tensor | None) -> Tensor:
+    """(K, K) or (B, K, K) weights in accumulation dtype."""
+    images, texts, like = batch.texts.images, batch.texts.texts, batch.scale
+    if pair_weights is not None:
+        check_tensor("pair_weights", pair_weights)
+        shapes = ((texts, texts), (images, texts, texts))
+        if tuple(pair_weights.shape) not in shapes:
+            raise ValueError(
+                f"pair_weights: expected shape {shapes[0]} or {shapes[1]}, got {tuple(pair_weights.shape)}"
+            )
+        if pair_weights.is_complex():
+            raise ValueError(f"pair_weights: expected real weights, got {pair_weights.dtype}")
+        if pair_weights.device != like.device:
+            raise ValueError(f"pair_weights: expected device {like.device}, got {pair_weights.device}")
+        return pair_weights.to(like.dtype)
+    check_weight("alpha", alpha)
+    check_weight("beta", beta)
+    own = torch.eye(texts, dtype=like.dtype, device=like.device)
+    return alpha * own + as_scalar("beta", beta, like, like.dtype) * (1 - own)
+
+
+def as_scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
+    if isinstance(value, int | float):
+        return torch.full((), float(value), dtype=dtype, device=like.device)  # unlike torch.tensor, no copy to wait for
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point scalar, got {value.dtype} of shape {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    return value.reshape(()).to(dtype)
+
+
+def check_gather(gather: object) -> None:
+    if not isinstance(gather, bool) and gather not in TRANSPORTS:
+        raise ValueError(f"gather: expected a bool, {' or '.join(map(repr, TRANSPORTS))}, got {gather!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_weight(name: str, value: Tensor | float) -> None:
+    """Numbers are checked, and constant tensors on the CPU; others are taken as they are, without reading them."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.requires_grad or value.numel() != 1 or torch.compiler.is_compiling():
+            return
+        value = float(value)
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite weight >= 0, got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise ValueError(
+            f"{name}: expected this rank's own tensor, got a DTensor (pass its to_local(), and gather=True)"
+        )

@@ -1,0 +1,148 @@
+"""Dataclasses from and to TOML files: one table per nested dataclass, one key per field."""
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from betaclip.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read(default: T, path: Path) -> T:
+    """The dataclass ``default`` with the values that a TOML file has.
+
+    Raises:
+        ConfigError: no such file, not TOML, a key that the dataclass has not (the nearest that it has is named), or a
+            value of another type than the field's.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    try:
+        return from_dict(default, table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def from_dict(default: T, values: dict[str, Any]) -> T:
+    """The dataclass ``default`` with values from nested dictionaries. Raises ConfigError as :func:`read`."""
+    return _build(default, values, "", list(keys(type(default))))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of plain values: paths are strings, tuples lists, and what is None is left out."""
+    return {f.name: _plain(value) for f in fields(config) if (value := getattr(config, f.name)) is not None}
+
+
+def to_toml(config: Any) -> str:
+    """A TOML document from which :func:`read` makes an equal dataclass, provided that no field that is None has another
+    default: TOML cannot say None."""
+    return "\n".join(_lines(to_dict(config), "")) + "\n"
+
+
+def keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            yield from keys(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line "key: old -> new" for each value that differs between two results of :func:`to_dict`."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def _build(default: Any, values: dict[str, Any], prefix: str, known: list[str]) -> Any:
+    hints = get_type_hints(type(default))
+    changes = {}
+    for key, value in values.items():
+        where = prefix + key
+        if key not in hints:
+            nearest = difflib.get_close_matches(where, known, n=1, cutoff=0)
+            raise ConfigError(f"unknown key {where!r}; the nearest is {nearest[0]!r}")
+        if not is_dataclass(hints[key]):
+            changes[key] = _value(hints[key], value, where)
+        elif isinstance(value, dict):
+            changes[key] = _build(getattr(default, key), value, f"{where}.", known)
+        else:
+            raise ConfigError(f"{where}: expected a table, got {value!r}")
+    try:
+        return replace(default, **changes)
+    except ValueError as error:  # of the dataclass's own checks
+        raise ConfigError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as ``hint`` wants it, or ConfigError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for member in (a for a in args if a is not NoneType):
+            try:
+                return _value(member, value, where)
+            except ConfigError as error:
+                last = error
+        raise last
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+    if origin in (tuple, list):
+        many = args[-1] is ... or origin is list
+        if isinstance(value, list | tuple) and (many or len(value) == len(args)):
+            each = [args[0]] * len(value) if many else args
+            return origin(_value(a, v, where) for a, v in zip(each, value, strict=True))
+        raise ConfigError(f"{where}: expected a list of {'any number' if many else len(args)}, got {value!r}")
+    accepted: dict[Any, Any] = {float: (int, float), Path: (str, Path)}
+    if isinstance(value, accepted.get(hint, hint)) and (hint is bool or not isinstance(value, bool)):
+        return hint(value)
+    raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _lines(table: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            yield f"{key} = {_literal(value)}"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield f"\n[{prefix}{key}]"
+            yield from _lines(value, f"{prefix}{key}.")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return repr(value)  # an int, or a float: TOML reads Python's

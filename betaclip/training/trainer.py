@@ -1,0 +1,215 @@
+"""The training loop: `betaclip train`."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import nvtx
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from betaclip import checkpoint as checkpoints
+from betaclip.data.batches import BadData, Batch
+from betaclip.errors import ConfigError, Stopped
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.settings import differences, from_dict, to_dict, to_toml
+from betaclip.training import parallel
+from betaclip.training.config import TrainConfig, check_schedules
+from betaclip.training.evaluation import Evaluation
+from betaclip.training.loading import create_loading
+from betaclip.training.log import Interval, Log
+from betaclip.training.optimizers import create_optimizer
+from betaclip.training.parallel import World
+from betaclip.training.sampler import mix
+from betaclip.training.step import Update, create_objective, freeze_unused
+
+
+class Run:
+    """A model in training, with all that its checkpoints hold."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        assert config.run.name is not None
+        self.folder = config.run.folder / config.run.name
+        content = self._checkpoint()
+        torch.manual_seed(config.run.seed)
+        self.model = _create_model(config.model, content).to(world.device)
+        # What the weights have settled is what checkpoints are of.
+        self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
+        objective = create_objective(config, world)
+        freeze_unused(self.model, objective)
+        if config.run.compile:
+            compile_(self.model)
+        self.loading = create_loading(config, self.model, world)
+        self.steps = config.run.steps or config.run.epochs * self.loading.steps_per_epoch
+        check_schedules(config.optimizer, self.steps)
+        self.evaluation = Evaluation(config)
+        wrapped = parallel.wrap(self.model, config.run.parallel, world)
+        self.optimizer = create_optimizer(self.model, config.optimizer)
+        self.update = Update(self.model, wrapped, objective, self.optimizer, config, world, self.steps)
+        self.interval = Interval(self.update.columns, self.update.must_be_finite)
+        self.bad = BadData(config.data.bad_limit)
+        self.step = 0
+        torch.manual_seed(mix(config.run.seed, world.rank))
+        if content is not None:
+            self._restore(content)
+
+    def train(self) -> None:
+        """All steps that are left."""
+        run, every = self.config.run, self.config.evaluation.every
+        self.model.train()
+        if self.world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(to_toml(self.config))
+        log = Log(self.folder, self.config, self.steps, self.step) if self.world.first else None
+        try:
+            with terminations() as terminated:
+                self.interval.start_clock()
+                for batch, waited_s in timed(self.loading.batches(self.step, self.steps)):
+                    self.bad.add(batch.bad)
+                    images = self.loading.images(self.step)
+                    self.interval.add(self.update(batch, self.step, images), batch.paths, images, waited_s)
+                    self.step += 1
+                    stop = self.world.any(terminated.is_set())
+                    last = self.step == self.steps
+                    if log is not None:
+                        log.advance()
+                    logs = last or self.step % run.log_every == 0
+                    saves = last or stop or self.step % run.checkpoint_every == 0
+                    # On a GPU, reading what the device has measured would make every step wait for it.
+                    if run.non_finite == "stop" and (logs or saves or self.world.device.type == "cpu"):
+                        self.interval.stop_if_not_finite(self.step, self.world.rank, self.folder)
+                    if logs:
+                        self._report(log)
+                    if every is not None and self.step % every == 0 and not last:
+                        self._evaluate(log)
+                    if saves:
+                        self.save()
+                    if stop and not last:
+                        raise Stopped(self.folder, self.step)
+        finally:
+            if log is not None:
+                log.close()
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks together."""
+        content: dict[str, Any] = {
+            "betaclip": 1,
+            "step": self.step,
+            "config": to_dict(self.config),
+            "order": self.loading.order,
+            **checkpoints.model_and_optimizer(self.model, self.optimizer),
+            "scaler": self.update.scaler.state_dict(),
+            "columns": self.interval.columns,
+            "interval": self.interval.read()[0],
+            "random": self.world.of_all(checkpoints.random_states()),
+        }
+        if self.world.first:
+            checkpoints.write(checkpoints.checkpoint_path(self.folder, self.step), content, self.config.run.keep)
+        self.world.barrier()
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        if content["columns"] != self.interval.columns:
+            raise ConfigError("run.resume: the losses are others since the checkpoint. Start another run")
+        changed = list(differences(content["order"], self.loading.order))
+        if changed:
+            raise ConfigError(
+                f"run.resume: {', '.join(changed)} since the checkpoint: its place in the data means nothing now. "
+                "Start another run, with model.pretrained for the weights"
+            )
+        if content["step"] > self.steps:
+            raise ConfigError(f"run.resume: the checkpoint is of step {content['step']}, beyond the run's {self.steps}")
+        if self.world.first:
+            for change in differences(content["config"], to_dict(self.config)):
+                print(f"changed since: {change}")
+        self.step = content["step"]
+        checkpoints.restore(self.model, self.optimizer, content)
+        self.update.scaler.load_state_dict(content["scaler"])
+        self.interval.rows = list(content["interval"].to(self.world.device))
+        self.interval.paths = [[] for _ in self.interval.rows]
+        if self.world.rank < len(content["random"]):
+            checkpoints.set_random_states(content["random"][self.world.rank])
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """What to go on from, if anything; the settings are printed."""
+        found = self.world.of_all(checkpoints.latest(self.folder))[0]
+        if found is not None and not self.config.run.resume:
+            raise ConfigError(f"run.name: {self.folder} has a run already; --run.resume to go on, or another name")
+        content = None if found is None else checkpoints.read(found)
+        if self.world.first:
+            print(to_toml(self.config))
+            if found is not None:
+                print(f"going on from {found}")
+        return content
+
+    def _report(self, log: Log | None) -> None:
+        if log is not None:
+            metrics = self.interval.metrics(self.world.device)
+            metrics["epoch"] = self.step / self.loading.steps_per_epoch
+            rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+            log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
+        self.interval.clear()
+
+    def _evaluate(self, log: Log | None) -> None:
+        states = checkpoints.random_states()  # looking at a run must not change it
+        results = self.evaluation(self.model, self.world, alike=isinstance(self.model, FSDPModule))
+        checkpoints.set_random_states(states)
+        if log is not None:
+            log.write_results(self.step, results)
+
+
+def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCLIP:
+    """Of a checkpoint that goes on, without weights: it brings them later."""
+    try:
+        known = None
+        if content is not None:
+            known = from_dict(ModelConfig(), content["config"]["model"])
+            config = replace(config, pretrained=None)
+        elif config.pretrained is not None and Path(config.pretrained).is_file():
+            known = checkpoints.model_config(Path(config.pretrained))
+        if known is not None:
+            config = replace(config, quick_gelu=known.quick_gelu)
+        return create_model(config)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def compile_(model: BetaCLIP) -> None:
+    """Compile what has the same shapes in every batch: the blocks of the vision tower."""
+    for block in model.clip.visual.transformer.resblocks:
+        block.compile()
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Batches, and how long each was waited for."""
+    while True:
+        begin = time.perf_counter()
+        with nvtx.annotate("data", domain="betaclip"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - begin
+
+
+@contextmanager
+def terminations() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of what it does otherwise."""
+    event = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody listen
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

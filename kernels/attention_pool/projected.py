@@ -1,0 +1,74 @@
+"""Attention pooling by projected keys and values, under PyTorch's own autograd: less work than folding once there are
+so many queries that they repay projecting every patch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from betaclip.kernels.attention_pool.folded import Pooling
+from betaclip.kernels.precision import accumulation_dtype, unit_rows
+
+
+def why_not(x: Tensor, q: Tensor) -> list[str]:
+    """PyTorch itself is all that is needed."""
+    return []
+
+
+def _unit_patches(pooling: Pooling) -> Pooling:
+    return pooling if pooling.least is None else pooling._replace(x=unit_rows(pooling.x), least=None)
+
+
+def _heads(t: Tensor, pooling: Pooling) -> Tensor:
+    """(B, H, rows, D / H) from (B, rows, D)"""
+    return t.unflatten(2, (pooling.num_heads, -1)).transpose(1, 2)
+
+
+def _somewhere(mask: Tensor) -> Tensor:
+    """(B, 1, 1, P) where to look; everywhere in an image without valid patches, so that its softmax exists."""
+    return (mask | ~mask.any(1, keepdim=True))[:, None, None]
+
+
+def _finish(out: Tensor, pooling: Pooling) -> Tensor:
+    """(B, K, D) from the heads' (B, H, K, D / H)"""
+    out = out.transpose(1, 2).flatten(2)
+    empty = pooling.empty()
+    return out if empty is None else out.masked_fill(empty, 0)
+
+
+def _attention(pooling: Pooling) -> Tensor:
+    """(B, H, K, P), for normalised patches"""
+    logits = _heads(pooling.q, pooling) @ _heads(F.linear(pooling.x, pooling.k_weight), pooling).mT
+    if pooling.mask is not None:
+        logits = logits.masked_fill(~_somewhere(pooling.mask), -torch.inf)
+    return logits.softmax(-1)
+
+
+def _wide(pooling: Pooling) -> Pooling:
+    """In accumulation dtype."""
+    dtype = accumulation_dtype(pooling.x.dtype)
+    x, q, k_weight, v_weight = (t.to(dtype) for t in pooling[:4])
+    v_bias = None if pooling.v_bias is None else pooling.v_bias.to(dtype)
+    return pooling._replace(x=x, q=q, k_weight=k_weight, v_weight=v_weight, v_bias=v_bias)
+
+
+def reference(pooling: Pooling) -> Tensor:
+    """The definition of correct: every step in accumulation dtype, written out."""
+    wide = _unit_patches(_wide(pooling))
+    out = _attention(wide) @ _heads(F.linear(wide.x, wide.v_weight, wide.v_bias), wide)
+    return _finish(out, wide).to(pooling.x.dtype)
+
+
+def sdpa(pooling: Pooling) -> Tensor:
+    """PyTorch's fused attention after the projections."""
+    unit = _unit_patches(pooling)
+    k, v = F.linear(unit.x, unit.k_weight), F.linear(unit.x, unit.v_weight, unit.v_bias)
+    mask = None if unit.mask is None else _somewhere(unit.mask)
+    q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
+    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=1.0), unit)
+
+
+def mean_attention(pooling: Pooling) -> Tensor:
+    """(B, K, P) averaged over heads; 0 in an image without valid patches."""
+    mean = _attention(_unit_patches(_wide(pooling))).mean(1).to(pooling.x.dtype)
+    empty = pooling.empty()
+    return mean if empty is None else mean.masked_fill(empty, 0)

@@ -1,0 +1,100 @@
+"""The file of phrases: what it gives back, how it is found whole, and what is not in it."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+
+from betaclip.data.phrases import cache as phrase_cache
+from betaclip.data.phrases import extraction as phrases
+from betaclip.data.phrases.cache import (
+    PhraseCache,
+    PhrasesOnTheFly,
+    UnknownSentenceError,
+    open_phrases,
+    pack,
+    write_cache,
+)
+from betaclip.data.phrases.extraction import NOUN, SPATIAL, Phrase, Span
+from betaclip.data.phrases.rules import RuleExtractor
+
+SENTENCES = ["A cat sits on a mat", "Der Hund läuft", "nothing", "In the background, two birds fly", "犬 near a tree"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    extractor = RuleExtractor()
+    parts = [pack(part, extractor(part)) for part in (SENTENCES[:2], SENTENCES[1:], [])]
+    assert write_cache(tmp_path / "phrases", "rules", parts) == len(SENTENCES)
+    return tmp_path / "phrases"
+
+
+def test_same_as_on_the_fly(path):
+    cache, fly = PhraseCache(path), PhrasesOnTheFly(RuleExtractor())
+    assert cache.extractor == "rules" and len(cache) == 5
+    for sentence in SENTENCES:
+        assert cache(sentence) == fly(sentence)
+    assert cache(SENTENCES[3]) == [Phrase("In the background", SPATIAL), Phrase("two birds", NOUN)]
+
+
+def test_many_sentences(tmp_path):
+    sentences = [f"sentence {i}" for i in range(500)]
+    spans = [[Span(j, j + 1, j % 3) for j in range(i % 4)] for i in range(500)]
+    parts = [pack(sentences[i : i + 120], spans[i : i + 120]) for i in range(0, 500, 100)]  # they overlap
+    write_cache(tmp_path / "phrases", "x", parts)
+    cache = PhraseCache(tmp_path / "phrases")
+    for sentence, expected in zip(sentences, spans, strict=True):
+        assert cache(sentence) == [Phrase(sentence[b:e], kind) for b, e, kind in expected]
+
+
+def test_unknown_sentence(path):
+    with pytest.raises(UnknownSentenceError, match="does not know the sentence 'A cat sits on the mat'"):
+        PhraseCache(path)("A cat sits on the mat")
+
+
+def test_pickles_by_its_path(path):
+    cache = PhraseCache(path)
+    assert len(pickle.dumps(cache)) < 500
+    assert pickle.loads(pickle.dumps(cache))(SENTENCES[0]) == cache(SENTENCES[0])
+
+
+def test_is_mapped_not_read(path):
+    cache = PhraseCache(path)
+    base = cache.keys
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap) and base.base is not None:
+        base = base.base
+    assert isinstance(base, np.memmap)
+    assert not cache.spans.flags.writeable
+
+
+def test_rejects(path, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a file; betaclip prepare makes it"):
+        PhraseCache(tmp_path / "nowhere")
+    (tmp_path / "other").write_text("{}")
+    with pytest.raises(ValueError, match="other was not made by betaclip prepare"):
+        PhraseCache(tmp_path / "other")
+    (tmp_path / "part").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="part is not whole, or of a later version"):
+        PhraseCache(tmp_path / "part")
+    with pytest.raises(ValueError, match="extractor: expected a short name"):
+        write_cache(tmp_path / "long", "x" * 600, [pack([], [])])
+    assert not (tmp_path / "long").exists()
+
+
+def test_appears_when_whole(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(phrase_cache.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_cache(tmp_path / "phrases", "x", [pack(["a"], [[]])])
+    assert not (tmp_path / "phrases").exists()
+
+
+def test_open_phrases(path, monkeypatch, caplog):
+    assert isinstance(open_phrases(path), PhraseCache)
+    monkeypatch.setattr(phrases, "SPACY_MODELS", ("no_such_model",))
+    with caplog.at_level(logging.INFO):
+        assert open_phrases(None)("A cat sits on a mat")[0] == Phrase("A cat", NOUN)
+    assert [r.message for r in caplog.records][-1].startswith("phrases are extracted anew in every epoch")

@@ -1,0 +1,223 @@
+"""Shards: every sample once over ranks and workers, an order that is the seed's, going on, and bad shards."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from betaclip.data.batches import Bad, Example, collate
+from betaclip.data.example_maker import ExampleMaker
+from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
+from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.prepare import PrepareConfig, prepare
+from betaclip.data.readers.shards import ShardDataset, batches_of_shards, captions_of_shard, expand_shards
+
+SHARDS, SAMPLES = 6, 4
+
+
+def picture(color=0):
+    file = io.BytesIO()
+    noise = np.random.default_rng(color).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_shard(path, files):
+    with tarfile.open(path, "w") as shard:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def sample(key, caption, form):
+    conversations = {"conversations": [{"value": "?"}, {"value": caption}]}
+    text = {
+        "txt": caption.encode(),
+        "json": json.dumps({"caption": caption}).encode(),
+        "share.json": json.dumps(conversations).encode(),
+    }[form]
+    return [(f"{key}.jpg", picture(key)), (f"{key}.{form.removeprefix('share.')}", text)]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    forms = ("txt", "json", "share.json")
+    for number in range(SHARDS):
+        keys = range(number * SAMPLES, (number + 1) * SAMPLES)
+        files = [f for key in keys for f in sample(key, f"A cat sits on {key} mats. A dog runs.", forms[number % 3])]
+        write_shard(tmp_path / f"{number:04d}.tar", files)
+    return expand_shards(str(tmp_path / "{0000..0005}.tar"))
+
+
+def dataset(shards, **options):
+    return ShardDataset(shards, ExampleMaker(8, 77, PhrasesOnTheFly(RuleExtractor())), **options)
+
+
+def keys(items):
+    return [int(item.path.rpartition("/")[2]) for item in items]
+
+
+def loader(data, workers, batch_size=2, **options):
+    fork = "fork" if workers else None
+    return DataLoader(
+        data, batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=fork, **options
+    )
+
+
+def test_examples(shards):
+    examples = list(dataset(shards, shuffle=0))
+    assert all(isinstance(example, Example) for example in examples)
+    assert sorted(keys(examples)) == list(range(SHARDS * SAMPLES))
+    for key, example in zip(keys(examples), examples, strict=True):
+        assert example.path == f"{shards[key // SAMPLES]}/{key}"
+        assert example.texts[:3] == [f"A cat sits on {key} mats. A dog runs", f"A cat sits on {key} mats", "A dog runs"]
+        assert example.image.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1)])
+def test_every_sample_once(shards, ranks, workers):
+    paths = []
+    for rank in range(ranks):
+        data = dataset(shards, rank=rank, ranks=ranks, shuffle=3)
+        paths.append([path for batch in loader(data, workers) for path in batch.paths])
+    assert all(paths), "a rank without samples"
+    assert Counter(path for rank in paths for path in rank) == Counter(
+        f"{shards[key // SAMPLES]}/{key}" for key in range(SHARDS * SAMPLES)
+    )
+
+
+def test_order_is_of_seed_and_epoch(shards):
+    def order(seed, epoch):
+        data = dataset(shards, seed=seed, shuffle=4)
+        data.set_epoch(epoch)
+        return keys(data)
+
+    assert order(0, 0) == order(0, 0)
+    orders = {tuple(order(seed, epoch)) for seed in range(2) for epoch in range(2)} | {tuple(range(SHARDS * SAMPLES))}
+    assert len(orders) == 5
+    whole = keys(dataset(shards, shuffle=0))
+    assert all(whole[i : i + SAMPLES] == sorted(whole[i : i + SAMPLES]) for i in range(0, len(whole), SAMPLES))
+
+
+def test_an_example_does_not_depend_on_ranks_workers_and_folders(shards, tmp_path):
+    alone = {example.path: example for example in dataset(shards, seed=3)}
+    data = dataset(shards, seed=3, rank=1, ranks=2)
+    for batch in loader(data, 2):
+        for path, image in zip(batch.paths, batch.images, strict=True):
+            assert torch.equal(image, alone[path].image)
+    (tmp_path / "elsewhere").mkdir()
+    for shard in shards:
+        shutil.copy(shard, tmp_path / "elsewhere")
+    moved = dataset([str(tmp_path / "elsewhere" / shard.rpartition("/")[2]) for shard in shards], seed=3)
+    assert [example.texts for example in moved] == [example.texts for example in alone.values()]
+    assert all(torch.equal(a.image, b.image) for a, b in zip(moved, alone.values(), strict=True))
+    data.set_epoch(1)
+    later = {example.path: example for example in data}
+    assert any(not torch.equal(alone[path].image, later[path].image) for path in later)
+
+
+@pytest.mark.parametrize("epoch_samples", [None, 24])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_goes_on(shards, workers, epoch_samples):
+    data = dataset(shards, seed=1, shuffle=3, epoch_samples=epoch_samples)
+    data.set_epoch(2)
+    whole = [batch.paths for batch in loader(data, workers)]
+    for had in (1, 4, 11):
+        data.set_epoch(2, had, 2)
+        assert [batch.paths for batch in loader(data, workers)] == whole[had:]
+
+
+def test_with_replacement(shards):
+    seen, per_rank = [], []
+    for rank in range(2):
+        data = dataset(shards, rank=rank, ranks=2, epoch_samples=60)
+        batches = list(loader(data, 2, drop_last=True))
+        assert len(batches) == data.batches_per_epoch(2, 2) == 14
+        per_rank.append([path for batch in batches for path in batch.paths])
+        seen += per_rank[-1]
+    assert per_rank[0] != per_rank[1]
+    assert len(seen) == 56 and max(Counter(seen).values()) > 1
+    endless = dataset(shards, epoch_samples=10_000, seed=5)
+    counts = Counter(keys(islice(endless, 200)))
+    assert len(counts) == SHARDS * SAMPLES
+
+
+def test_batches_without_end(shards):
+    data = dataset(shards, epoch_samples=24, seed=2, shuffle=3)
+    stream = batches_of_shards(data, 2, 2, multiprocessing_context="fork")
+    first = [next(stream).paths for _ in range(30)]  # two and a half epochs
+    stream.close()
+    assert first[:12] != first[12:24]
+    for begin in (5, 24):
+        data = dataset(shards, epoch_samples=24, seed=2, shuffle=3)
+        stream = batches_of_shards(data, 2, 2, begin, multiprocessing_context="fork")
+        assert [next(stream).paths for _ in range(30 - begin)] == first[begin:]
+        stream.close()
+
+
+def test_bad_samples(tmp_path):
+    good, broken = sample(1, "A red cat", "txt"), picture()[:-200]
+    shard = write_shard(
+        tmp_path / "a.tar",
+        [
+            *good, ("2.jpg", broken), ("2.txt", b"A cat"), ("3.txt", b"A cat"), ("4.png", picture()),
+            ("5.jpg", picture()), ("5.txt", b" "), ("6.jpg", picture()), ("6.json", b"{"),
+            ("7.jpg", picture()), ("7.json", b'{"caption": 3}'), ("8.jpg", picture()),
+            ("8.json", b'{"text": "A cat"}'), *sample(9, "A blue dog", "json"),
+        ],
+    )  # fmt: skip
+    items = list(dataset([shard], shuffle=0))
+    assert keys(items) == list(range(1, 10))
+    reasons = [item.reason if isinstance(item, Bad) else "" for item in items]
+    assert [reason[:12] for reason in reasons] == [
+        "", "OSError: ima", "no picture (", "no caption (", "empty captio", "not JSON: Ex", "empty captio",
+        'no "conversa', "",
+    ]  # fmt: skip
+    assert list(captions_of_shard(shard)) == ["A red cat", "A cat", "A cat", *[None] * 4, "A blue dog"]
+
+
+def test_bad_shards(shards, tmp_path):
+    cut, empty, none = (str(tmp_path / name) for name in ("cut.tar", "empty.tar", "none.tar"))
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "0000.tar").read_bytes()[:5000])
+    (tmp_path / "none.tar").write_bytes(b"not a tar file" * 100)
+    write_shard(empty, [])
+    for epoch_samples in (None, 200):
+        items = list(dataset([cut, empty, none, str(tmp_path / "gone.tar")], shuffle=0, epoch_samples=epoch_samples))
+        reasons = {item.path: item.reason for item in items if isinstance(item, Bad) and item.path.endswith(".tar")}
+        assert reasons.keys() == {cut, empty, none, str(tmp_path / "gone.tar")}
+        assert reasons[empty] == "a shard without samples"
+        assert reasons[cut].startswith("ReadError: unexpected end of data")
+        assert reasons[none].startswith("ReadError")
+        assert reasons[str(tmp_path / "gone.tar")].startswith("FileNotFoundError")
+    items = list(dataset([cut, shards[1]], shuffle=0))
+    assert {key for key in range(4, 8)} <= {int(i.path.rpartition("/")[2]) for i in items if isinstance(i, Example)}
+
+
+def test_rejects(shards, tmp_path):
+    with pytest.raises(ValueError, match="shards: expected at least one for each of 7 ranks, got 6"):
+        dataset(shards, ranks=7)
+    with pytest.raises(ValueError, match="shards: expected at least one"):
+        dataset([])
+    assert len(dataset(shards, ranks=7, epoch_samples=70).shards) == 6
+    with pytest.raises(ValueError, match="epoch_samples: expected a number, got None"):
+        next(batches_of_shards(dataset(shards), 2, 0))
+    with pytest.raises(FileNotFoundError, match=r"shards: 2 of 3 are not files; the first: .*0006\.tar"):
+        expand_shards(str(tmp_path / "{0005..0007}.tar"))
+    assert len(expand_shards(f"{tmp_path}/0000.tar::{tmp_path}/0001.tar")) == 2
+
+
+def test_phrases_of_shards(shards, tmp_path):
+    prepare(PrepareConfig(str(tmp_path / "{0000..0005}.tar"), tmp_path / "phrases", workers=1))
+    data = ShardDataset(shards, ExampleMaker(8, 77, PhraseCache(tmp_path / "phrases")))
+    truth = {example.path: example.texts for example in dataset(shards)}
+    assert {example.path: example.texts for example in data} == truth

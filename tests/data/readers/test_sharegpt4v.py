@@ -1,0 +1,83 @@
+"""ShareGPT4V: rows of the splits, and what is bad about some of them."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from betaclip.data.batches import Bad, Draw, Example, collate
+from betaclip.data.example_maker import ExampleMaker
+from betaclip.data.phrases.cache import PhrasesOnTheFly
+from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.readers.annotations import Annotations
+from betaclip.data.readers.sharegpt4v import ShareGPT4V
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        caption = f"A cat sits on {i} mats. Near the door, a dog sleeps."
+        rows.append({"image": f"images/{i}.png", "conversations": [{"value": "?"}, {"value": caption}]})
+    (tmp_path / "images" / "5.png").unlink()
+    data = (tmp_path / "images" / "6.png").read_bytes()
+    (tmp_path / "images" / "6.png").write_bytes(data[: len(data) // 2])
+    rows[7]["conversations"][1]["value"] = ""
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def dataset(root, **options):
+    maker = ExampleMaker(8, 77, PhrasesOnTheFly(RuleExtractor()))
+    return ShareGPT4V(Annotations(root / "captions.json"), root, maker, **options)
+
+
+def test_splits(root):
+    train, test = dataset(root, test_rows=3), dataset(root, test_rows=3, split="test")
+    assert (len(train), len(test)) == (5, 3)
+    assert train[Draw(0, 1)].path == str(root / "images" / "3.png")
+    assert [test[Draw(i, 1)].path for i in range(3)] == [str(root / "images" / f"{i}.png") for i in range(3)]
+    assert test[Draw(1, 1)].texts[1:3] == ["A cat sits on 1 mats", "Near the door, a dog sleeps"]
+    assert test[Draw(1, 1)].texts[3:] == ["A cat", "1 mats", "a dog", "sits on", "Near the door"]
+    assert test[Draw(2, 1)].image.shape == (3, 8, 8)
+    with pytest.raises(IndexError):
+        train[Draw(5, 1)]
+
+
+def test_published_split(root):
+    with pytest.raises(ValueError, match=r"left to train: it has 8, of which the first 1000 are for testing"):
+        dataset(root)
+    assert len(dataset(root, split="test")) == 8
+
+
+def test_bad_data(root):
+    data = dataset(root, test_rows=0)
+    missing, broken, empty = (data[Draw(i, 0)] for i in (5, 6, 7))
+    assert missing.path == str(root / "images" / "5.png") and missing.reason.startswith("FileNotFoundError")
+    assert broken.path == str(root / "images" / "6.png") and "truncated" in broken.reason
+    assert empty == Bad(f"{root / 'captions.json'}, row 8", "empty caption, of image images/7.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader(root, workers):
+    data = dataset(root, test_rows=1)
+    draws = [Draw(i, 10 + i) for i in range(len(data))]
+    loader = DataLoader(
+        data, batch_sampler=[draws[:4], draws[4:]], collate_fn=collate, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    first, second = loader
+    assert first.paths == [str(root / "images" / f"{i}.png") for i in range(1, 5)] and not first.bad
+    assert len(second.paths) == 0 and len(second.bad) == 3
+    truth = [data[draw] for draw in draws[:4]]
+    assert torch.equal(first.images, torch.stack([example.image for example in truth]))
+
+
+def test_pickles(root):
+    data = pickle.loads(pickle.dumps(dataset(root, test_rows=1)))
+    assert isinstance(data[Draw(0, 0)], Example)

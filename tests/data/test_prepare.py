@@ -1,0 +1,111 @@
+"""``betaclip prepare``: the file has every sentence of every caption; it goes on where it was stopped."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from betaclip.data import prepare
+from betaclip.data.hierarchy import clean, split_sentences
+from betaclip.data.phrases import extraction as phrases
+from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
+from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.prepare import PrepareConfig
+from betaclip.errors import ConfigError
+
+CAPTIONS = [f"A cat sits on {n} mats.\nThe same sentence. It is near door {n}" for n in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def _no_spacy_model(monkeypatch):
+    monkeypatch.setattr(phrases, "SPACY_MODELS", ("no_such_model",))
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    rows = [{"image": "a.jpg", "conversations": [{}, {"value": caption}]} for caption in CAPTIONS]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([*rows[:9], {"image": "b.jpg"}, *rows[9:]]))
+    return path
+
+
+def check(path):
+    cache, fly = PhraseCache(path), PhrasesOnTheFly(RuleExtractor())
+    sentences = {sentence for caption in CAPTIONS for sentence in split_sentences(clean(caption))}
+    assert len(cache) == len(sentences) == 2 * 23 + 1
+    for sentence in sentences:
+        assert cache(sentence) == fly(sentence)
+
+
+def test_every_sentence(annotations, tmp_path, capsys):
+    out = tmp_path / "folder" / "phrases"
+    prepare.prepare(PrepareConfig(str(annotations), out, workers=1, part_rows=5))
+    check(out)
+    assert capsys.readouterr().out == f"{out}: 47 sentences of 23 captions, 1 rows unusable\n"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["phrases"]
+
+
+def test_processes(annotations, tmp_path):
+    prepare.prepare(PrepareConfig(str(annotations), tmp_path / "one", workers=1))
+    prepare.prepare(PrepareConfig(str(annotations), tmp_path / "two", workers=2, part_rows=12))
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_goes_on(annotations, tmp_path, monkeypatch):
+    config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=5)
+    extract, done = prepare._extract, []
+
+    def stopped(work, extractor, number, file):
+        if number == 3:
+            file.with_suffix(".partial").write_bytes(b"half a part")
+            raise KeyboardInterrupt
+        done.append(number)
+        return extract(work, extractor, number, file)
+
+    monkeypatch.setattr(prepare, "_extract", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(config)
+    assert done == [0, 1, 2] and not config.out.exists()
+    monkeypatch.setattr(prepare, "_extract", lambda *job: done.append(job[2]) or extract(*job))
+    prepare.prepare(config)
+    assert done == [0, 1, 2, 3, 4]
+    check(config.out)
+    assert not (tmp_path / "phrases.parts").exists()
+
+
+@pytest.mark.parametrize("change", ["captions", "extractor", "part_rows"])
+def test_rejects_parts_of_other_work(annotations, tmp_path, monkeypatch, change):
+    config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=5)
+    monkeypatch.setattr(prepare, "write_cache", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.prepare(config)
+    if change == "captions":
+        annotations.write_text(annotations.read_text().replace("cat", "tiger"))
+    elif change == "extractor":
+        monkeypatch.setattr(RuleExtractor, "name", "rules 0")
+    else:
+        config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=6)
+    with pytest.raises(ConfigError, match=r"out: .*phrases.parts has parts of other captions or of another extractor"):
+        prepare.prepare(config)
+
+
+def test_rejects(annotations, tmp_path):
+    for change, message in (
+        ({"annotations": str(tmp_path / "nowhere.json")}, r"annotations: .*nowhere.json is not a file"),
+        ({"annotations": str(tmp_path / "{0..1}.tar")}, "shards: 2 of 2 are not files"),
+        ({"spacy_model": "no_such_model"}, "spacy_model: 'no_such_model' is not installed"),
+        ({"part_rows": 0}, "part_rows: expected at least 1, got 0"),
+    ):
+        config = replace(PrepareConfig(str(annotations), tmp_path / "phrases", workers=1), **change)
+        with pytest.raises(ConfigError, match=message):
+            prepare.prepare(config)
+    assert not (tmp_path / "phrases.parts").exists()
+
+
+def test_parts_hold_what_they_say(annotations, tmp_path):
+    work = prepare._Work(PrepareConfig(str(annotations), tmp_path / "phrases", part_rows=10))
+    part = prepare._load(prepare._extract(work, RuleExtractor(), 0, tmp_path / "000000.npz"))
+    assert (int(part["captions"]), int(part["bad"])) == (9, 1)
+    assert len(part["keys"]) == len(part["counts"]) == 2 * 9 + 1
+    assert part["counts"].sum() == len(part["spans"]) and np.all(part["spans"]["begin"] < part["spans"]["end"])

@@ -1,0 +1,101 @@
+"""Settings of the data: the dataset that each kind means, and what is refused."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from betaclip.data.batches import Bad, Draw
+from betaclip.data.readers.shards import ShardDataset
+from betaclip.data.readers.sharegpt4v import ShareGPT4V
+from betaclip.data.registry import DataConfig, create_dataset
+from betaclip.data.scenes.dataset import ScenesDataset
+
+CAPTION = (
+    "A red mug stands on a table. A cat sleeps next to the mug. The wall is white. "
+    "Rain falls. A lamp is lit. It is late."
+)
+
+
+@pytest.fixture
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def sharegpt4v(tmp_path, picture):
+    (tmp_path / "a.png").write_bytes(picture)
+    row = {"conversations": [{"value": "?"}, {"value": CAPTION}]}
+    rows = [{"image": "missing.png", **row}] * 1000 + [{"image": "a.png", **row}, {"image": "b.png", **row}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return DataConfig(kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2)
+
+
+def test_scenes():
+    dataset = create_dataset(DataConfig(scenes=12, scenes_seed=3), 48, 20)
+    assert isinstance(dataset, ScenesDataset) and len(dataset) == 12
+    example = dataset[Draw(5, 0)]
+    assert example.path == "scenes/train/3/5" and example.image.shape == (3, 48, 48)
+    assert len(example.tokens[0]) == 20
+
+
+def test_sharegpt4v(sharegpt4v):
+    dataset = create_dataset(sharegpt4v, 24, 20)
+    assert isinstance(dataset, ShareGPT4V) and len(dataset) == 2
+    example, bad = (dataset[Draw(i, 1)] for i in (0, 1))
+    assert example.image.shape == (3, 24, 24) and example.path.endswith("a.png")
+    assert example.levels == [0, 1, 1, 1, 1, 1, 2, 2] and len(example.tokens[0]) == 20
+    assert isinstance(bad, Bad) and bad.path.endswith("b.png")
+
+
+def test_shards(tmp_path, picture):
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        for name, data in (("x.png", picture), ("x.txt", CAPTION.encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    config = DataConfig(
+        kind="shards", shards=str(tmp_path / "shard-{0..0}.tar"), sentences=2, shuffle=0, epoch_samples=3, max_phrases=1
+    )
+    dataset = create_dataset(config, 24, 77, seed=5)
+    assert isinstance(dataset, ShardDataset) and (dataset.seed, dataset.shuffle, dataset.epoch_samples) == (5, 0, 3)
+    assert [example.levels for example in dataset] == [[0, 1, 1, 2]] * 3
+    ranked = create_dataset(config, 24, 77, rank=1, ranks=2)
+    assert (ranked.rank, ranked.ranks) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"root": "x"}, "root: kind 'scenes' has no such thing"),
+        ({"shards": "x.tar"}, "shards: kind 'scenes' has no such thing"),
+        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs it"),
+        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs it"),
+        ({"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"}, "shards: kind 'sharegpt4v' has no"),
+        ({"kind": "shards"}, "shards: kind 'shards' needs it"),
+        ({"kind": "shards", "shards": "x.tar", "root": "x"}, "root: kind 'shards' has no such thing"),
+    ],
+)
+def test_rejects_settings_of_another_kind(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_dataset(DataConfig(**settings), 24, 77)
+
+
+@pytest.mark.parametrize(("name", "value"), [("root", "nothing"), ("annotations", "nothing.json")])
+def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
+    settings = {"kind": "sharegpt4v", "root": sharegpt4v.root, "annotations": sharegpt4v.annotations}
+    with pytest.raises(FileNotFoundError, match=f"{name}: .*{value} is not a f"):
+        create_dataset(DataConfig(**{**settings, name: tmp_path / value}), 24, 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("sentences", 0, 1), ("max_phrases", -1, 0), ("epoch_samples", 0, 1), ("scenes", 0, 1), ("bad_limit", -1, 0)],
+)
+def test_rejects_numbers(name, value, least):
+    with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {value}"):
+        DataConfig(**{name: value})

@@ -1,0 +1,214 @@
+"""``betaclip evaluate`` on small sets in their real layouts, with a model whose right answers are known."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from support import colours
+
+from betaclip import checkpoint as checkpoints
+from betaclip.cli import main
+from betaclip.errors import ConfigError
+from betaclip.evaluation import run
+from betaclip.evaluation.run import EvaluateConfig, evaluate
+from betaclip.evaluation.tasks.scenes import evaluate_scenes
+from betaclip.model.beta_clip import ModelConfig, create_model
+from betaclip.model.tokenizer import Tokenizer
+
+COLOURS = ("red", "green", "blue")
+
+
+# Of open_clip's vocabulary, and otherwise as small as can be.
+TINY = json.dumps(
+    {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Whatever the checkpoint, it is the colour model."""
+    model = colours.ColourModel()
+    monkeypatch.setattr(run, "load_checkpoint", lambda path, device: model.to(device))
+    return model
+
+
+def urban1k(root: Path) -> Path:
+    """Three good pairs, a picture without a caption, and a broken picture."""
+    for i, name in enumerate(COLOURS, 1):
+        colours.save(root / "image" / f"{i}.png", colours.picture({(1, 1): name}, 64, 32))
+    colours.save(root / "image" / "4.png", colours.picture({(1, 1): "red"}))
+    colours.save_broken(root / "image" / "5.png")
+    (root / "caption").mkdir()
+    for i, name in zip((1, 2, 3, 5), (*COLOURS, "red"), strict=True):
+        (root / "caption" / f"{i}.txt").write_text(f"a {name} square")
+    return root
+
+
+def sharegpt4v(root: Path) -> Path:
+    """Two good rows, of which one is described wrongly, and one without a picture."""
+    rows = [("1.png", "a green square"), ("none.png", "red"), ("2.png", "a green square")]
+    for image, name in (("1.png", "red"), ("2.png", "green")):
+        colours.save(root / "pictures" / image, colours.picture({(2, 1): name}))
+    content = [{"image": image, "conversations": [{}, {"value": text}]} for image, text in rows]
+    (root / "sharegpt4v.json").write_text(json.dumps(content))
+    return root / "sharegpt4v.json"
+
+
+def dci(root: Path) -> Path:
+    (root / "annotations").mkdir(parents=True)
+    for name in COLOURS:
+        colours.save(root / "photos" / f"{name}.png", colours.picture({(2, 1): name}))
+        row = {"image": f"{name}.png", "short_caption": f"A {name} square", "extra_caption": "on black"}
+        (root / "annotations" / f"{name}.json").write_text(json.dumps(row))
+    return root
+
+
+def fg_ovd(root: Path) -> Path:
+    """Hard: one right, one wrong, one whose picture is missing. Trivial: one right. Boxes are of wide pictures."""
+    picture = colours.picture({(0, 1): "red", (3, 2): "green"}, 160, 64)
+    colours.save(root / "coco" / "val2017" / "1.png", picture)
+    names = {i: f"a {name} square" for i, name in enumerate(COLOURS)}
+
+    def content(rows: list[tuple[int, tuple[int, int], int, list[int]]]) -> str:
+        annotations = [
+            {
+                "image_id": image,
+                "bbox": [*colours.box_of(*cell, 160, 64)[:2], 40, 16],
+                "category_id": positive,
+                "neg_category_ids": negatives,
+            }
+            for image, cell, positive, negatives in rows
+        ]
+        return json.dumps(
+            {
+                "images": [{"id": i, "file_name": f"val2017/{i}.png"} for i in (1, 2)],
+                "annotations": annotations,
+                "categories": [{"id": i, "name": name} for i, name in names.items()],
+            }
+        )
+
+    (root / "1_attributes.json").write_text(content([(1, (0, 1), 0, [1, 2]), (1, (3, 2), 2, [1]), (2, (0, 1), 0, [1])]))
+    (root / "shuffle_negatives.json").write_text(content([(1, (3, 2), 1, [0, 2])]))
+    return root
+
+
+def test_all_sets(tmp_path, known, capsys, caplog):
+    output = tmp_path / "results" / "all.json"
+    results = evaluate(
+        EvaluateConfig(
+            Path("checkpoint"),
+            scenes=3,
+            urban1k=urban1k(tmp_path / "urban1k"),
+            sharegpt4v=sharegpt4v(tmp_path / "sharegpt4v"),
+            sharegpt4v_images=tmp_path / "sharegpt4v" / "pictures",
+            dci=dci(tmp_path / "dci"),
+            fg_ovd=fg_ovd(tmp_path / "fg_ovd"),
+            fg_ovd_images=tmp_path / "fg_ovd" / "coco",
+            output=output,
+            batch_size=2,
+            device="cpu",
+        )
+    )
+    assert set(results) == {"scenes", "urban1k", "sharegpt4v_1k", "dci", "fg_ovd"}
+    found = results["urban1k"]
+    assert (found["retrieval/images"], found["retrieval/texts"], found["retrieval/left_out"]) == (3, 3, 2)
+    assert found["retrieval/t2i_r1"] == found["retrieval/conditioned_i2t_r1"] == 1
+    found = results["sharegpt4v_1k"]
+    assert (found["retrieval/images"], found["retrieval/left_out"]) == (2, 1)
+    assert found["retrieval/t2i_r1"] == 0.5 and found["retrieval/i2t_r1"] == 0  # equal captions tie
+    assert results["dci"]["retrieval/t2i_r1"] == 1 and results["dci"]["retrieval/images"] == 3
+    found = results["fg_ovd"]
+    assert (found["choices/hard"], found["choices/hard_questions"], found["choices/hard_left_out"]) == (0.5, 2, 1)
+    assert (found["choices/trivial"], found["choices/trivial_chance"]) == (1, pytest.approx(1 / 3))
+    assert "choices/medium" not in found and "left out the medium choices" in caplog.text
+    assert json.loads(output.read_text()) == results
+    printed = capsys.readouterr().out
+    assert "urban1k        CLS" in printed and "fg_ovd  hard" in printed and "Pointing" in printed
+    # What is left out is named, each with its reason.
+    for name in ("5.png: OSError", "4.png: a picture without a caption", "none.png", "annotation 3: no such image"):
+        assert name in caplog.text
+
+
+def test_command(tmp_path, known, capsys):
+    folder = urban1k(tmp_path / "urban1k")
+    main(["evaluate", "anything", "--urban1k", str(folder), "--no-conditioned", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "100.0" in printed and "text-conditioned" not in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing to evaluate"),
+        (["--urban1k", "nowhere"], "nowhere/image is not a folder"),
+        (["--dci", "nowhere"], "nowhere/annotations is not a folder"),
+        (["--fg-ovd", "nowhere"], "no file of any difficulty"),
+        (["--sharegpt4v", "nowhere"], "nowhere"),
+        (["--scenes", "-1"], "scenes >= 0"),
+        (["--scenes", "1", "--batch-size", "0"], "batch_size >= 1"),
+        (["--scenes", "1"], "checkpoint: no such file"),
+        (["--scenes", "1", "--output", "file/x.json"], "file"),
+    ],
+)
+def test_rejects(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", "checkpoint", "--device", "cpu", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_picture_can_be_read(tmp_path, known):
+    colours.save_broken(tmp_path / "image" / "1.png")
+    (tmp_path / "caption").mkdir()
+    (tmp_path / "caption" / "1.txt").write_text("red")
+    with pytest.raises(ConfigError, match="urban1k: none of 1 pictures"):
+        evaluate(EvaluateConfig(Path("checkpoint"), urban1k=tmp_path, device="cpu"))
+
+
+def test_long_lists_of_bad_data_are_cut(caplog):
+    from betaclip.data.batches import Bad
+    from betaclip.evaluation.encode import report
+
+    with caplog.at_level(logging.WARNING):
+        report([Bad(f"path {i}", "gone") for i in range(30)])
+    assert "path 19" in caplog.text and "path 20" not in caplog.text and "left out 10 more" in caplog.text
+
+
+def test_scenes():
+    """An untrained model guesses; nothing of the model or of random states changes."""
+    model = create_model(ModelConfig(name=TINY))
+    model.pool.eval()
+    states = torch.get_rng_state()
+    found = evaluate_scenes(model, Tokenizer(), seed=1, count=40, batch_size=16)
+    assert torch.equal(states, torch.get_rng_state())
+    assert model.training and not model.pool.training and all(p.grad is None for p in model.parameters())
+    assert found["retrieval/images"] == found["choices/hard_questions"] == 40
+    for difficulty in ("hard", "medium", "easy", "trivial"):
+        assert 0 <= found[f"choices/{difficulty}"] < 0.5
+        assert found[f"choices/{difficulty}_chance"] < 0.2
+    assert found["retrieval/t2i_r1"] < 0.3 and found["retrieval/conditioned_i2t_r1"] < 0.3
+    assert 0.8 < found["pointing/ratio"] < 1.2
+    assert found == evaluate_scenes(model, Tokenizer(), seed=1, count=40, batch_size=16)
+    assert found != evaluate_scenes(model, Tokenizer(), seed=2, count=40, batch_size=16)
+    with pytest.raises(ValueError, match="at least one scene"):
+        evaluate_scenes(model, Tokenizer(), seed=1, count=0)
+
+
+def test_checkpoint(tmp_path, capsys):
+    """Of a run, in its folder."""
+    config = ModelConfig(name=TINY)
+    model = create_model(config)
+    content = {"betaclip": 1, "config": {"model": {"name": TINY}}, "model": model.state_dict()}
+    checkpoints.write(checkpoints.checkpoint_path(tmp_path, 7), content, keep=1)
+    results = evaluate(EvaluateConfig(tmp_path, scenes=5, seed=3, conditioned=False, device="cpu"))
+    truth = evaluate_scenes(model, Tokenizer(), seed=3, count=5, batch_size=64, conditioned=False)
+    assert results == {"scenes": truth}
+    assert "Choices, % right" in capsys.readouterr().out

@@ -1,0 +1,567 @@
+"""Attention pooling: every backend against the projected form in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from betaclip.kernels import precision as products
+from betaclip.kernels.attention_pool import folded as attention_pool_folded
+from betaclip.kernels.attention_pool import tiles as attention_pool_tiles
+from betaclip.kernels.attention_pool.cost import folding_pays
+from betaclip.kernels.attention_pool.operators import (
+    BACKENDS,
+    FOLDED,
+    PROJECTED,
+    attention_pool,
+    attention_weights,
+    folded,
+    folded_backward,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.float16, torch.bfloat16]
+# B, K, P, D, H, no two alike where it matters: within one tile of the interpreter; ragged everything; one patch.
+SIZES = [(2, 4, 16, 32, 4), (3, 5, 37, 40, 8), (5, 3, 1, 24, 2)]
+NAMES = ("x", "q", "k_weight", "v_weight", "v_bias")
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of images at sizes that are quick to check: two of (3, 5, 37, 40, 8) in float64."""
+    monkeypatch.setattr(attention_pool_folded, "SCRATCH_BYTES", 2 * 8 * (40 * 4 * 77 + 2 * 37 * 40))
+
+
+def require(backend: str, dtype: torch.dtype) -> None:
+    probe = torch.zeros(1, 1, 8, dtype=dtype, device=DEVICE)
+    if reasons := BACKENDS[backend](probe, probe):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def arguments(b: int, k: int, p: int, d: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x of norms from 0.1 to 10, q that gives logits of a few nats, weights and bias."""
+    x = F.normalize(torch.randn(b, p, d, dtype=torch.float64), dim=-1) * 10 ** (2 * torch.rand(b, p, 1) - 1)
+    q, k_weight, v_weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((b, k, d), (d, d), (d, d)))
+    tensors = (x, 3 * q, k_weight / d**0.25, v_weight / d**0.5, torch.randn(d, dtype=torch.float64))
+    return [t.to(DEVICE, dtype) for t in tensors]
+
+
+def some_masked(b: int, p: int) -> Tensor:
+    """(B, P): one image all valid, one with none, others in part."""
+    mask = torch.rand(b, p) < 0.6
+    mask[0], mask[-1] = True, False
+    return mask.to(DEVICE)
+
+
+def projected(x, q, k_weight, v_weight, v_bias, heads, mask=None, normalize=True):
+    """The docstring's formula; for an image without patches, 0."""
+    x = F.normalize(x, dim=-1) if normalize else x
+    q, k, v = (
+        t.unflatten(2, (heads, -1)).transpose(1, 2)
+        for t in (q.expand(x.shape[0], -1, -1), F.linear(x, k_weight), F.linear(x, v_weight, v_bias))
+    )
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    if mask is None:
+        return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    some = mask.any(1)
+    logits = logits.masked_fill(~mask[:, None, None], torch.finfo(logits.dtype).min)
+    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2) * some[:, None, None]
+
+
+def value_and_gradients(function: Callable[..., Tensor], weight: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Output, and gradients of a weighted sum of it: non-uniform incoming gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(out.dtype))]
+
+
+def check(
+    backend: str,
+    dtype: torch.dtype,
+    size: tuple[int, int, int, int, int],
+    masked: bool = False,
+    normalize: bool = True,
+    ulps: float = 32,
+) -> None:
+    """Error at most twice that of PyTorch's own attention in the same dtype, plus a few ulps of the largest value."""
+    require(backend, dtype)
+    *shape, heads = size
+    tensors = arguments(*shape, dtype)
+    if not normalize:
+        tensors[0] = F.normalize(tensors[0], dim=-1)
+    mask = some_masked(shape[0], shape[2]) if masked else None
+    weight = torch.randn(*shape[:2], shape[3], dtype=torch.float64, device=DEVICE)
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return attention_pool(*leaves, heads, mask, normalize=normalize, backend=backend)
+
+    def plain(*leaves: Tensor) -> Tensor:
+        return projected(*leaves, heads, mask, normalize)
+
+    truth = value_and_gradients(plain, weight, [t.double() for t in tensors])
+    eager = value_and_gradients(plain, weight, tensors)
+    for name, a, b, t in zip(("out", *NAMES), value_and_gradients(ours, weight, tensors), eager, truth, strict=True):
+        assert a.dtype == dtype, name
+        size_, error, allowed = t.abs().max(), (a.double() - t).abs().max(), (b.double() - t).abs().max()
+        # With one patch the gradient of the softmax is 0, a difference of numbers around 1.
+        floor = ulps * torch.finfo(dtype).eps * size_.clamp_min(1)
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager {allowed:.2e}, size {size_:.2e}"
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference(backend, dtype, size, masked, normalize):
+    check(backend, dtype, size, masked, normalize)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference_in_half_precision(backend, dtype):
+    # On the CPU float16 runs as bfloat16 products, with an eighth of its precision.
+    check(backend, dtype, (3, 5, 37, 64, 8), True, ulps=16 if DEVICE == "cuda" or dtype == torch.bfloat16 else 128)
+
+
+@pytest.mark.parametrize("p, d", [(19, 64), (1024, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
+@pytest.mark.parametrize("backend", FOLDED)
+def test_matches_reference_at_every_width(backend, p, d):
+    check(backend, torch.float32, (2, 3, p, d, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [1, 49, 196, 257, 1024])
+@pytest.mark.parametrize("d", [64, 96, 384, 512, 640, 768, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_matches_reference_on_the_gpu(dtype, d, p):
+    for masked in (False, True):
+        check("triton", dtype, (3, 7, p, d, 8), masked, ulps=64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_integers(backend):
+    """Equal logits and small integers: means of patches that any error of an index would change visibly."""
+    b, k, p, d, heads = 3, 2, 8, 16, 4
+    x = torch.randint(-4, 5, (b, p, d), dtype=torch.float64, device=DEVICE)
+    q = torch.zeros(b, k, d, dtype=torch.float64, device=DEVICE)
+    k_weight, v_weight = (torch.randint(-3, 4, (d, d), dtype=torch.float64, device=DEVICE) for _ in range(2))
+    v_bias = torch.arange(d, dtype=torch.float64, device=DEVICE)
+    require(backend, x.dtype)
+    out = attention_pool(x, q, k_weight, v_weight, v_bias, heads, normalize=False, backend=backend)
+    expected = (x.sum(1) @ v_weight.T / p + v_bias)[:, None].expand_as(out)
+    assert torch.equal(out, expected)  # sums of integers over 8: exact in any order
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    require(backend, torch.float64)
+    *tensors, mask = *arguments(2, 3, 5, 4), some_masked(2, 5)
+    leaves = [t.requires_grad_() for t in tensors]
+    for given in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda *leaves, given=given: attention_pool(*leaves, 2, given, backend=backend), leaves, nondet_tol=0
+        )
+
+
+@pytest.mark.parametrize("backend", FOLDED)
+def test_groups_of_images(backend, monkeypatch):
+    """One image at a time, a last group that is smaller, all at once: statistics and gradients find their images."""
+    steps = set()
+    plain = attention_pool_folded._Groups.__iter__
+
+    def recorded(groups):
+        steps.add(groups.step)
+        return plain(groups)
+
+    monkeypatch.setattr(attention_pool_folded._Groups, "__iter__", recorded)
+    for scratch_bytes in (1, 10_000, 20_000, 40_000, 80_000, 2**22):
+        monkeypatch.setattr(attention_pool_folded, "SCRATCH_BYTES", scratch_bytes)
+        check(backend, torch.float64, (5, 3, 7, 16, 4), True)
+    assert {1, 2, 3, 5} <= steps
+
+
+def test_gradient_of_patches_costs_nothing_if_not_wanted():
+    b, k, p, d, heads = 2, 3, 7, 16, 4
+    tensors = arguments(b, k, p, d)
+    pooling = attention_pool_folded.Pooling(*tensors, None, heads, None)
+    out, lse = attention_pool_folded.attention_pool_fwd(pooling, attention_pool_folded.Eager())
+    flop = []
+    for need_dx in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            attention_pool_folded.attention_pool_bwd(
+                pooling, out, lse, torch.ones_like(out), need_dx, attention_pool_folded.Eager()
+            )
+        flop.append(counter.get_total_flops())
+    assert flop[0] - flop[1] == 2 * b * (2 * k * heads) * p * d
+
+
+@pytest.mark.parametrize("wanted", [{i} for i in range(5)] + [{0, 3}, {1, 2, 4}])
+@pytest.mark.parametrize("backend", FOLDED)
+def test_only_some_gradients(backend, wanted):
+    require(backend, torch.float64)
+    tensors = arguments(3, 5, 7, 16)
+    weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE)
+    truth = value_and_gradients(lambda *leaves: projected(*leaves, 4), weight, tensors)[1:]
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    attention_pool(*leaves, 4, backend=backend).backward(weight)
+    for i, (leaf, expected) in enumerate(zip(leaves, truth, strict=True)):
+        if i in wanted:
+            torch.testing.assert_close(leaf.grad, expected)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_shared_by_all_images(backend):
+    require(backend, torch.float64)
+    x, q, *rest = arguments(3, 5, 7, 16)
+    q = q[:1].requires_grad_()
+    weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE)
+    ours = torch.autograd.grad(attention_pool(x, q, *rest, 4, backend=backend), q, weight)
+    truth = torch.autograd.grad(projected(x, q, *rest, 4), q, weight)
+    assert ours[0].shape == (1, 5, 16)
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_bias(backend):
+    require(backend, torch.float64)
+    *tensors, v_bias = arguments(2, 3, 7, 16)
+    with_bias = attention_pool(*tensors, v_bias, 4, backend=backend)
+    torch.testing.assert_close(attention_pool(*tensors, None, 4, backend=backend) + v_bias, with_bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_patches_may_hold_anything(backend):
+    require(backend, torch.float64)
+    x, *rest = arguments(3, 4, 9, 16)
+    mask = some_masked(3, 9)
+    clean = x.masked_fill(~mask[..., None], 1.0).requires_grad_()
+    dirty = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    outs = [attention_pool(x, *rest, 4, mask, backend=backend) for x in (clean, dirty)]
+    assert torch.equal(outs[0], outs[1]) and not outs[0][-1].any() and outs[0][0].any()
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out, x in zip(outs, (clean, dirty), strict=True)]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not gradients[0][~mask].any() and gradients[0][0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_masked_patches(backend):
+    """Valid patches after, between and before whole blocks of masked ones, for an online softmax to step over."""
+    require(backend, torch.float64)
+    x, *rest = arguments(3, 4, 50, 16)
+    mask = torch.zeros(3, 50, dtype=torch.bool, device=DEVICE)
+    mask[0, 45:], mask[1, 20:25], mask[2, :2] = True, True, True
+    weight = torch.randn(3, 4, 16, dtype=torch.float64, device=DEVICE)
+    ours = value_and_gradients(lambda *leaves: attention_pool(*leaves, 4, mask, backend=backend), weight, [x, *rest])
+    truth = value_and_gradients(lambda *leaves: projected(*leaves, 4, mask), weight, [x, *rest])
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_patches_count_as_zero(backend):
+    """Normalised they stay 0, with a gradient of 0 where a division by their norm would give inf."""
+    require(backend, torch.float64)
+    x, *rest = arguments(2, 4, 9, 16)
+    x[0, 3] = 0
+    x[1, 5] *= 1e-20
+    x.requires_grad_()
+    out = attention_pool(x, *rest, 4, backend=backend)
+    torch.testing.assert_close(out, projected(x.detach().where(x.norm(dim=-1, keepdim=True) > 1e-12, 0), *rest, 4))
+    (dx,) = torch.autograd.grad(out.square().sum(), x)
+    assert dx.isfinite().all() and not dx[0, 3].any() and not dx[1, 5].any() and dx[0, 2].any()
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits(backend, scale):
+    """One patch takes all, or all the same; without overflow, and with a gradient of 0 where the softmax saturates."""
+    require(backend, torch.float32)
+    x, q, *rest = arguments(2, 3, 21, 32, torch.float32)
+    tensors = [x, q * scale, *rest]
+    weight = torch.randn(2, 3, 32, dtype=torch.float64, device=DEVICE)
+    ours = value_and_gradients(lambda *leaves: attention_pool(*leaves, 4, backend=backend), weight, tensors)
+    truth = value_and_gradients(lambda *leaves: projected(*leaves, 4), weight, [t.double() for t in tensors])
+    for name, a, t in zip(("out", *NAMES), ours, truth, strict=True):
+        # Logits of some thousands are known to 1e-3 at best in float32; and a softmax's gradient to 1e-7 of 1.
+        floor = 1e-6 * (float(tensors[1].abs().max()) if name == "k_weight" else 1)
+        torch.testing.assert_close(a.double(), t, atol=float(1e-2 * t.abs().max()) + floor, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noncontiguous(backend):
+    """Patches that leave out a class token, transposed, expanded; queries cut out of a wider tensor."""
+    require(backend, torch.float64)
+    _, _, *rest = arguments(1, 1, 1, 16)
+    wide = torch.randn(4, 11, 40, dtype=torch.float64, device=DEVICE)
+    q = wide[:3, 2:7, 3:19]
+    views = {
+        "without a class token": wide[:3, 1:, 24:],
+        "transposed": wide.permute(0, 2, 1)[:3, :, :1].expand(3, 40, 16),
+        "columns apart": wide[:3, :, 1:33:2],
+        "expanded": wide[:1, :, :16].expand(3, 11, 16),
+        "images apart": torch.randn(11, 3, 16, dtype=torch.float64, device=DEVICE).transpose(0, 1),
+    }
+    for name, x in views.items():
+        leaves = [t.detach().requires_grad_() for t in (x, q)]
+        copies = [t.detach().contiguous().requires_grad_() for t in (x, q)]
+        weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
+        ours = torch.autograd.grad(attention_pool(*leaves, *rest, 4, backend=backend), leaves, weight)
+        truth = torch.autograd.grad(projected(*copies, *rest, 4), copies, weight)
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("pitch", [2**30, 2**31])
+@pytest.mark.parametrize("apart", ["images", "patches"])
+@pytest.mark.parametrize("backend", ["folded", "triton"])
+def test_offsets_beyond_int32(backend, apart, pitch):
+    """Images or patches so far apart that their offsets, or the pitch itself, pass 2^31; only touched pages exist."""
+    require(backend, torch.float16)
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
+        pytest.skip("needs 8 GiB of device memory for the stride alone")
+    near, *rest = arguments(3, 4, 3, 16, torch.float16)
+    storage = torch.empty(2 * pitch + 64, dtype=torch.float16, device=DEVICE)
+    strides = (pitch, 16, 1) if apart == "images" else (16, pitch, 1)
+    far = storage.as_strided(near.shape, strides)
+    far.copy_(near)
+    runs = []
+    for x in (far, near):
+        x = x.detach().requires_grad_()
+        out = attention_pool(x, *rest, 4, backend=backend)
+        runs.append((out, *torch.autograd.grad(out.sum(), x)))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic(backend):
+    require(backend, torch.float32)
+    tensors, weight = arguments(5, 4, 37, 32, torch.float32), torch.randn(5, 4, 32, device=DEVICE)
+    runs = [value_and_gradients(lambda *x: attention_pool(*x, 4, backend=backend), weight, tensors) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("images, texts", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("backend", ["folded", *PROJECTED])
+def test_nothing_to_pool(backend, images, texts):
+    tensors = [t.requires_grad_() for t in arguments(images, texts, 5, 16)]
+    out = attention_pool(*tensors, 4, backend=backend)
+    assert out.shape == (images, texts, 16)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), tensors))
+
+
+def test_opcheck():
+    tensors = arguments(3, 4, 5, 16)
+    mask = some_masked(3, 5)
+    for given, bias, least in ((None, tensors[4], 1e-12), (mask, None, 1e-12), (mask, tensors[4], None)):
+        for backend in FOLDED:
+            if BACKENDS[backend](tensors[0], tensors[0]):
+                continue
+            leaves = [t.clone().requires_grad_() for t in tensors[:4]]
+            rest = (None if bias is None else bias.clone().requires_grad_(), given, 4, least, backend)
+            torch.library.opcheck(folded, (*leaves, *rest))
+            out, lse = folded(*tensors[:4], bias, given, 4, least, backend)
+            for need_dx in (True, False):
+                torch.library.opcheck(
+                    folded_backward,
+                    (*tensors[:4], bias, given, out, lse, torch.ones_like(out), 4, least, need_dx, backend),
+                )
+
+
+@pytest.mark.parametrize("backend", ["auto", "folded", "sdpa", "reference"])
+def test_compile(backend):
+    """One graph, and no wrong reuse of it at a second shape."""
+
+    def loss(*leaves):
+        return attention_pool(*leaves, 4, backend=backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for size in ((2, 3, 5, 16), (3, 4, 9, 16)):
+        # In float64, PyTorch 2.11 compiles its own fused attention wrongly.
+        leaves = [t.requires_grad_() for t in arguments(*size, torch.float32)]
+        eager, graph = loss(*leaves), compiled(*leaves)
+        torch.testing.assert_close(graph, eager)
+        for a, b in zip(torch.autograd.grad(graph, leaves), torch.autograd.grad(eager, leaves), strict=True):
+            torch.testing.assert_close(a, b, atol=float(1e-5 * b.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_precision_alone(backend):
+    require(backend, torch.float32)
+    tensors = [t.requires_grad_() for t in arguments(2, 3, 7, 32, torch.float32)]
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = attention_pool(*tensors, 4, backend=backend)
+            weights = attention_weights(*tensors[:3], 4)
+        runs.append((out, weights, *torch.autograd.grad(out.square().sum(), tensors)))
+    for plain, cast in zip(*runs, strict=True):
+        assert cast.dtype == torch.float32 and torch.equal(plain, cast)
+
+
+def test_double_backward_raises():
+    x, *rest = arguments(2, 3, 5, 16)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(attention_pool(x, *rest, 4, backend="folded").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.sum().backward()
+
+
+def test_training_after_inference_mode():
+    """Scratch that the CPU keeps between calls may be made in inference mode and must then serve training."""
+    tensors = arguments(2, 3, 5, 16)
+    with torch.inference_mode():
+        expected = attention_pool(*tensors, 4, backend="folded")
+    leaves = [t.requires_grad_() for t in tensors]
+    out = attention_pool(*leaves, 4, backend="folded")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+    torch.testing.assert_close(out.detach(), expected.clone())
+
+
+def saved_bytes(function: Callable[[], Tensor], excluded: list[Tensor]) -> int:
+    """Bytes of distinct storages that the backward keeps, but for those of ``excluded``."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function()
+    known = {t.untyped_storage().data_ptr() for t in excluded}
+    del out
+    return sum(size for pointer, size in storages.items() if pointer not in known)
+
+
+@pytest.mark.parametrize("backend", ["folded", "triton"])
+def test_keeps_no_more_than_queries_and_results(backend):
+    """O(K D) per image beside the patches themselves: neither keys, values, normalised patches nor weights."""
+    require(backend, torch.float32)
+    b, k, p, d, heads = 2, 3, 40, 32, 4
+    leaves = [t.requires_grad_() for t in arguments(b, k, p, d, torch.float32)]
+    kept = saved_bytes(lambda: attention_pool(*leaves, heads, backend=backend), leaves)
+    lse = 4 * b * k * heads
+    assert 4 * b * k * d <= kept <= 2 * 4 * b * k * d + lse
+
+
+def test_attention_weights():
+    x, q, k_weight, *_ = arguments(3, 4, 7, 16)
+    mask = some_masked(3, 7)
+    for given in (None, mask):
+        weights = attention_weights(x, q, k_weight, 4, given)
+        assert weights.shape == (3, 4, 7)
+        # Pooling the patches' own indicator vectors gives the attention back.
+        heads = projected_attention(F.normalize(x, dim=-1), q, k_weight, 4, given)
+        torch.testing.assert_close(weights, heads)
+    assert not weights[-1].any()
+    torch.testing.assert_close(weights[:-1].sum(-1), torch.ones_like(weights[:-1, :, 0]))
+
+
+def projected_attention(x, q, k_weight, heads, mask):
+    by_head = []
+    for h in range(heads):
+        part = slice(h * x.shape[2] // heads, (h + 1) * x.shape[2] // heads)
+        logits = q[:, :, part] @ (x @ k_weight[part].T).mT / (x.shape[2] // heads) ** 0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None], -torch.inf)
+        by_head.append(logits.softmax(-1).nan_to_num(0))
+    return torch.stack(by_head).mean(0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 4)}, r"x: expected \(B, P, D\) with P >= 1, got shape \(2, 4\)"),
+        ({"x": torch.ones(2, 0, 4)}, r"x: expected \(B, P, D\) with P >= 1, got shape \(2, 0, 4\)"),
+        ({"x": torch.ones(2, 5, 4).int()}, r"x: expected float16, bfloat16, float32 or float64, got torch.int32"),
+        ({"num_heads": 3}, r"num_heads: expected a divisor of D = 4, got 3"),
+        ({"num_heads": 0}, r"num_heads: expected a divisor of D = 4, got 0"),
+        ({"q": torch.ones(3, 6, 4)}, r"q: expected \(2 or 1, K, 4\) as x is \(2, 5, 4\), got \(3, 6, 4\)"),
+        ({"q": torch.ones(2, 6, 8)}, r"q: expected \(2 or 1, K, 4\) as x is \(2, 5, 4\), got \(2, 6, 8\)"),
+        ({"q": torch.ones(2, 6, 4).double()}, r"q: expected dtype torch.float32 as x, got torch.float64"),
+        ({"k_weight": torch.ones(4, 8)}, r"k_weight: expected shape \(4, 4\), got \(4, 8\)"),
+        ({"v_weight": torch.ones(4)}, r"v_weight: expected shape \(4, 4\), got \(4,\)"),
+        ({"v_bias": torch.ones(8)}, r"v_bias: expected shape \(4,\), got \(8,\)"),
+        ({"v_bias": torch.ones(4, device="meta")}, r"v_bias: expected device cpu as for x, got meta"),
+        (
+            {"mask": torch.ones(2, 5)},
+            r"mask: expected bool of shape \(2, 5\), True = valid, got torch.float32 \(2, 5\)",
+        ),
+        ({"mask": torch.ones(2, 4) > 0}, r"mask: expected bool of shape \(2, 5\), .* got torch.bool \(2, 4\)"),
+        ({"backend": "blocks"}, r"backend: expected one of 'auto', .* for attention_pool, got 'blocks'"),
+    ],
+)
+def test_rejects(change, message):
+    given = {
+        "x": torch.ones(2, 5, 4),
+        "q": torch.ones(2, 6, 4),
+        "k_weight": torch.ones(4, 4),
+        "v_weight": torch.ones(4, 4),
+        "v_bias": torch.ones(4),
+        "num_heads": 2,
+        "mask": None,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        attention_pool(**given)
+
+
+def test_named_backend_that_cannot_serve_says_why():
+    tensors = arguments(2, 3, 5, 16)
+    dtype = torch.float64 if DEVICE == "cuda" else torch.bfloat16
+    with pytest.raises(NotImplementedError, match=r"attention_pool: .*\n  triton: .*"):
+        attention_pool(*(t.to(dtype) for t in tensors), 4, backend="triton")
+
+
+def test_backend_from_the_environment(monkeypatch):
+    """It speaks to every operation; a name that belongs to another one leaves this one its own choice."""
+    tensors = arguments(2, 3, 5, 16)
+    expected = attention_pool(*tensors, 4)
+    monkeypatch.setenv("BETACLIP_BACKEND", "blockwise")
+    assert torch.equal(attention_pool(*tensors, 4), expected)
+    monkeypatch.setenv("BETACLIP_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="'nonsense'"):
+        attention_pool(*tensors, 4)
+
+
+@pytest.mark.parametrize("texts, expected", [(2, "folded"), (150, "sdpa")])
+def test_auto_follows_the_cost_model(texts, expected, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    tensors = arguments(1, texts, 50, 64, torch.float32)
+    named = "triton" if DEVICE == "cuda" and expected == "folded" else expected
+    assert folding_pays(1, texts, 50, 64, 8, torch.float32, DEVICE) == (expected == "folded")
+    assert torch.equal(attention_pool(*tensors, 8), attention_pool(*tensors, 8, backend=named))
+
+
+def test_tiles_in_half_precision_products(monkeypatch):
+    """16-bit operands of the folded form are multiplied as bfloat16 where the CPU can, and only there."""
+    asked = []
+    plain = products.float32_products
+    monkeypatch.setattr(products, "float32_products", lambda *args: asked.append(args) or plain(*args))
+    for dtype in (torch.float32, torch.bfloat16):
+        attention_pool(*arguments(2, 3, 5, 16, dtype), 4, backend="folded")
+    if DEVICE == "cuda":
+        assert asked == [("tf32", "cuda")]
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert asked == [("bf16", "cpu")]
+    else:
+        assert not asked
+
+
+def test_tiles_of_the_interpreter_are_small():
+    """So that the sizes above meet several tiles in every direction, and a last one that is not full."""
+    forward, backward = (
+        attention_pool_tiles.forward_tile("interpreter", 4),
+        attention_pool_tiles.backward_tile("interpreter", 4),
+    )
+    _, texts, patches, width, heads = SIZES[1]
+    for tile in (forward, backward):
+        for count, block in ((texts * heads, tile.block_l), (patches, tile.block_p), (width, tile.block_d)):
+            assert count > block and count % block

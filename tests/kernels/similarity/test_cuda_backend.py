@@ -1,0 +1,265 @@
+"""The binding of libbetaclip: what it finds, refuses and hands over. What it computes test_similarity.py looks at."""
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.paths import ROOT
+from support.precision import HALF
+from test_operators import CHECKS, operands
+
+from betaclip.kernels import libbetaclip as binding
+from betaclip.kernels.backends import resolve
+from betaclip.kernels.similarity import cuda_backend as similarity_cuda
+from betaclip.kernels.similarity.operators import (
+    BACKENDS,
+    logsumexp,
+    logsumexp_backward,
+    similarity_logsumexp,
+    similarity_softplus,
+    softplus_with_gradients,
+)
+
+HEADER = ROOT / "csrc" / "betaclip.h"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STRUCTURES = {
+    "betaclip_operands": binding.Operands,
+    "betaclip_chunk": binding.Chunk,
+    "betaclip_logsumexp_gradient": binding.LogsumexpGradient,
+}
+
+
+@pytest.fixture
+def installed(tmp_path, stand_in_library):
+    """A folder as the build leaves it."""
+    shutil.copy(stand_in_library._name, tmp_path / "libbetaclip.so")
+    (tmp_path / "build.json").write_text(json.dumps({"architectures": ["cpu"]}))
+    return tmp_path
+
+
+def test_finds_the_library(installed):
+    library, missing = binding.find(installed)
+    assert library.betaclip_architectures() == b"cpu" and missing == ""
+
+
+def test_says_why_there_is_no_library(installed, monkeypatch):
+    (installed / "libbetaclip.so").write_text("not a library")
+    assert re.fullmatch(r"the CUDA library does not load: .*libbetaclip\.so.*", binding.find(installed)[1])
+    (installed / "libbetaclip.so").unlink()
+    assert "No such file" in binding.find(installed)[1]
+    (installed / "build.json").write_text(json.dumps({"missing": "no nvcc on PATH, and no CUDA_HOME"}))
+    missing = "betaclip was installed without its CUDA library: no nvcc on PATH, and no CUDA_HOME"
+    assert binding.find(installed) == (None, missing)
+    (installed / "build.json").unlink()
+    never = "the CUDA library was never built: pip install does it where it finds nvcc"
+    assert binding.find(installed) == (None, never)
+    monkeypatch.setattr(binding, "_library", None)
+    monkeypatch.setattr(binding, "_missing", missing)
+    assert binding.status() == f"none ({missing})"
+    assert missing in binding.why_not(torch.device("cpu"))
+
+
+def test_refuses_a_library_of_another_interface(installed, monkeypatch):
+    monkeypatch.setattr(binding, "VERSION", 2)
+    assert "is of version 1, this package needs 2" in binding.find(installed)[1]
+    monkeypatch.setitem(binding._SIGNATURES, "betaclip_of_tomorrow", (ctypes.c_int, ()))
+    assert "undefined symbol: betaclip_of_tomorrow" in binding.find(installed)[1]
+
+
+def test_signatures_are_the_header_s():
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    prototypes = re.findall(r"BETACLIP_API ([^;(]+?)(betaclip_\w+)\(([^;]*)\);", text)
+    assert {name for _, name, _ in prototypes} == binding._SIGNATURES.keys()
+    pointers = {f"const {name} *": ctypes.POINTER(structure) for name, structure in STRUCTURES.items()}
+    types = {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "size_t": ctypes.c_size_t}
+    types |= {f"{const}{kind} *": ctypes.c_void_p for kind in ("float", "void") for const in ("", "const ")}
+    types |= {"const char *": ctypes.c_char_p, **pointers}
+    for result, name, parameters in prototypes:
+        parameters = [] if parameters == "void" else [" ".join(p.split()) for p in parameters.split(",")]
+        arguments = tuple(types[re.sub(r"\w+$", "", parameter).strip()] for parameter in parameters)
+        assert binding._SIGNATURES[name] == (types[result.strip()], arguments), name
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_structures_and_constants_are_the_header_s(tmp_path):
+    """Sizes, offsets and numbers as a C compiler sees them."""
+    fields = [(name, field) for name, structure in STRUCTURES.items() for field, _ in structure._fields_]
+    values = [
+        *(f"sizeof({name})" for name in STRUCTURES),
+        *(f"offsetof({name}, {field})" for name, field in fields),
+        *("BETACLIP_VERSION", "BETACLIP_BFLOAT16", "BETACLIP_FLOAT16"),
+    ]
+    lines = "".join(f'printf("%zu\\n", (size_t)({value}));\n' for value in values)
+    program = tmp_path / "layout.c"
+    program.write_text(f'#include "betaclip.h"\n#include <stdio.h>\nint main(void) {{\n{lines}return 0; }}\n')
+    subprocess.run(["cc", f"-I{HEADER.parent}", program, "-o", tmp_path / "layout"], check=True)
+    printed = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout.split()
+    assert [int(number) for number in printed] == [
+        *(ctypes.sizeof(structure) for structure in STRUCTURES.values()),
+        *(getattr(STRUCTURES[name], field).offset for name, field in fields),
+        *(binding.VERSION, binding.DTYPES[torch.bfloat16], binding.DTYPES[torch.float16]),
+    ]
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(binding, "_missing", "")
+    half = torch.zeros(3, 1024, dtype=torch.bfloat16)
+    on_cpu = "needs an NVIDIA GPU, the tensors are on cpu"
+    assert BACKENDS["cuda"](half, half) == [on_cpu]
+    assert BACKENDS["cuda"](half.float(), half.float()) == [
+        on_cpu,
+        "multiplies bfloat16 and float16, not torch.float32",
+    ]
+    deep = torch.zeros(3, 1025, dtype=torch.bfloat16)
+    assert BACKENDS["cuda"](deep, deep) == [on_cpu, "serves D from 1 to 1024, not 1025"]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=0))
+    assert binding.why_not(torch.device("cuda", 1)) == ["needs compute capability 9.0 (Hopper), cuda:1 has 8.0"]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    assert binding.why_not(torch.device("cuda", 1)) == []
+
+
+def test_is_served_only_by_name(cuda_on_cpu, monkeypatch):
+    x = torch.zeros(3, 8, dtype=torch.float16)
+    monkeypatch.delenv("BETACLIP_BACKEND", raising=False)
+    assert resolve("similarity_softplus", "auto", BACKENDS, x, x) == "blockwise"
+    assert resolve("similarity_softplus", "cuda", BACKENDS, x, x) == "cuda"
+    with pytest.raises(NotImplementedError, match="cuda: never chosen by 'auto' until a recorded run on a GPU"):
+        resolve("similarity_softplus", "auto", {"cuda": BACKENDS["cuda"]}, x, x)
+    monkeypatch.setenv("BETACLIP_BACKEND", "cuda")
+    assert resolve("similarity_softplus", "auto", BACKENDS, x, x) == "cuda"
+
+
+def test_launches_on_the_device_and_stream_that_are_current(monkeypatch):
+    events = []
+
+    @contextmanager
+    def guard(device):
+        events.append(("enter", device))
+        yield
+        events.append(("exit", device))
+
+    def streams(device):
+        return SimpleNamespace(cuda_stream={"cuda:1": 71}[str(device)])
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams)
+    monkeypatch.setattr(binding, "_library", SimpleNamespace(function=lambda *args: events.append(args)))
+    device = torch.device("cuda:1")
+    binding.launch("function", device, 3, None)
+    assert events == [("enter", device), (3, None, 71), ("exit", device)]
+
+
+def test_stream_is_handed_over(cuda_on_cpu, monkeypatch):
+    @contextmanager
+    def current(device):
+        yield 0x5A5A
+
+    monkeypatch.setattr(binding, "current", current)
+    x, y, _, _ = operands(5, 6, 8, torch.float16)
+    scale = torch.tensor(2.0)
+    stream = ctypes.c_void_p.in_dll(cuda_on_cpu, "stand_in_stream")
+    incoming = [torch.ones(5), torch.ones(6)]
+    for operation in (
+        lambda: logsumexp(x, y, scale, None, None, "cuda"),
+        lambda: logsumexp_backward(x, y, scale, None, None, *incoming, *incoming, True, True, "cuda"),
+        lambda: similarity_softplus(x, y, scale, backend="cuda"),
+        lambda: softplus_with_gradients(x, y, scale, None, None, None, incoming[0], True, True, "cuda"),
+    ):
+        stream.value = 0
+        operation()
+        assert stream.value == 0x5A5A
+
+
+def test_refusals_raise_with_the_library_s_text(cuda_on_cpu, monkeypatch):
+    x = torch.ones(5, 8, dtype=torch.float16)
+    whole = binding.workspace
+    monkeypatch.setattr(binding, "workspace", lambda *args: whole(*args)[:-1])
+    for operation in (similarity_logsumexp, similarity_softplus):
+        with pytest.raises(RuntimeError, match=r"betaclip_\w+_forward: the workspace is too small \(error -9\)"):
+            operation(x, x, torch.tensor(1.0), backend="cuda")
+
+
+def test_vectors_with_gaps_are_refused():
+    with pytest.raises(ValueError, match=r"expected a contiguous tensor, got strides \(2,\) of shape \(3,\)"):
+        binding.pointer(torch.zeros(6)[::2])
+
+
+@pytest.mark.gpu
+@CHECKS
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("d", [8, 72, 512, 1000, 1024])
+@pytest.mark.parametrize("n, m", [(8, 1000), (72, 8), (512, 1024), (1000, 72), (1024, 512), (1, 4099), (4099, 1)])
+def test_odd_shapes_on_gpu(check, dtype, n, m, d, cuda):
+    check("cuda", dtype, 20.0, n, m, d, True)
+
+
+def everything(x, y, scale, bias, x_group, y_group):
+    """The results of all four operators."""
+    lse = logsumexp(x, y, scale, x_group, y_group, "cuda")
+    incoming = [torch.linspace(0.5, 1.5, len(t), device=t.device) for t in lse]
+    gradients = logsumexp_backward(x, y, scale, x_group, y_group, *lse, *incoming, True, True, "cuda")
+    sigmoid = softplus_with_gradients(x, y, scale, bias, x_group, y_group, incoming[0], True, True, "cuda")
+    return [*lse, *gradients, *sigmoid]
+
+
+def case(n, m, d, device=DEVICE):
+    """Arguments of :func:`everything`."""
+    x, y, x_group, y_group = (t.to(device) for t in operands(n, m, d, torch.bfloat16))
+    scale, bias = (torch.tensor(v, device=device) for v in (20.0, -2.0))
+    return [x, y, scale, bias, x_group.int(), y_group.int()]
+
+
+@pytest.mark.gpu
+def test_cuda_graph(cuda, monkeypatch):
+    """A replay reads all inputs anew, scale and bias included; several chunks of dS."""
+    monkeypatch.setattr(similarity_cuda, "SIDE", 512)
+    static, other = case(1100, 700, 264), case(1100, 700, 264)
+    other[2].fill_(7.0)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # libraries allocate at their first call
+        everything(*static)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(*static)
+    for inputs in (case(1100, 700, 264), other):
+        for argument, value in zip(static, inputs, strict=True):
+            argument.copy_(value)
+        graph.replay()
+        for ours, truth in zip(captured, everything(*inputs), strict=True):
+            assert torch.equal(ours, truth)
+
+
+@pytest.mark.gpu
+def test_two_streams(cuda):
+    """Work that overlaps shares no workspace."""
+    inputs = [case(1500, 2100, 512), case(2300, 900, 512)]
+    truths = [everything(*arguments) for arguments in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    results = []
+    for _ in range(10):
+        for stream, arguments in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(everything(*arguments))
+    torch.cuda.synchronize()
+    for index, result in enumerate(results):
+        for ours, truth in zip(result, truths[index % 2], strict=True):
+            assert torch.equal(ours, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_current(cuda):
+    arguments = case(300, 500, 72, "cuda:0")
+    truth = everything(*arguments)
+    with torch.cuda.device(0):
+        ours = everything(*(t.to("cuda:1") for t in arguments))
+    for a, b in zip(ours, truth, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())

@@ -1,0 +1,623 @@
+"""The similarity operations: every backend against the dense form in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.precision import HALF, widest
+from torch import Tensor
+
+from betaclip.kernels.similarity import (
+    blockwise as similarity_blockwise,
+)
+from betaclip.kernels.similarity import (
+    tiles as similarity_tiles,
+)
+from betaclip.kernels.similarity import (
+    triton_backend as similarity_triton,
+)
+from betaclip.kernels.similarity.operators import (
+    BACKENDS,
+    logsumexp,
+    logsumexp_backward,
+    similarity_logsumexp,
+    similarity_softplus,
+    softplus,
+    softplus_with_gradients,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAST = ["blockwise", "triton", "cuda"]
+DTYPES = {name: HALF if name == "cuda" else [torch.float32, torch.float64] for name in BACKENDS}
+# N, M, D: aligned to the interpreter's tiles; ragged rows; ragged everything. No two sizes of a case are equal.
+SIZES = [(96, 64, 32), (101, 64, 32), (75, 131, 40)]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles and chunks at sizes that a dense form in float64 can check."""
+    monkeypatch.setattr(similarity_blockwise, "block_shape", lambda n, m: (min(n, 40), min(m, 56)))
+
+
+def require(backend: str, dtype: torch.dtype) -> None:
+    probe = torch.zeros(1, 8, dtype=dtype, device=DEVICE)
+    if reasons := BACKENDS[backend](probe, probe):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def operands(n: int, m: int, d: int, dtype: torch.dtype = torch.float64, *, groups: bool = True) -> list[Tensor | None]:
+    """x, y of unequal row norms around 1, sorted groups with padding (or None)."""
+    x = F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1) * (0.8 + 0.4 * torch.rand(n, 1))
+    y = F.normalize(torch.randn(m, d, dtype=torch.float64), dim=1) * (0.8 + 0.4 * torch.rand(m, 1))
+    x_group, y_group = (torch.randint(-1, 12, (rows,)).sort().values if groups else None for rows in (n, m))
+    to = {"device": DEVICE}
+    return [
+        x.to(dtype=dtype, **to),
+        y.to(dtype=dtype, **to),
+        None if x_group is None else x_group.to(**to),
+        None if y_group is None else y_group.to(**to),
+    ]
+
+
+def dense_logsumexp(x, y, scale, x_group, y_group):
+    """The docstring's formula, by autograd."""
+    s = scale * x @ y.T
+    if x_group is not None:
+        s = s.masked_fill((x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0), -torch.inf)
+    return torch.cat((s.logsumexp(1), s.logsumexp(0)))
+
+
+def dense_softplus(x, y, scale, bias, x_group, y_group):
+    s = scale * x @ y.T + bias
+    s = torch.logaddexp(s, torch.zeros_like(s))
+    if x_group is not None:
+        s = s.masked_fill((x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0), 0)
+    return s.sum(1)
+
+
+def value_and_gradients(function: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and gradients of a weighted sum of the finite ones: non-uniform incoming gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    loss = torch.where(out.isfinite(), out, 0) @ weight.to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_as_good_as_eager(ours: list[Tensor], eager: list[Tensor], truth: list[Tensor], scale: float) -> None:
+    """Error at most twice that of the eager dense form in the same dtype, plus a few ulps of the largest value.
+
+    An exponent as large as ``scale`` is known to scale * eps at best, and its exponential relatively so.
+    """
+    ulps = max(16, scale)
+    for i, (a, b, t) in enumerate(zip(ours, eager, truth, strict=True)):
+        assert torch.equal(a.isfinite(), t.isfinite()), i
+        finite = t.isfinite()
+        size = t[finite].abs().max()
+        error, allowed = (((v.double() - t)[finite]).abs().max() for v in (a, b))
+        # A scalar is one sum with cancellation: eager's may be right by luck.
+        floor = (ulps if t.dim() else 8 * ulps) * torch.finfo(eager[1].dtype).eps * size
+        assert error <= 2 * allowed + floor, f"output {i}: error {error:.2e}, eager {allowed:.2e}, size {size:.2e}"
+
+
+def check_logsumexp(backend: str, dtype: torch.dtype, scale: float, n: int, m: int, d: int, groups: bool) -> None:
+    require(backend, dtype)
+    x, y, x_group, y_group = operands(n, m, d, dtype, groups=groups)
+    weight = torch.randn(n + m, dtype=torch.float64, device=DEVICE)
+    s = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
+
+    def ours(x, y, s):
+        return torch.cat(similarity_logsumexp(x, y, s, x_group, y_group, backend=backend))
+
+    def eager(x, y, s):
+        return dense_logsumexp(x, y, s, x_group, y_group)
+
+    truth = value_and_gradients(eager, weight, x.double(), y.double(), s)
+    assert_as_good_as_eager(
+        value_and_gradients(ours, weight, x, y, s), value_and_gradients(eager, weight, x, y, s.to(dtype)), truth, scale
+    )
+
+
+def check_softplus(backend: str, dtype: torch.dtype, scale: float, n: int, m: int, d: int, groups: bool) -> None:
+    require(backend, dtype)
+    x, y, x_group, y_group = operands(n, m, d, dtype, groups=groups)
+    weight = torch.randn(n, dtype=torch.float64, device=DEVICE)
+    s, b = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (scale, -scale / 10))
+
+    def ours(x, y, s, b):
+        return similarity_softplus(x, y, s, b, x_group, y_group, backend=backend)
+
+    def eager(x, y, s, b):
+        return dense_softplus(x, y, s, b, x_group, y_group)
+
+    truth = value_and_gradients(eager, weight, x.double(), y.double(), s, b)
+    eager_same = value_and_gradients(eager, weight, x, y, s.to(dtype), b.to(dtype))
+    assert_as_good_as_eager(value_and_gradients(ours, weight, x, y, s, b), eager_same, truth, scale)
+
+
+CHECKS = pytest.mark.parametrize("check", [check_logsumexp, check_softplus])
+
+
+@CHECKS
+@pytest.mark.parametrize("groups", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend, dtype", [(name, dtype) for name in BACKENDS for dtype in DTYPES[name]])
+def test_matches_reference(check, backend, dtype, size, groups):
+    check(backend, dtype, 20.0, *size, groups)
+
+
+@CHECKS
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference_in_half_precision(check, backend, dtype):
+    check(backend, dtype, 20.0, 101, 75, 64, True)
+
+
+@CHECKS
+@pytest.mark.parametrize("d", [64, 96, 384, 640])
+@pytest.mark.parametrize("backend", FAST)
+def test_matches_reference_at_every_depth(check, backend, d):
+    check(backend, widest(backend, torch.float32), 20.0, 49, 66, d, True)
+
+
+@CHECKS
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("d", [1, 8, 13, 72, 1000, 1024])
+def test_cuda_matches_reference_at_odd_depths(check, dtype, d, cuda):
+    check("cuda", dtype, 20.0, 51, 97, d, True)
+
+
+@pytest.mark.gpu
+@CHECKS
+@pytest.mark.parametrize("d", [64, 96, 384, 512, 640, 768, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_matches_reference_on_gpu(check, backend, dtype, d):
+    check(backend, dtype, 20.0, 5003, 4211, d, True)
+
+
+@CHECKS
+@pytest.mark.parametrize("scale", [100.0, 400.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_logits(check, backend, scale):
+    """Far beyond the range that one reference covers: rows are done again with their true maximum."""
+    check(backend, widest(backend, torch.float32), scale, 101, 75, 8, True)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_similarities_at_the_limit(backend, sign):
+    """Every logit +100 or -100 at ragged sizes: what pads a tile (S = 0) must not show."""
+    n, m, d = 45, 71, 16
+    x, y = (torch.zeros(rows, d, dtype=widest(backend, torch.float32), device=DEVICE) for rows in (n, m))
+    x[:, 0], y[:, 0] = 1, sign
+    s = torch.tensor(100.0, device=DEVICE)
+    x.requires_grad_(), y.requires_grad_()
+    lse_x, lse_y = similarity_logsumexp(x, y, s, backend=backend)
+    log = torch.tensor([m, n], dtype=torch.float64).log()
+    torch.testing.assert_close(lse_x, torch.full_like(lse_x, sign * 100 + log[0]))
+    torch.testing.assert_close(lse_y, torch.full_like(lse_y, sign * 100 + log[1]))
+    dx, _ = torch.autograd.grad(lse_x.sum() + lse_y.sum(), (x, y))
+    expected = 100 * sign * (1 + m / n)  # softmax sums to 1 along either direction
+    torch.testing.assert_close(dx[:, 0], torch.full_like(dx[:, 0], expected))
+    total = similarity_softplus(x, y, s, backend=backend)
+    expected = m * F.softplus(torch.tensor(sign * 100.0, dtype=torch.float64))
+    torch.testing.assert_close(total, torch.full_like(total, expected.item()))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_row_far_below_the_others(backend):
+    """A row whose statistic lies 187 nats under the largest logit of its tile keeps float32's accuracy."""
+    x, y = (torch.zeros(20, 4, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.875
+    x.requires_grad_()
+    lse_x, _ = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=backend)
+    assert lse_x[7].item() == pytest.approx(-87.5 + torch.tensor(20.0).log().item(), rel=1e-6)
+    (dx,) = torch.autograd.grad(lse_x[7], x)
+    assert dx[7, 0].item() == pytest.approx(100, rel=1e-5 if dx.dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_tiny_softplus_keeps_its_relative_accuracy(backend):
+    """softplus(-25) = 1.4e-11 is far below float32's spacing at 1: log(1 + e) would give 0."""
+    x, y = (torch.ones(33, 1, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    rows = similarity_softplus(
+        x, y, torch.tensor(-20.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE), backend=backend
+    )
+    expected = 33 * F.softplus(torch.tensor(-25.0, dtype=torch.float64)).item()
+    assert rows[0].item() == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiny_softplus_in_float64(backend):
+    x, y = (torch.ones(33, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    require(backend, x.dtype)
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (-40.0, -5.0))
+    rows = similarity_softplus(x, y, scale, bias, backend=backend)
+    expected = 33 * torch.tensor(-45.0, dtype=torch.float64).exp().item()
+    assert rows[0].item() == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("logit", [-20.0, -3.0, -1.0, -0.3, 0.0, 0.3, 60.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_softplus_over_its_range(backend, logit):
+    x, y = (torch.ones(3, 1, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    rows = similarity_softplus(x, y, torch.tensor(logit, device=DEVICE), backend=backend)
+    expected = 3 * F.softplus(torch.tensor(logit, dtype=torch.float64)).item()
+    assert rows[0].item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("scale, bias", [(-300.0, -1.0), (3.0, 2.0), (3.0, 200.0)])
+@pytest.mark.parametrize("backend", FAST)
+def test_negative_scale_and_positive_bias(backend, scale, bias):
+    x = F.normalize(torch.randn(41, 8, device=DEVICE), dim=1).to(widest(backend, torch.float32))
+    s, b = torch.tensor(scale, device=DEVICE), torch.tensor(bias, device=DEVICE)
+    for operation, arguments in ((similarity_logsumexp, (x, -x[:30], s)), (similarity_softplus, (x, -x[:30], s, b))):
+        ours, truth = (operation(*arguments, backend=name) for name in (backend, "reference"))
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_gradients_of_any_size(backend, size):
+    """Incoming gradients far outside of float16, and sigmoids of a late SigLIP's bias near its smallest number."""
+    x, y = (F.normalize(torch.randn(n, 32, device=DEVICE), dim=1).half() for n in (64, 48))
+    scale, bias = torch.tensor(5.0, device=DEVICE), torch.tensor(-16.0, device=DEVICE)
+    lse = logsumexp(x, y, scale, None, None, "reference")
+    incoming = [size * torch.ones_like(t) for t in lse]
+
+    def run(name: str) -> list[Tensor]:
+        softmax = logsumexp_backward(x, y, scale, None, None, *lse, *incoming, True, True, name)
+        return [*softmax, *softplus_with_gradients(x, y, scale, bias, None, None, incoming[0], True, True, name)]
+
+    for ours, truth in zip(run(backend), run("reference"), strict=True):
+        assert (ours - truth).norm() <= 2e-2 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_integers(backend):
+    """Each sum is a power of two and every product an integer: a wrong index is a wrong integer.
+
+    x_i . y_j = 8 where j % 8 == i % 8 and both rows have different groups, else 0. With scale ln 2, exp(S) is
+    256 or 1, so exp(lse) counts the pairs of either kind.
+    """
+    n, m, d = 50, 67, 8
+    eye = torch.eye(d, dtype=widest(backend, torch.float32), device=DEVICE)
+    x, y = (eye[torch.arange(rows, device=DEVICE) % d] for rows in (n, m))
+    x *= 8
+    x_group, y_group = torch.arange(n, device=DEVICE) // 3, torch.arange(m, device=DEVICE) // 5
+    x_group[-4:] = -1
+    scale = torch.tensor(2.0, device=DEVICE).log()
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    taken = (x_group[:, None] != y_group) & (x_group[:, None] >= 0)
+    counts = torch.where((x @ y.T) == 8, 256, 1) * taken
+    assert torch.equal(lse_x.exp().round().long(), counts.sum(1))
+    assert torch.equal(lse_y.exp().round().long(), counts.sum(0))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_unsorted_groups(backend):
+    x, y, x_group, y_group = operands(61, 83, 24, widest(backend))
+    order_x, order_y = torch.randperm(61, device=DEVICE), torch.randperm(83, device=DEVICE)
+    require(backend, x.dtype)
+    scale = torch.tensor(10.0, dtype=torch.float64, device=DEVICE)
+    sorted_x, sorted_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    mixed_x, mixed_y = similarity_logsumexp(
+        x[order_x], y[order_y], scale, x_group[order_x], y_group[order_y], backend=backend
+    )
+    torch.testing.assert_close(mixed_x, sorted_x[order_x])
+    torch.testing.assert_close(mixed_y, sorted_y[order_y])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_are_views(backend):
+    """Every other element, and one for all, in the dtype that kernels read."""
+    x, y, _, _ = operands(21, 30, 8, widest(backend))
+    require(backend, x.dtype)
+    scale = torch.tensor(2.0, device=DEVICE)
+    pairs = torch.arange(42, dtype=torch.int32, device=DEVICE).view(21, 2) % 5
+    views = pairs[:, 0], pairs[2, :1].expand(30)
+    assert not any(group.is_contiguous() for group in views)
+    ours = similarity_logsumexp(x, y, scale, *views, backend=backend)
+    truth = similarity_logsumexp(x, y, scale, *(group.contiguous() for group in views), backend="reference")
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_groups_over_several_ranges_of_rows(in_order, monkeypatch):
+    """The blockwise form looks for equal groups range by range."""
+    monkeypatch.setattr(similarity_blockwise, "_GROUP_ROWS", 7)
+    x, y, x_group, y_group = operands(101, 75, 8)
+    if not in_order:
+        x_group, y_group = (group[torch.randperm(len(group), device=DEVICE)] for group in (x_group, y_group))
+    scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE)
+    ours, truth = (similarity_logsumexp(x, y, scale, x_group, y_group, backend=b) for b in ("blockwise", "reference"))
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_on_one_side_only_mark_padding(backend):
+    x, y, x_group, _ = operands(41, 30, 16, widest(backend))
+    require(backend, x.dtype)
+    scale = torch.tensor(5.0, dtype=torch.float64, device=DEVICE)
+    _, lse_y = similarity_logsumexp(x, y, scale, x_group, None, backend=backend)
+    truth = (scale * x[x_group >= 0].double() @ y.double().T).logsumexp(0)
+    torch.testing.assert_close(lse_y, truth.to(lse_y.dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_rows_may_hold_anything(backend):
+    x, y, x_group, y_group = operands(41, 30, 16, widest(backend, torch.float32))
+    require(backend, x.dtype)
+    clean = [similarity_softplus(x, y, torch.tensor(9.0, device=DEVICE), None, x_group, y_group, backend=backend)]
+    x[x_group < 0], y[y_group < 0] = torch.nan, torch.inf
+    x.requires_grad_(), y.requires_grad_()
+    scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
+    rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=backend)
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    torch.testing.assert_close(rows, clean[0])
+    loss = rows.sum() + lse_x[x_group >= 0].sum() + lse_y[y_group >= 0].sum()
+    for gradient in torch.autograd.grad(loss, (x, y, scale)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (1, 1), (3, 4)])
+def test_degenerate_sizes(backend, n, m):
+    """No row, no column, or nothing but pairs of one group: no statistic, finite gradients."""
+    ones = {"dtype": widest(backend, torch.float32), "device": DEVICE, "requires_grad": True}
+    x, y = torch.ones(n, 8, **ones), torch.ones(m, 8, **ones)
+    groups = torch.zeros(n, dtype=torch.int64, device=DEVICE), torch.zeros(m, dtype=torch.int64, device=DEVICE)
+    scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, *groups, backend=backend)
+    rows = similarity_softplus(x, y, scale, None, *groups, backend=backend)
+    assert (lse_x == -torch.inf).all() and (lse_y == -torch.inf).all() and (rows == 0).all()
+    loss = torch.where(lse_x.isfinite(), lse_x, 0).sum() + torch.where(lse_y.isfinite(), lse_y, 0).sum() + rows.sum()
+    for gradient in torch.autograd.grad(loss, (x, y, scale)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("padded", ["x", "y"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_side_all_padding(backend, padded):
+    ones = {"dtype": widest(backend, torch.float32), "device": DEVICE, "requires_grad": True}
+    x, y = (torch.ones(rows, 8, **ones) for rows in (5, 6))
+    groups = [torch.arange(rows, device=DEVICE) for rows in (5, 6)]
+    groups["xy".index(padded)] -= 100
+    scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, *groups, backend=backend)
+    rows = similarity_softplus(x, y, scale, None, *groups, backend=backend)
+    assert (lse_x == -torch.inf).all() and (lse_y == -torch.inf).all() and (rows == 0).all()
+    gradients = torch.autograd.grad(
+        [lse_x, lse_y, rows], (x, y, scale), [torch.ones_like(t) for t in (lse_x, lse_y, rows)]
+    )
+    for gradient in gradients:
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    require(backend, torch.float64)
+    x, y, x_group, y_group = operands(7, 9, 5)
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (3.0, -0.5))
+    x_group = torch.tensor([0, 0, 1, 2, 2, -1, 3], device=DEVICE)
+    y_group = torch.tensor([0, 1, 1, 1, -1, 2, 4, 4, 5], device=DEVICE)
+    x.requires_grad_(), y.requires_grad_()
+
+    def finite_logsumexp(x, y, scale):
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+        return lse_x[x_group >= 0], lse_y[y_group >= 0]
+
+    assert torch.autograd.gradcheck(finite_logsumexp, (x, y, scale))
+    assert torch.autograd.gradcheck(
+        lambda x, y, scale, bias: similarity_softplus(x, y, scale, bias, x_group, y_group, backend=backend),
+        (x, y, scale, bias),
+    )
+
+
+@pytest.mark.parametrize("needed", ["x", "y", "scale", "x scale", "y scale", "bias"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_subset_of_gradients(backend, needed):
+    x, y, x_group, y_group = operands(33, 50, 16, widest(backend))
+    require(backend, x.dtype)
+    inputs = {"x": x, "y": y} | {
+        name: torch.tensor(v, dtype=torch.float64, device=DEVICE) for name, v in (("scale", 6.0), ("bias", -1.0))
+    }
+
+    def loss(x, y, scale, bias):
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+        rows = similarity_softplus(x, y, scale, bias, x_group, y_group, backend=backend)
+        parts = (lse_x[x_group >= 0] * 1.5, lse_y[y_group >= 0] * 0.5, rows * 0.1)
+        return sum(part.sum() for part in parts)
+
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    everything = dict(zip(leaves, torch.autograd.grad(loss(**leaves), list(leaves.values())), strict=True))
+    some = {name: value.clone().requires_grad_(name in needed.split()) for name, value in inputs.items()}
+    loss(**some).backward()
+    for name, value in some.items():
+        if name in needed.split():
+            torch.testing.assert_close(value.grad, everything[name])
+        else:
+            assert value.grad is None
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_noncontiguous(backend):
+    """Strided rows, transposed storage, rows expanded from one, and expanded incoming gradients."""
+    scale = torch.tensor(4.0, dtype=torch.float64, device=DEVICE)
+    dtype = widest(backend)
+    wide = torch.randn(40, 60, device=DEVICE).to(dtype)
+    views = {
+        "strided": (wide[::2, 3:27], wide[1::2, 5:29]),
+        "transposed": (wide[:24].T, wide[4:28].T),
+        "expanded": (wide[:1, :24].expand(21, 24), wide[:30, :24]),
+    }
+    require(backend, dtype)
+    for name, pair in views.items():
+        x, y = (t.detach().requires_grad_() for t in pair)
+        truth = [t.detach().double().contiguous().requires_grad_() for t in pair]
+        ours = torch.autograd.grad(sum(t.sum() for t in similarity_logsumexp(x, y, scale, backend=backend)), (x, y))
+        dense = torch.autograd.grad(dense_logsumexp(*truth, scale, None, None).sum(), truth)
+        for a, b in zip(ours, dense, strict=True):
+            tolerance = {} if dtype == b.dtype else {"rtol": 0, "atol": 2e-3 * b.abs().max().item()}
+            torch.testing.assert_close(a, b.to(dtype), **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic(backend):
+    x, y, x_group, y_group = operands(75, 64, 32, widest(backend, torch.float32))
+    require(backend, x.dtype)
+    runs = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        lse_x, lse_y = similarity_logsumexp(
+            *leaves, torch.tensor(30.0, device=DEVICE), x_group, y_group, backend=backend
+        )
+        loss = torch.where(lse_x.isfinite(), lse_x, 0).sum() + torch.where(lse_y.isfinite(), lse_y, 0).sum()
+        runs.append([lse_x, lse_y, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pitch", [2**30, 2**31])
+@pytest.mark.parametrize("backend", FAST)
+def test_offsets_beyond_int32(backend, pitch):
+    """Rows so far apart that a row's offset, or the pitch itself, passes 2^31; only the touched pages exist."""
+    rows = 3
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
+        pytest.skip("needs 8 GiB of device memory for the stride alone")
+    storage = torch.empty((rows - 1) * pitch + 16, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((rows, 16), (pitch, 1))
+    near = torch.randn(rows, 16, device=DEVICE).to(torch.float16)
+    far.copy_(near)
+    other = torch.randn(5, 16, device=DEVICE).to(torch.float16)
+    scale = torch.tensor(2.0, device=DEVICE)
+    for pair, expected in (((far, other), (near, other)), ((other, far), (other, near))):
+        ours = similarity_logsumexp(*pair, scale, backend=backend)
+        truth = similarity_logsumexp(*expected, scale, backend=backend)
+        torch.testing.assert_close(ours, truth)
+
+
+def test_opcheck():
+    x, y, x_group, y_group = operands(13, 17, 8)
+    x_group, y_group = x_group.int(), y_group.int()
+    scale, bias = (torch.tensor(v, dtype=x.dtype, device=DEVICE) for v in (3.0, -1.0))
+    leaves = [t.clone().requires_grad_() for t in (x, y, scale, bias)]
+    for groups in ((x_group, y_group), (None, None)):
+        torch.library.opcheck(logsumexp, (*leaves[:3], *groups, "reference"))
+        torch.library.opcheck(softplus, (*leaves, *groups, "reference"))
+        torch.library.opcheck(softplus, (*leaves[:3], None, *groups, "blockwise"))
+        lse_x, lse_y = logsumexp(x, y, scale, *groups, "reference")
+        for need in ((True, True), (True, False), (False, True), (False, False)):
+            statistics = (lse_x, lse_y, torch.ones_like(lse_x), torch.ones_like(lse_y))
+            for backend in ("reference", "blockwise"):
+                torch.library.opcheck(logsumexp_backward, (x, y, scale, *groups, *statistics, *need, backend))
+                drows = torch.ones_like(lse_x)
+                torch.library.opcheck(softplus_with_gradients, (x, y, scale, bias, *groups, drows, *need, backend))
+
+
+def test_opcheck_in_half_precision(cuda):
+    x, y, x_group, y_group = operands(13, 17, 8, torch.float16)
+    x_group, y_group = x_group.int(), y_group.int()
+    scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (3.0, -1.0))
+    leaves = x.requires_grad_(), y.requires_grad_(), scale
+    torch.library.opcheck(logsumexp, (*leaves, x_group, y_group, "cuda"))
+    torch.library.opcheck(softplus, (*leaves, bias, x_group, y_group, "cuda"))
+    lse = [t.detach() for t in logsumexp(*leaves, x_group, y_group, "cuda")]
+    detached, incoming = [t.detach() for t in leaves], [torch.ones_like(t) for t in lse]
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        torch.library.opcheck(logsumexp_backward, (*detached, x_group, y_group, *lse, *incoming, *need, "cuda"))
+        arguments = (*detached, bias.detach(), x_group, y_group, incoming[0], *need, "cuda")
+        torch.library.opcheck(softplus_with_gradients, arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "cuda"])
+def test_compile(backend):
+    """One graph, and no wrong reuse of it at a second shape."""
+
+    def loss(x, y, scale, x_group, y_group):
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+        rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=backend)
+        return lse_x.clamp_min(-9).sum() + lse_y.clamp_min(-9).sum() + rows.sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for n, m in ((12, 20), (18, 31)):
+        x, y, x_group, y_group = operands(n, m, 8, widest(backend))
+        scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        leaves = [x.requires_grad_(), y.requires_grad_(), scale]
+        eager, graph = (f(x, y, scale, x_group, y_group) for f in (loss, compiled))
+        torch.testing.assert_close(graph, eager)
+        # Half precision's gradients are rounded once more or less.
+        tolerance = {"rtol": 4e-3, "atol": 1e-3} if x.dtype in HALF else {}
+        for a, b in zip(torch.autograd.grad(graph, leaves), torch.autograd.grad(eager, leaves), strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_autocast_leaves_precision_alone():
+    x, y, x_group, y_group = operands(33, 50, 64, torch.float32)
+    scale = torch.tensor(50.0, device=DEVICE)
+    plain = similarity_logsumexp(x, y, scale, x_group, y_group)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = similarity_logsumexp(x, y, scale, x_group, y_group)
+    assert torch.equal(plain[0], cast[0]) and torch.equal(plain[1], cast[1])
+
+
+def test_double_backward_raises():
+    x, y, _, _ = operands(6, 7, 4, groups=False)
+    x.requires_grad_()
+    scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE)
+    (dx,) = torch.autograd.grad(similarity_logsumexp(x, y, scale)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 3, 4)}, r"x: expected \(rows, D\), got shape \(2, 3, 4\)"),
+        (
+            {"x": torch.ones(2, 4, dtype=torch.int64)},
+            r"x: expected float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        ({"y": torch.ones(3, 5)}, r"y: expected D = 4 as in x, got shape \(3, 5\)"),
+        ({"y": torch.ones(3, 4, dtype=torch.float64)}, r"y: expected dtype torch.float32 as in x, got torch.float64"),
+        ({"y": torch.ones(3, 4, device="meta")}, r"y: expected device cpu as for x, got meta"),
+        ({"scale": torch.ones(2)}, r"scale: expected a 0-d floating-point tensor, got torch.float32 \(2,\)"),
+        ({"x_group": torch.zeros(3, dtype=torch.int32)}, r"x_group: expected shape \(2,\), got \(3,\)"),
+        ({"y_group": torch.zeros(3)}, r"y_group: expected an integer dtype, got torch.float32"),
+        ({"backend": "cuda-ng"}, r"backend: expected one of 'auto', .* got 'cuda-ng'"),
+    ],
+)
+@pytest.mark.parametrize("operation", [similarity_logsumexp, similarity_softplus])
+def test_rejects(operation, change, message):
+    arguments = {"x": torch.ones(2, 4), "y": torch.ones(3, 4), "scale": torch.tensor(1.0)} | change
+    with pytest.raises(ValueError, match=message):
+        operation(**arguments)
+
+
+def test_named_backend_that_cannot_serve_says_why():
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"similarity_logsumexp: .*\n  triton: .*"):
+        similarity_logsumexp(x, x, torch.tensor(1.0), backend="triton")
+
+
+def test_backend_from_the_environment(monkeypatch):
+    monkeypatch.setenv("BETACLIP_BACKEND", "nonsense")
+    x = torch.ones(2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="'nonsense'"):
+        similarity_logsumexp(x, x, torch.tensor(1.0, device=DEVICE))
+    similarity_logsumexp(x, x, torch.tensor(1.0, device=DEVICE), backend="reference")  # a name is a name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="exercises the descriptor path in Triton's interpreter")
+@pytest.mark.parametrize("check", [check_logsumexp, check_softplus])
+def test_tensor_descriptors(check, monkeypatch):
+    """The loads of sm_90's tiles, at a depth and sizes that end within a block."""
+    tile = similarity_tiles.Tile(32, 16, 32, 4, 1, 1, tma=True)
+    monkeypatch.setattr(similarity_tiles, "INTERPRETER", tile)
+    calls = []
+    make = similarity_triton._descriptor
+    monkeypatch.setattr(similarity_triton, "_descriptor", lambda *args: calls.append(args) or make(*args))
+    check("triton", torch.float32, 20.0, 101, 75, 40, True)
+    assert calls

@@ -1,0 +1,465 @@
+"""The global batch: losses over several processes against one process with the concatenated batch.
+
+Each test starts W processes on gloo, which run one of the functions below and assert there; a failure in any of them
+is the test's.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.largest import LargestTensor
+from support.ranks import processes, start
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from betaclip import BetaCALLoss, ClipLoss, beta_cal_ce_loss
+from betaclip.losses import ranks
+from betaclip.losses.ranks import TRANSPORTS
+
+SIZES = (3, 2, 0, 4)  # images per rank: unequal, and none
+K, D = 4, 8
+SCALE = torch.tensor(5.0, dtype=torch.float64)
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+
+
+def whole_batch(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text embeddings (B, K, D) of unequal norms, and a mask that leaves the last image no text."""
+    images = sum(sizes)
+    image, text = (torch.randn(images, K, D, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(images, K) < 0.7
+    mask[-1] = False
+    return image, text, mask
+
+
+def own_part(sizes: tuple[int, ...]) -> slice:
+    rank = dist.get_rank()
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def value_and_gradients(
+    form: str, image: Tensor, text: Tensor, mask: Tensor | None = None, ragged: bool = False, **options: Any
+) -> list[Tensor]:
+    """The loss, and gradients of image and text embeddings, scale, β and bias (0 in the softmax form).
+
+    ragged: of the valid rows alone, with the image of each.
+    """
+    leaves = [t.clone().requires_grad_() for t in (image, text)]
+    scale, beta, bias = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (7.0, 0.5, -1.0))
+    given: dict[str, Any] = {"mask": mask, "logit_bias": bias if form == "bce" else None}
+    rows = leaves
+    if ragged:
+        assert mask is not None
+        rows = [t[mask] for t in leaves]
+        given |= {"mask": None, "image_index": torch.arange(len(mask))[:, None].expand_as(mask)[mask]}
+    loss = BetaCALLoss(form, beta=beta, **options)(*rows, scale, **given)
+    (3 * loss).backward()  # as a gradient scaler would
+    return [loss.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (*leaves, scale, beta, bias))]
+
+
+def compare(ours: list[Tensor], truth: list[Tensor], part: slice, case: str) -> None:
+    """Own rows times 1 / W, and the mean over ranks of what all have: what DistributedDataParallel makes of them."""
+    count = dist.get_world_size()
+    shared = torch.stack(ours[3:])
+    dist.all_reduce(shared)
+    torch.testing.assert_close(ours[0], truth[0], atol=1e-12, rtol=0, msg=lambda m: f"{case}: loss: {m}")
+    for name, a, t in (
+        ("image", ours[1] / count, truth[1][part]),
+        ("text", ours[2] / count, truth[2][part]),
+        ("scale, beta, bias", shared / count, torch.stack(truth[3:])),
+    ):
+        torch.testing.assert_close(a, t, atol=1e-12, rtol=0, msg=lambda m, name=name: f"{case}: {name}: {m}")
+
+
+def equals_one_process() -> None:
+    sizes = SIZES[: dist.get_world_size()]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    without_second = mask.clone()
+    without_second[sizes[0] : sum(sizes[:2])] = False
+    variants = [
+        (padding, name, given, name == "ragged")
+        for padding in ("ignore", "published")
+        for name, given in (
+            ("all", None), ("masked", mask), ("second rank without texts", without_second), ("ragged", mask)
+        )
+        if padding == "ignore" or name != "ragged"
+    ]  # fmt: skip
+    for form in ("ce", "bce"):
+        for padding, name, given, ragged in variants:
+            truth = value_and_gradients(form, image, text, given, ragged, padding=padding)
+            for transport in TRANSPORTS:
+                own = None if given is None else given[part]
+                options = {"padding": padding, "gather": transport}
+                ours = value_and_gradients(form, image[part], text[part], own, ragged, **options)
+                compare(ours, truth, part, f"{form}, {padding}, {name}, {transport}")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_equals_one_process(count, tmp_path):
+    """Both forms, both ways to move, masked and ragged, unequal counts, a rank without images or without texts."""
+    processes(count, equals_one_process, tmp_path)
+
+
+def pieces_equal_one_process() -> None:
+    sizes = SIZES[:2]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    for count in (3, 5, 100):  # 12 rows: even pieces, uneven ones, rows
+        ranks.pieces = lambda *_, count=count: count
+        for form in ("ce", "bce"):
+            truth = value_and_gradients(form, image, text, mask)
+            compare(value_and_gradients(form, image[part], text[part], mask[part], gather=True), truth, part, form)
+
+
+def test_pieces_equal_one_process(tmp_path):
+    """What the all-gather brings bit by bit, as on GPUs."""
+    processes(2, pieces_equal_one_process, tmp_path)
+
+
+def test_pieces():
+    assert [ranks.pieces(8, rows, 1024 * rows, "cuda") for rows in (0, 100, 1024, 2304, 10**6)] == [1, 1, 2, 4, 8]
+    assert [ranks.pieces(1024, rows, 1024 * rows, "cuda") for rows in (100, 1024, 2304)] == [1, 2, 4]
+    assert ranks.pieces(1024, 2304, 2**30, "cpu") == 1
+
+
+def other_inputs_equal_one_process() -> None:
+    sizes = SIZES[:2]
+    image, text, mask = whole_batch(sizes)
+    part = own_part(sizes)
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    for transport in TRANSPORTS:
+        loss, of_all = BetaCALLoss(gather=transport), BetaCALLoss()
+        # Pair weights, of every rank its own.
+        weights = torch.rand(sum(sizes), K, K, dtype=torch.float64)
+        ours = loss(image[part], text[part], scale, pair_weights=weights[part])
+        torch.testing.assert_close(ours, of_all(image, text, scale, pair_weights=weights))
+        # One text per image.
+        first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
+        torch.testing.assert_close(first, ClipLoss()(image[:, 0], text[:, 0], scale))
+        # Float32, and products in bfloat16 under autocast.
+        single = of_all(image.float(), text.float(), scale)
+        torch.testing.assert_close(loss(image[part].float(), text[part].float(), scale), single)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = loss(image[part].float(), text[part].float(), scale)
+        torch.testing.assert_close(rounded, single, atol=3e-2, rtol=0)
+        # Nothing valid anywhere.
+        nothing = torch.zeros_like(mask[part])
+        leaf = image[part].clone().requires_grad_()
+        value = loss(leaf, text[part], scale, mask=nothing)
+        assert value.item() == 0 and not torch.autograd.grad(value, leaf)[0].any()
+        with torch.no_grad():
+            torch.testing.assert_close(loss(image[part], text[part], scale), of_all(image, text, scale))
+        # No image anywhere.
+        leaf = image[:0].clone().requires_grad_()
+        value = loss(leaf, text[:0], scale)
+        assert value.item() == 0 and torch.autograd.grad(value, leaf)[0].shape == leaf.shape
+    # True is the default way.
+    torch.testing.assert_close(BetaCALLoss(gather=True)(image[part], text[part], scale), of_all(image, text, scale))
+
+
+def test_other_inputs_equal_one_process(tmp_path):
+    processes(2, other_inputs_equal_one_process, tmp_path)
+
+
+def only_some_gradients() -> None:
+    """Of one side, on all ranks or on the first alone; the others have to help with those of texts."""
+    sizes = SIZES[:2]
+    image, text, _ = whole_batch(sizes)
+    part, rank = own_part(sizes), dist.get_rank()
+    for form in ("ce", "bce"):
+        for transport in TRANSPORTS:
+            for wanted in (0, 1):
+                whole = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((image, text))]
+                (truth,) = torch.autograd.grad(BetaCALLoss(form)(*whole, SCALE), whole[wanted])
+                for first_alone in (False, True):
+                    wants = rank == 0 or not first_alone
+                    own = [t[part].clone().requires_grad_(i == wanted and wants) for i, t in enumerate((image, text))]
+                    scale = SCALE.clone().requires_grad_()
+                    gradients = torch.autograd.grad(
+                        BetaCALLoss(form, gather=transport)(*own, scale), [own[wanted], scale] if wants else scale
+                    )
+                    if wants:
+                        torch.testing.assert_close(gradients[0] / 2, truth[part], atol=1e-12, rtol=0)
+
+
+def test_only_some_gradients(tmp_path):
+    processes(2, only_some_gradients, tmp_path)
+
+
+def backward_again() -> None:
+    """The forward's texts are gone then, and move once more."""
+    sizes = SIZES[:2]
+    image, text, _ = whole_batch(sizes)
+    part = own_part(sizes)
+    for transport in TRANSPORTS:
+        leaves = [t[part].clone().requires_grad_() for t in (image, text)]
+        loss = BetaCALLoss(gather=transport)(*leaves, SCALE)
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_backward_again(tmp_path):
+    processes(2, backward_again, tmp_path)
+
+
+class Model(nn.Module):
+    """Two towers and a learned scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(6, D), nn.Linear(5, D)
+        self.logit_scale = nn.Parameter(torch.tensor([1.5]))  # fully_shard takes no scalars
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image(image), self.text(text), self.logit_scale.exp()
+
+
+def parallel_training_equals_one_process(wrapper: str) -> None:
+    sizes = SIZES[:2]
+    part = own_part(sizes)
+    pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
+    model = Model().double()
+    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    for transport in TRANSPORTS:
+        parallel = Model().double()
+        parallel.load_state_dict(model.state_dict())
+        if wrapper == "ddp":
+            wrapped: nn.Module = DistributedDataParallel(parallel)
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            wrapped = fully_shard(parallel, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        out = wrapped(pictures[part], words[part])
+        scale = out[2].full_tensor() if hasattr(out[2], "full_tensor") else out[2]
+        BetaCALLoss(gather=transport)(out[0], out[1], scale).backward()
+        for (name, p), t in zip(wrapped.named_parameters(), truth, strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            case = f"{wrapper}, {transport}: {name}"
+            torch.testing.assert_close(gradient, t, atol=1e-12, rtol=0, msg=lambda m, case=case: f"{case}: {m}")
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_parallel_training_equals_one_process(wrapper, tmp_path):
+    """Parameters' gradients as DistributedDataParallel and fully_shard average them."""
+    processes(2, parallel_training_equals_one_process, tmp_path, wrapper)
+
+
+def cached_gradients_equal_one_process() -> None:
+    """Encode without a graph, one loss over all embeddings, then backward chunk by chunk."""
+    sizes = SIZES[:2]
+    part = own_part(sizes)
+    pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
+    model = Model().double()
+    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    with torch.no_grad():
+        cache = [t.requires_grad_() for t in model(pictures[part], words[part])]
+    BetaCALLoss(gather="ring")(*cache).backward()
+    for i in range(sizes[dist.get_rank()]):
+        chunk = slice(part.start + i, part.start + i + 1)
+        image, text, scale = model(pictures[chunk], words[chunk])
+        surrogate = (image * cache[0].grad[i : i + 1]).sum() + (text * cache[1].grad[i : i + 1]).sum()
+        if i == 0:
+            surrogate = surrogate + scale * cache[2].grad
+        surrogate.backward()
+    for p, t in zip(model.parameters(), truth, strict=True):
+        dist.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad / 2, t, atol=1e-12, rtol=0)
+
+
+def test_cached_gradients_equal_one_process(tmp_path):
+    processes(2, cached_gradients_equal_one_process, tmp_path)
+
+
+def groups_are_apart() -> None:
+    """Ranks 1 and 3 are one batch, 0 and 2 another; the ring goes by the group's own order of ranks."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rank = dist.get_rank()
+    batches = [whole_batch((2, 2))[:2] for _ in groups]
+    image, text = batches[rank % 2]
+    part = slice(0, 2) if rank < 2 else slice(2, 4)
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    for transport in TRANSPORTS:
+        loss = BetaCALLoss(gather=transport, process_group=groups[rank % 2])
+        torch.testing.assert_close(loss(image[part], text[part], scale), BetaCALLoss()(image, text, scale))
+
+
+def test_groups_are_apart(tmp_path):
+    processes(4, groups_are_apart, tmp_path)
+
+
+def mesh_is_a_group() -> None:
+    image, text, _ = whole_batch((2, 2))
+    part = own_part((2, 2))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "model"))
+    ours = BetaCALLoss(gather=True, process_group=mesh["data"])(image[part], text[part], SCALE)
+    torch.testing.assert_close(ours, BetaCALLoss()(image, text, SCALE))
+    with pytest.raises(ValueError, match="process_group: expected a DeviceMesh of one dimension, got 2"):
+        BetaCALLoss(gather=True, process_group=mesh)(image[part], text[part], SCALE)
+    alone = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="process_group: expected one that this rank is in"):
+            BetaCALLoss(gather=True, process_group=alone)(image[part], text[part], SCALE)
+
+
+def test_mesh_is_a_group(tmp_path):
+    processes(2, mesh_is_a_group, tmp_path)
+
+
+def extreme_logits() -> None:
+    """Columns whose logits with the two ranks' rows are +100 and -100: no one number is near both ranks' sums."""
+    toward = torch.zeros(D)
+    toward[0] = 1
+    image = torch.stack((toward, -toward)).repeat_interleave(2, 0)[:, None].expand(4, K, D) + 0.01 * torch.randn(
+        4, K, D
+    )
+    text = toward + 0.01 * torch.randn(4, K, D)
+    part = own_part((2, 2))
+    for form in ("ce", "bce"):
+        truth = value_and_gradients_in_float32(form, image, text)
+        for transport in TRANSPORTS:
+            ours = value_and_gradients_in_float32(form, image[part], text[part], gather=transport)
+            torch.testing.assert_close(ours[0], truth[0])
+            for a, t in zip(ours[1:], truth[1:], strict=True):
+                torch.testing.assert_close(a / 2, t[part], atol=float(1e-4 * t.abs().max()), rtol=0)
+
+
+def value_and_gradients_in_float32(form: str, image: Tensor, text: Tensor, **options: Any) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (image, text)]
+    loss = BetaCALLoss(form, **options)(*leaves, torch.tensor(100.0))
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def test_extreme_logits(tmp_path):
+    processes(2, extreme_logits, tmp_path)
+
+
+def order_of_ranks_does_not_matter() -> None:
+    image, text, _ = whole_batch((2, 2, 2))
+    scale = torch.tensor(20.0)
+    values = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+        place = order[dist.get_rank()]
+        part = slice(2 * place, 2 * place + 2)
+        for transport in TRANSPORTS:
+            values.append(BetaCALLoss(gather=transport)(image[part].float(), text[part].float(), scale))
+    torch.testing.assert_close(torch.stack(values), values[0].expand(len(values)), atol=1e-6, rtol=0)
+
+
+def test_order_of_ranks_does_not_matter(tmp_path):
+    processes(3, order_of_ranks_does_not_matter, tmp_path)
+
+
+def ring_holds_shards() -> None:
+    """Nothing of the size of all ranks' embeddings, nor of this rank's times a multiple that grows with the ranks."""
+    rows, wide = 600, 512
+    image, text = (torch.randn(rows, 1, wide, requires_grad=True) for _ in range(2))
+    largest = {}
+    for transport in TRANSPORTS:
+        with LargestTensor() as seen:
+            BetaCALLoss(gather=transport, backend="reference")(image, text, torch.tensor(5.0)).backward()
+        largest[transport] = seen.numel
+    assert largest["ring"] <= 2 * rows * wide < 4 * rows * wide <= largest["all_gather"], largest
+
+
+def test_ring_holds_shards(tmp_path):
+    processes(4, ring_holds_shards, tmp_path)
+
+
+def second_derivative_raises() -> None:
+    image, text, _ = whole_batch((1, 1))
+    part = own_part((1, 1))
+    leaf = image[part].requires_grad_()
+    loss = BetaCALLoss(gather=True)(leaf, text[part], torch.tensor(5.0, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_second_derivative_raises(tmp_path):
+    processes(2, second_derivative_raises, tmp_path)
+
+
+def ranks_disagree() -> None:
+    """All raise, where they would wait for each other."""
+    image, text, _ = whole_batch((1, 1))
+    part, rank = own_part((1, 1)), dist.get_rank()
+    leaf = image[part].clone().requires_grad_()
+    for transport in TRANSPORTS:
+        loss = BetaCALLoss(gather=transport)
+        with pytest.raises(RuntimeError, match=rf"{transport}.*different losses: D: \[8, 6\] by rank"):
+            loss(*(t[part, :, : 8 - 2 * rank] for t in (image, text)), SCALE)
+        with pytest.raises(RuntimeError, match=r"different losses: dtype: .*float64.*float32"):
+            loss(*(t[part].to((torch.float64, torch.float32)[rank]) for t in (image, text)), SCALE)
+        with (
+            pytest.raises(RuntimeError, match=r"different losses: a gradient is wanted: \[1, 0\] by rank"),
+            torch.set_grad_enabled(rank == 0),
+        ):
+            loss(leaf, text[part], SCALE)
+
+
+def test_ranks_disagree(tmp_path):
+    processes(2, ranks_disagree, tmp_path)
+
+
+def one_rank_fails(transport: str, fails: str) -> None:
+    image, text, _ = whole_batch((1, 1, 1))
+    part = own_part((1, 1, 1))
+    if dist.get_rank() == 1 and fails == "dies":
+        os._exit(7)  # as if killed
+    leaf = image[part].clone().requires_grad_()
+    loss = BetaCALLoss(gather=transport)(leaf, text[part], SCALE)
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    loss.backward()
+
+
+@pytest.mark.parametrize("fails", ["dies", "stays away from the backward"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rank_that_fails_leaves_no_hang(transport, fails, tmp_path):
+    """The others raise, by the lost connection or the group's timeout, and say what they were waiting for."""
+    begin = time.perf_counter()
+    context = start(3, one_rank_fails, tmp_path, transport, fails, timeout_s=5)
+    waiting = [context.processes[rank] for rank in (0, 2)]
+    for process in waiting:
+        process.join(50)
+    context.processes[1].kill()
+    assert time.perf_counter() - begin < 45
+    assert [process.exitcode for process in waiting] == [1, 1]
+    for rank in (0, 2):
+        message = Path(context.error_files[rank]).read_bytes().decode(errors="replace")
+        expected = f"gather='{transport}', rank {rank} of 3: another rank failed, or did not call the same loss"
+        assert expected in message, message
+
+
+def test_needs_a_process_group():
+    x = torch.ones(2, K, D)
+    with pytest.raises(RuntimeError, match="gather=True: no process group is initialised"):
+        BetaCALLoss(gather=True)(x, x, torch.tensor(1.0))
+
+
+def test_rejects():
+    x, scale = torch.ones(2, K, D), torch.tensor(1.0)
+    for module in (BetaCALLoss, ClipLoss):
+        with pytest.raises(ValueError, match="gather: expected a bool, 'all_gather' or 'ring', got 'star'"):
+            module(gather="star")
+    with pytest.raises(ValueError, match="gather: expected a bool"):
+        beta_cal_ce_loss(x, x, scale, gather="star")
+    with pytest.raises(ValueError, match="process_group: expected None without gather"):
+        beta_cal_ce_loss(x, x, scale, process_group=object())
+
+
+def rejects_dtensors() -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    x = torch.ones(2, K, D)
+    sharded = distribute_tensor(x, dist.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"text_embeds: expected this rank's own tensor, got a DTensor"):
+        BetaCALLoss(gather=True)(x, sharded, torch.tensor(1.0))
+
+
+def test_rejects_dtensors(tmp_path):
+    processes(1, rejects_dtensors, tmp_path)

@@ -1,0 +1,545 @@
+"""β-CAL and CLIP's loss: against the published values and the docstrings' formulas."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.paths import GOLDEN
+from support.precision import HALF, widest
+from torch import Tensor, nn
+
+from betaclip import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip.kernels.memory import forget
+from betaclip.kernels.similarity import blockwise as similarity_blockwise
+from betaclip.kernels.similarity.operand import Operand
+from betaclip.kernels.similarity.operators import BACKENDS
+
+CASES = json.loads((GOLDEN / "beta_cal.json").read_text())
+FORMS = ["ce", "bce"]
+LOSSES = {"ce": beta_cal_ce_loss, "bce": beta_cal_bce_loss}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require(backend: str, dtype: torch.dtype) -> None:
+    probe = torch.zeros(1, 8, dtype=dtype, device=DEVICE)
+    if reasons := BACKENDS[backend](probe, probe):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def batch(images: int = 6, texts: int = 5, dim: int = 24, dtype: torch.dtype = torch.float64) -> SimpleNamespace:
+    """Unnormalised embeddings, a ragged mask that leaves the second image without any text, and a scale."""
+    image, text = (torch.randn(images, texts, dim, dtype=torch.float64).to(DEVICE, dtype) for _ in range(2))
+    mask = torch.arange(texts) < torch.tensor([(3 * i + 4) % (texts + 1) for i in range(images)])[:, None]
+    mask[0], mask[1:2] = True, False
+    scale = torch.tensor(9.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    return SimpleNamespace(image=image, text=text, mask=mask.to(DEVICE), scale=scale)
+
+
+def dense(form, image, text, scale, *, bias=0.0, weights=None, beta=0.5, alpha=1.0, mask=None) -> Tensor:
+    """β-CAL on the whole matrix with padded texts left out: the docstrings' formulas, for any mask and weights."""
+    images, texts, _ = image.shape
+    if weights is None:
+        weights = beta + (alpha - beta) * torch.eye(texts, dtype=image.dtype, device=image.device)
+    weights = torch.block_diag(*weights.expand(images, texts, texts))
+    same = torch.block_diag(*torch.ones(images, texts, texts, device=image.device)).bool()
+    rows = torch.ones(images * texts, dtype=torch.bool, device=image.device) if mask is None else mask.flatten()
+    v, t = (F.normalize(e.flatten(0, 1)[rows], dim=-1) for e in (image, text))
+    s, w, same = scale * v @ t.T + bias, weights[rows][:, rows], same[rows][:, rows]
+    if form == "bce":
+        return torch.where(same, w * F.softplus(-s), F.softplus(s)).sum() / len(s) ** 2
+    return (F.cross_entropy(s, w / w.sum(1, keepdim=True)) + F.cross_entropy(s.T, w.T / w.T.sum(1, keepdim=True))) / 2
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "case", CASES["cases"], ids=lambda c: f"{c['form']}-{c['beta']}-{c['mask_name']}-{c['logit_scale']:.0f}"
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_values(backend, case, dtype, tolerance):
+    require(backend, dtype)
+    image, text, scale = (
+        torch.tensor(value, dtype=dtype, device=DEVICE, requires_grad=True)
+        for value in (CASES["image"], CASES["text"], case["logit_scale"])
+    )
+    mask = torch.tensor(CASES["masks"][case["mask_name"]], device=DEVICE).bool()
+    loss = BetaCALLoss(case["form"], beta=case["beta"], alpha=case["alpha"], padding="published", backend=backend)
+    ours = gradients(loss(image, text, scale, mask=mask), image, text, scale)
+    for value, name in zip(ours, ("loss", "d_image", "d_text", "d_logit_scale"), strict=True):
+        expected = torch.tensor(case[name], dtype=torch.float64, device=DEVICE)
+        assert (value.double() - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"beta": 1.0}, {"alpha": 0.3, "beta": 0.7}])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_dense_formula(backend, form, options, masked):
+    require(backend, torch.float64)
+    b = batch()
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    mask = b.mask if masked else None
+    ours = LOSSES[form](*leaves, mask=mask, backend=backend, **options)
+    theirs = dense(form, *leaves, mask=mask, **options)
+    for a, t in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
+        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logit_bias_and_learned_beta(form):
+    """A tensor beta receives a gradient; a bias moves the sigmoid form and cannot move the softmax form."""
+    b = batch()
+    beta, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (0.4, -3.0))
+    loss = BetaCALLoss(form, beta=beta)(b.image, b.text, b.scale, mask=b.mask, logit_bias=bias)
+    truth = dense(form, b.image, b.text, b.scale, bias=bias, beta=beta, mask=b.mask)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(v, beta, retain_graph=True)[0] for v in (loss, truth)))
+    if form == "bce":
+        torch.testing.assert_close(*(torch.autograd.grad(v, bias)[0] for v in (loss, truth)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_pair_weights(form, per_image, masked):
+    """Any weights within an image, not symmetric, with a gradient of their own."""
+    b = batch()
+    weights = torch.rand(*(6,) * per_image, 5, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    mask = b.mask if masked else None
+    loss = BetaCALLoss(form)(b.image, b.text, b.scale, mask=mask, pair_weights=weights)
+    truth = dense(form, b.image, b.text, b.scale, weights=weights, mask=mask)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(v, weights)[0] for v in (loss, truth)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_ragged_equals_masked(form, backend):
+    """(N, D) rows with image_index, the empty image left out, are the same batch as (B, K, D) with its mask."""
+    require(backend, torch.float64)
+    b = batch()
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    masked = gradients(LOSSES[form](*leaves, mask=b.mask, backend=backend), *leaves)
+    rows = [b.image[b.mask], b.text[b.mask]]
+    index = torch.arange(6, device=DEVICE)[:, None].expand_as(b.mask)[b.mask]
+    ragged = gradients(LOSSES[form](*rows, b.scale, image_index=index, backend=backend), *leaves)
+    for a, t in zip(ragged, masked, strict=True):
+        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_of_images(form, monkeypatch):
+    """The within-image part in several chunks is the same, dense and ragged."""
+    b = batch()
+    rows = [e[b.mask].requires_grad_() for e in (b.image, b.text)]
+    index = torch.arange(6, device=DEVICE)[:, None].expand_as(b.mask)[b.mask]
+    leaves = [b.image.requires_grad_(), b.text.requires_grad_()]
+
+    def run() -> list[Tensor]:
+        padded, ragged = LOSSES[form](*leaves, b.scale, mask=b.mask), LOSSES[form](*rows, b.scale, image_index=index)
+        return gradients(padded, *leaves) + gradients(ragged, *rows)
+
+    whole = run()
+    for elements in (2 * 5 * 24, 1):  # two images at a time; less than one
+        monkeypatch.setattr("betaclip.losses.contrast._CHUNK", {DEVICE: elements})
+        for a, t in zip(run(), whole, strict=True):
+            torch.testing.assert_close(a, t)
+
+
+def test_one_text_per_image_is_clip():
+    image, text = (
+        torch.randn(9, 16, dtype=torch.float64, device=DEVICE),
+        torch.randn(9, 16, dtype=torch.float64, device=DEVICE),
+    )
+    scale = torch.tensor(7.0, dtype=torch.float64, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (image, text, scale)]
+    s, own = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T, torch.arange(9, device=DEVICE)
+    truth = gradients((F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2, *leaves)
+    for ours in (ClipLoss()(*leaves), beta_cal_ce_loss(image[:, None], text[:, None], scale)):
+        for a, t in zip(gradients(ours, *leaves), truth, strict=True):
+            torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+def test_one_text_per_image_is_siglip():
+    """SigLIP divides the sum over all pairs by N, β-CAL by N²."""
+    image, text = (torch.randn(9, 16, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (11.0, -10.0))
+    leaves = [image, text, scale, bias]
+    s = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
+    siglip = -F.logsigmoid((2 * torch.eye(9, dtype=s.dtype, device=DEVICE) - 1) * s).sum() / 9
+    ours = beta_cal_bce_loss(image[:, None], text[:, None], scale, logit_bias=bias)
+    for a, t in zip(gradients(9 * ours, *leaves), gradients(siglip, *leaves), strict=True):
+        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["ignore", "published"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_valid_text(backend, form, padding):
+    b = batch(dtype=widest(backend, torch.float32))
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    loss = BetaCALLoss(form, padding=padding, backend=backend)(*leaves, mask=torch.zeros_like(b.mask))
+    for value in gradients(loss, *leaves):
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, form):
+    rows = torch.zeros(0, 8, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
+    index = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    loss = BetaCALLoss(form, backend=backend)(rows, rows, 5.0, image_index=index)
+    loss.backward()
+    assert loss == 0 and rows.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("images, texts", [(1, 4), (4, 1), (1, 1)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_image_or_one_text(backend, form, images, texts):
+    b = batch(images, texts)
+    require(backend, torch.float64)
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    ours, theirs = LOSSES[form](*leaves, backend=backend), dense(form, *leaves)
+    for a, t in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
+        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anything_may_stand_in_padded_slots(backend, form):
+    b = batch(dtype=widest(backend, torch.float32))
+    clean = LOSSES[form](b.image, b.text, b.scale, mask=b.mask, backend=backend)
+    b.image[~b.mask], b.text[~b.mask] = torch.nan, torch.inf
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    loss = LOSSES[form](*leaves, mask=b.mask, backend=backend)
+    torch.testing.assert_close(loss, clean)
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert gradient.isfinite().all()
+        if gradient.dim() == 3:
+            assert (gradient[~b.mask] == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_vector_has_no_direction(form):
+    b = batch(dtype=torch.float16)
+    b.image[2, 1] = 0
+    b.image.requires_grad_()
+    loss = LOSSES[form](b.image, b.text, b.scale)
+    (gradient,) = torch.autograd.grad(loss, b.image)
+    assert loss.isfinite() and gradient.isfinite().all() and (gradient[2, 1] == 0).all() and (gradient[2, 0] != 0).any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_similarities_at_the_limit(backend, form, sign):
+    """Every logit +100 or -100: the loss is log N (or known in closed form), the gradients finite."""
+    # Of length 2: normalising is exact in every precision.
+    image = torch.ones(5, 3, 4, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
+    text = (sign * image.detach()).requires_grad_()
+    scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
+    loss = LOSSES[form](image, text, scale, backend=backend)
+    if form == "ce":
+        expected = torch.tensor(15.0).log()
+    else:  # per row: 12 negatives, one positive, two of weight 1/2
+        negative, positive = F.softplus(torch.tensor([sign, -sign], dtype=torch.float64) * 100)
+        expected = (12 * negative + 2 * positive) / 15
+    torch.testing.assert_close(loss.double().cpu(), expected.double(), rtol=1e-5, atol=1e-12)
+    for gradient in torch.autograd.grad(loss, (image, text, scale)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_near_the_optimum_in_bfloat16(form):
+    """Within-image gradients are a small difference of numbers near 1: they are formed in float32.
+
+    The bfloat16 embeddings are exact inputs, so the truth is the dense form in float64 on the same numbers.
+    """
+    image = F.normalize(torch.randn(8, 1, 64, dtype=torch.float64), dim=-1).repeat(1, 4, 1)
+    text = (image + 0.02 * torch.randn(8, 4, 64, dtype=torch.float64)).to(DEVICE, torch.bfloat16).requires_grad_()
+    image = image.to(DEVICE, torch.bfloat16).requires_grad_()
+    ours = gradients(LOSSES[form](image, text, torch.tensor(50.0, device=DEVICE)), image, text)
+    exact = [t.detach().double().requires_grad_() for t in (image, text)]
+    truth = gradients(dense(form, *exact, 50.0), *exact)
+    for a, t in zip(ours, truth, strict=True):
+        assert (a.double() - t).norm() <= 0.02 * t.norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cuda_matches_dense_formula(form, masked, dtype, cuda):
+    """On the embeddings as they were rounded; what is normalised is rounded once more."""
+    b = batch(images=12, dim=72, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    mask = b.mask if masked else None
+    ours = gradients(LOSSES[form](*leaves, mask=mask, backend="cuda"), *leaves)
+    for a, t in zip(ours, gradients(dense(form, *exact, mask=mask), *exact), strict=True):
+        assert (a.double() - t).norm() <= 0.02 * t.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_casts_once(form, dtype, monkeypatch):
+    """Under autocast the products run in its dtype, statistics and loss in float32, gradients as the inputs."""
+    seen = []
+    monkeypatch.setattr("betaclip.losses.contrast.Operand", lambda *args: seen.append(args[3]) or Operand(*args))
+    b = batch(dtype=torch.float32)
+    b.image.requires_grad_(), b.text.requires_grad_()
+    exact = LOSSES[form](b.image, b.text, b.scale)
+    with torch.autocast(DEVICE, dtype):
+        loss = LOSSES[form](b.image, b.text, b.scale)
+        loss.backward()  # within autocast, as some loops do
+    assert set(seen[:2]) == {torch.float32} and set(seen[2:]) == {dtype}
+    assert loss.dtype == b.image.grad.dtype == torch.float32
+    assert abs(loss - exact) < 0.02 * exact
+    truth = torch.autograd.grad(exact, b.image)[0]
+    assert (b.image.grad - truth).norm() < 0.03 * truth.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_keeps_float64(form):
+    b = batch()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = LOSSES[form](b.image, b.text, b.scale)
+    assert loss.dtype == torch.float64 and torch.equal(loss, LOSSES[form](b.image, b.text, b.scale))
+
+
+def test_within_image_ignores_reduced_precision():
+    """torch.set_float32_matmul_precision("medium") rounds float32 products; not those whose differences matter."""
+    image = F.normalize(torch.randn(24, 1, 128, device=DEVICE), dim=-1).repeat(1, 4, 1)
+    text = (image + 0.005 * torch.randn(24, 4, 128, device=DEVICE)).requires_grad_()
+    exact = [t.detach().double() for t in (image, text)]
+    exact[1].requires_grad_()
+    truth = torch.autograd.grad(dense("ce", *exact, 100.0), exact[1])[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        gradient = torch.autograd.grad(beta_cal_ce_loss(image, text, 100.0), text)[0]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (gradient.double() - truth).norm() <= 1e-3 * truth.norm()
+
+
+def test_rows_without_target_do_not_count():
+    b = batch()
+    weights = torch.eye(5, dtype=torch.float64, device=DEVICE)
+    weights[1] = 0
+    v, t = (F.normalize(e, dim=-1).flatten(0, 1) for e in (b.image, b.text))
+    s, kept = b.scale * v @ t.T, torch.arange(30, device=DEVICE) % 5 != 1
+    expected = sum((s.logsumexp(dim) - s.diagonal())[kept].mean() for dim in (0, 1)) / 2
+    for mask in (None, torch.ones_like(b.mask)):
+        torch.testing.assert_close(
+            beta_cal_ce_loss(b.image, b.text, b.scale, pair_weights=weights, mask=mask), expected
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_opcheck(dtype, ragged):
+    b = batch(dtype=dtype)
+    rows = [e.flatten(0, 1).requires_grad_() for e in (b.image, b.text)]
+    index = torch.arange(30, device=DEVICE) // 5
+    slots = torch.arange(30, device=DEVICE).view(6, 5) if ragged else None
+    one, layout = torch.ones((), device=DEVICE), (index.int(), slots, 6, 5, dtype, "blockwise")
+    lse_x, lse_y, cosines = torch.ops.betaclip.contrast_logsumexp(*rows, b.scale, *layout)
+    given = (index.int(), slots, lse_x.detach(), lse_y.detach(), lse_x.detach(), lse_y.detach(), cosines.detach())
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    detached = [e.detach() for e in rows]
+    torch.library.opcheck(torch.ops.betaclip.contrast_logsumexp, (*detached, b.scale, *layout), test_utils=tests)
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        backward = (*detached, b.scale, *given, *need, dtype, "blockwise")
+        torch.library.opcheck(torch.ops.betaclip.contrast_logsumexp_backward, backward, test_utils=tests)
+        forward = (*detached, b.scale, one, *layout, True, *need)
+        torch.library.opcheck(torch.ops.betaclip.contrast_softplus, forward, test_utils=tests)
+        _, cosines, *saved = torch.ops.betaclip.contrast_softplus(*forward)
+        backward = (*detached, b.scale, one, index.int(), slots, *saved, one, cosines)
+        torch.library.opcheck(torch.ops.betaclip.contrast_softplus_backward, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mixed_dtypes(form):
+    b = batch(dtype=torch.float32)
+    swapped = LOSSES[form](b.image, b.text.bfloat16(), b.scale)
+    torch.testing.assert_close(swapped, LOSSES[form](b.image, b.text.bfloat16().float(), b.scale))
+    image, text = b.image.bfloat16().requires_grad_(), b.text.requires_grad_()
+    ours = gradients(LOSSES[form](image, text, b.scale), image, text)
+    leaves = [image.detach().float().requires_grad_(), text]
+    theirs = gradients(LOSSES[form](*leaves, b.scale), *leaves)
+    assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.float32]
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1].float(), theirs[1], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_expanded_and_strided_embeddings(form):
+    """One image embedding for all its texts, and a strided view of the texts."""
+    image = torch.randn(6, 1, 16, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    wide = torch.randn(5, 6, 32, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    ours = LOSSES[form](image.expand(6, 5, 16), wide[:, :, ::2].transpose(0, 1), 8.0)
+    truth = dense(form, image.expand(6, 5, 16).contiguous(), wide[:, :, ::2].transpose(0, 1).contiguous(), 8.0)
+    for a, t in zip(gradients(ours, image, wide), gradients(truth, image, wide), strict=True):
+        torch.testing.assert_close(a, t)
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_any_subset_of_gradients(form, needed):
+    b = batch()
+    inputs = [b.image, b.text, b.scale]
+    everything = gradients(dense(form, *(t.requires_grad_() for t in inputs)), *inputs)[1:]
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
+    LOSSES[form](*leaves).backward()
+    for leaf, need, truth in zip(leaves, needed, everything, strict=True):
+        if need:
+            torch.testing.assert_close(leaf.grad, truth)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_grad_forms_no_gradient(form, monkeypatch):
+    b = batch()
+    b.image.requires_grad_()
+    called = []
+    monkeypatch.setattr(similarity_blockwise, "similarity_softplus_fwd_bwd", lambda *args: called.append(args))
+    expected = dense(form, b.image, b.text, b.scale)
+    with torch.no_grad():
+        loss = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
+    torch.testing.assert_close(loss, expected.detach())
+    assert not called and not loss.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(LOSSES[form](b.image, b.text, b.scale), expected.detach())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_after_inference_mode(form):
+    """What the backend keeps between calls may be made in inference mode and must then serve training."""
+    b = batch()
+    forget()
+    with torch.inference_mode():
+        expected = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
+    b.image.requires_grad_()
+    loss = LOSSES[form](b.image, b.text, b.scale, backend="blockwise")
+    (gradient,) = torch.autograd.grad(loss, b.image)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(loss.detach(), expected.clone())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_retained_graph_gives_the_same_gradient_again(form):
+    b = batch()
+    b.image.requires_grad_()
+    loss = LOSSES[form](b.image, b.text, b.scale)
+    first = torch.autograd.grad(loss, b.image, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(2 * loss, b.image)[0], 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, b.image)
+
+
+@pytest.mark.parametrize("by", ["image", "scale", "bias"])
+@pytest.mark.parametrize("form", FORMS)
+def test_double_backward_raises(form, by):
+    b = batch()
+    bias = torch.tensor(-1.0, dtype=torch.float64, device=DEVICE)
+    leaves = {"image": b.image, "scale": b.scale, "bias": bias}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    loss = BetaCALLoss(form)(b.image, b.text, b.scale, logit_bias=bias)
+    if form == "ce" and by == "bias":
+        pytest.skip("a softmax does not see the bias")
+    (gradient,) = torch.autograd.grad(loss, leaves[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        torch.autograd.grad(gradient.sum(), b.image)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_diverged_embeddings_show(backend, form, poison):
+    """NaN or infinity in a valid row must reach the loss: a scaler or a guard waits for it."""
+    b = batch(dtype=widest(backend, torch.float32))
+    b.text[2, 1, 3] = poison
+    assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_weights_show(form):
+    b = batch()
+    weights = torch.full((5, 5), torch.nan, dtype=torch.float64, device=DEVICE)
+    assert BetaCALLoss(form)(b.image, b.text, b.scale, pair_weights=weights).isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form):
+    image, text = (torch.randn(3, 2, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    scale, beta = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (3.0, 0.4))
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]], device=DEVICE).bool()
+    assert torch.autograd.gradcheck(
+        lambda image, text, scale, beta: LOSSES[form](image, text, scale, beta=beta, mask=mask),
+        (image, text, scale, beta),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compile(form):
+    """Forward and backward in one graph each, at two shapes; a Python float beta must not become float64."""
+    loss = BetaCALLoss(form)
+    compiled = torch.compile(loss, fullgraph=True)
+    for images in (4, 7):
+        b = batch(images, dtype=torch.float32)
+        leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
+        graph, eager = compiled(*leaves, mask=b.mask), loss(*leaves, mask=b.mask)
+        assert graph.dtype == torch.float32
+        for a, t in zip(gradients(graph, *leaves), gradients(eager, *leaves), strict=True):
+            torch.testing.assert_close(a, t)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_for_backward_is_linear(form):
+    """What autograd keeps between forward and backward: the inputs themselves, gradients in the sigmoid form
+    (formed early), and a few (B, K, K) blocks; nothing quadratic in the batch."""
+    images, texts, dim = 64, 6, 32
+    image, text = (torch.randn(images, texts, dim, device=DEVICE, requires_grad=True) for _ in range(2))
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        LOSSES[form](image, text, 10.0)
+    inputs, block = 2 * image.nbytes, images * texts**2 * 4
+    assert sum(kept.values()) <= 2 * inputs + 10 * block
+    assert (images * texts) ** 2 * 4 > 2 * inputs + 10 * block  # the matrix would not have passed
+
+
+def test_module_copies_and_learns_beta():
+    loss = BetaCALLoss("bce", beta=nn.Parameter(torch.tensor(0.5)))
+    assert [name for name, _ in loss.named_parameters()] == ["beta"]
+    assert "beta" in BetaCALLoss(beta=torch.tensor(0.5)).state_dict()
+    copied = copy.deepcopy(loss).to(DEVICE)
+    b = batch(dtype=torch.float32)
+    copied(b.image, b.text, b.scale).backward()
+    assert copied.beta.grad is not None and loss.beta.grad is None
+    assert "form='bce'" in repr(loss)
+
+
+def test_scalars_in_a_box():
+    """SigLIP's models keep scale and bias as one-element tensors."""
+    b = batch()
+    box = torch.full((1,), 9.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    loss = beta_cal_bce_loss(b.image, b.text, box, logit_bias=-box)
+    torch.testing.assert_close(loss, beta_cal_bce_loss(b.image, b.text, 9.0, logit_bias=-9.0))
+    assert torch.autograd.grad(loss, box)[0].shape == (1,)

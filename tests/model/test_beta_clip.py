@@ -1,0 +1,315 @@
+"""BetaCLIP as a whole: what forward promises, what create_model makes, and wrappers around it."""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save_file
+from support.towers import END, START, clip_model, hierarchy, padded
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.blocks import LeanQuickGELU
+from betaclip.model.text_tower import PackedBlock
+from betaclip.model.texts import RaggedTexts
+
+TINY = json.dumps(
+    {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 40, "layers": 2, "head_width": 10},
+        "text_cfg": {"context_length": 77, "vocab_size": 92, "width": 24, "heads": 3, "layers": 2},
+    }
+)
+IMAGES = 5
+
+
+def model(**options) -> BetaCLIP:
+    return create_model(ModelConfig(name=TINY, pool_heads=4, **options)).double()
+
+
+def pictures(count: int = IMAGES) -> Tensor:
+    return torch.randn(count, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def texts() -> RaggedTexts:
+    return RaggedTexts.of(hierarchy(0, IMAGES))
+
+
+def test_forward(texts):
+    """Against the same made of parts, an image and a text at a time."""
+    beta_clip = model()
+    out = beta_clip(pictures(), texts)
+    most = texts.most
+    assert {name: tuple(value.shape) for name, value in out.items()} == {
+        "image_embeds": (IMAGES, 12),
+        "text_embeds": (IMAGES, most, 12),
+        "pooled_embeds": (IMAGES, most, 12),
+        "mask": (IMAGES, most),
+        "logit_scale": (),
+        "pool_logit_scale": (),
+    }
+    assert out["mask"].sum(1).tolist() == texts.counts.tolist() and 0 in texts.counts
+    embeds = iter(beta_clip.clip.encode_text(padded(texts, 77)))
+    for image, picture in enumerate(pictures().split(1)):
+        cls, patches = beta_clip.encode_image(picture)
+        torch.testing.assert_close(out["image_embeds"][image], cls[0])
+        for slot in range(most):
+            if out["mask"][image, slot]:
+                text = next(embeds)
+                torch.testing.assert_close(out["text_embeds"][image, slot], text)
+                torch.testing.assert_close(
+                    out["pooled_embeds"][image, slot], beta_clip.pool(patches, text[None, None])[0, 0]
+                )
+            else:
+                assert not out["text_embeds"][image, slot].any() and not out["pooled_embeds"][image, slot].any()
+    assert next(embeds, None) is None
+    for name, scale in (("logit_scale", beta_clip.clip.logit_scale), ("pool_logit_scale", beta_clip.pool.logit_scale)):
+        torch.testing.assert_close(out[name], scale.exp())
+
+
+def test_encode_text_is_in_the_texts_order(texts):
+    beta_clip = model()
+    torch.testing.assert_close(beta_clip.encode_text(texts), beta_clip.clip.encode_text(padded(texts, 77)))
+
+
+def test_width(texts):
+    beta_clip = model()
+    narrow, wide = (beta_clip(pictures(), texts, width) for width in (None, texts.most + 3))
+    for name in ("text_embeds", "pooled_embeds", "mask"):
+        torch.testing.assert_close(wide[name][:, : texts.most], narrow[name])
+        assert not wide[name][:, texts.most :].any()
+
+
+@pytest.mark.parametrize("images", [0, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing(images, checkpointing):
+    """Without images, or without texts, a backward reaches every parameter, and finds nothing for the texts'."""
+    beta_clip = model(gradient_checkpointing=checkpointing)
+    out = beta_clip(pictures(images), RaggedTexts.of([[]] * images))
+    assert out["pooled_embeds"].shape == (images, 0, 12)
+    sum(value.sum() for name, value in out.items() if name != "mask").backward()
+    for name, parameter in beta_clip.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if not name.endswith("logit_scale") and not (images and name.startswith("clip.visual")):
+            assert not parameter.grad.any(), name
+
+
+def test_width_of_a_chunk_without_texts():
+    """As in gradient caching, where all chunks of a batch have the same slots."""
+    out = model()(pictures(2), RaggedTexts.of([[], []]), 4)
+    assert out["pooled_embeds"].shape == (2, 4, 12) and not out["pooled_embeds"].any() and not out["mask"].any()
+    sum(out[name].sum() for name in ("text_embeds", "pooled_embeds")).backward()
+
+
+def test_gradient_checkpointing(texts):
+    plain = model()
+    again = copy.deepcopy(plain)
+    again.config = ModelConfig(**asdict(plain.config) | {"gradient_checkpointing": True})
+    for beta_clip in (plain, again):
+        out = beta_clip(pictures(), texts)
+        (out["pooled_embeds"].square().sum() + out["image_embeds"].square().sum()).backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_autocast(texts):
+    beta_clip = model().float()
+    exact = beta_clip(pictures().float(), texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = beta_clip(pictures().float(), texts)
+    for name in ("image_embeds", "text_embeds", "pooled_embeds"):
+        error = (out[name] - exact[name]).norm() / exact[name].norm()
+        assert out[name].dtype == torch.bfloat16 and 1e-4 < error < 0.03, (name, error)
+    assert out["logit_scale"].dtype == torch.float32
+    sum(out[name].float().sum() for name in ("pooled_embeds", "image_embeds")).backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in beta_clip.parameters())
+
+
+def test_clamp_scales():
+    beta_clip = model()
+    for value, expected in ((-1.0, 1.0), (9.0, 100.0), (2.0, 7.38905609893065)):
+        for scale in (beta_clip.logit_scale, beta_clip.pool.logit_scale):
+            nn.init.constant_(scale, value)
+        beta_clip.clamp_scales_()
+        assert [float(s.detach().exp()) for s in (beta_clip.logit_scale, beta_clip.pool.logit_scale)] == pytest.approx(
+            [expected] * 2
+        )
+
+
+def test_attributes():
+    beta_clip = model()
+    assert (beta_clip.image_size, beta_clip.patch_grid, beta_clip.context_length) == (24, (3, 3), 77)
+    assert beta_clip.embed_dim == 12
+    assert beta_clip.logit_scale is beta_clip.get_parameter("clip.logit_scale")
+    parts = {name.split(".")[0] for name, _ in beta_clip.named_parameters()}
+    assert parts == {"clip", "pool"}
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, t: m(pictures()[:, :, :16], t), r"images: expected \(B, 3, 24, 24\), got shape \(5, 3, 16, 24\)"),
+        (lambda m, t: m(pictures(4), t), "texts: expected those of 4 images, got those of 5"),
+        (lambda m, t: m(pictures(), t, 2), "width: expected at least 8, the texts of one image, got 2"),
+        (
+            lambda m, t: m.encode_text(RaggedTexts.of([[[START, *[1] * 76, END]]])),
+            "texts: expected at most 77 tokens in each, got 78",
+        ),
+    ],
+)
+def test_rejects(texts, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model(), texts)
+
+
+# Making models.
+
+
+def test_default_learns_scenes():
+    beta_clip = create_model(ModelConfig())
+    assert (beta_clip.image_size, beta_clip.patch_grid, beta_clip.embed_dim) == (72, (6, 6), 128)
+    assert beta_clip.clip.vocab_size == 49408  # open_clip's tokenizer's
+    assert sum(p.numel() for p in beta_clip.parameters()) < 10e6
+
+
+def test_names(monkeypatch):
+    """What open_clip is asked for: QuickGELU with the weights that were trained with it, whatever the name says."""
+    asked = []
+
+    def create(name: str, pretrained: str | None, force_quick_gelu: bool) -> nn.Module:
+        asked.append((name, pretrained, force_quick_gelu))
+        return clip_model(quick_gelu=force_quick_gelu)
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    cases = [("ViT-B/16", "openai"), ("ViT-L-14", "openai"), ("ViT-B-16", "laion2b_s34b_b88k"), ("ViT-H-14", None)]
+    models = [create_model(ModelConfig(name=name, pretrained=tag, pool_heads=4)) for name, tag in cases]
+    assert asked == [
+        ("ViT-B-16", "openai", True),
+        ("ViT-L-14", "openai", True),
+        ("ViT-B-16", "laion2b_s34b_b88k", False),
+        ("ViT-H-14", None, False),
+    ]
+    for beta_clip, (*_, quick) in zip(models, asked, strict=True):
+        assert beta_clip.config.quick_gelu is quick
+        assert (type(beta_clip.clip.visual.transformer.resblocks[0].mlp.gelu) is LeanQuickGELU) is quick
+
+
+def test_checkpoint_of_a_model_with_openais_weights():
+    """Its configuration without ``pretrained`` makes the same towers."""
+    beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, quick_gelu=True))
+    assert all(isinstance(block.mlp.gelu, QuickGELU) for block in beta_clip.clip.transformer.resblocks)
+    assert beta_clip.config.quick_gelu
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_open_clips_files(tmp_path, stretch):
+    clip = clip_model(vision={"layers": 2}, text={"layers": 2})
+    torch.save({"state_dict": {f"module.{name}": t for name, t in clip.state_dict().items()}}, tmp_path / "x.pt")
+    config = ModelConfig(
+        name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4, context_length=248 if stretch else 77
+    )
+    beta_clip = create_model(config)
+    assert torch.equal(beta_clip.clip.visual.proj, clip.visual.proj)
+    positions = beta_clip.clip.positional_embedding
+    assert torch.equal(positions[20::4] if stretch else positions[20:], clip.positional_embedding[20:])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_our_files(tmp_path, suffix):
+    beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, context_length=248))
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pt":
+        torch.save({"betaclip": 1, "model": beta_clip.state_dict()}, path)
+    else:
+        save_file(beta_clip.state_dict(), path)
+    again = create_model(ModelConfig(name=TINY, pretrained=str(path), pool_heads=4, context_length=248))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in beta_clip.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config, error, message",
+    [
+        (
+            ModelConfig(name="ViT-B-17"),
+            ValueError,
+            "name: expected scenes, JSON, or one of .*ViT-B-16.*; got 'ViT-B-17'",
+        ),
+        (ModelConfig(name="{no"), ValueError, "name: expected JSON after an opening brace"),
+        (ModelConfig(name="ViT-B-16", pretrained="opnai"), ValueError, "pretrained: expected a file, or one of openai"),
+        (ModelConfig(pretrained="openai"), ValueError, "pretrained: no file openai"),
+        (ModelConfig(context_length=100), ValueError, "context_length: expected 77, or 248 .*, got 100"),
+        (ModelConfig(name=TINY, pool_heads=5), ValueError, "num_heads: expected a divisor of embed_dim = 12, got 5"),
+    ],
+)
+def test_create_model_rejects(config, error, message):
+    with pytest.raises(error, match=message):
+        create_model(config)
+
+
+def test_towers_that_cannot_serve():
+    """All reasons at once."""
+    options = json.loads(TINY)
+    options["vision_cfg"] |= {"pool_type": "avg", "patch_dropout": 0.5}
+    options["text_cfg"] |= {"no_causal_mask": True}
+    with pytest.raises(NotImplementedError) as raised:
+        create_model(ModelConfig(name=json.dumps(options)))
+    for reason in ("pool_type is 'avg'", "patch_dropout", "no_causal_mask"):
+        assert reason in str(raised.value)
+    options["text_cfg"]["nothing"] = 1
+    with pytest.raises(ValueError, match=r"name: .*nothing"):
+        create_model(ModelConfig(name=json.dumps(options)))
+
+
+# Wrappers.
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def gradients(call: nn.Module, of: BetaCLIP, texts: RaggedTexts) -> dict[str, Tensor]:
+    out = call(pictures(), texts)
+    scaled = (out[name].square().sum() for name in ("pooled_embeds", "image_embeds", "text_embeds"))
+    (sum(scaled) * out["logit_scale"] * out["pool_logit_scale"]).backward()
+    whole = {name: p.grad for name, p in of.named_parameters()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in whole.items()}
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_data_parallel(one_rank, texts, stretch):
+    """Every parameter has its gradient in every step, or the second would raise."""
+    beta_clip = model(context_length=248 if stretch else 77)
+    expected = gradients(beta_clip, beta_clip, texts)
+    wrapped = DistributedDataParallel(beta_clip)
+    for _ in range(2):
+        beta_clip.zero_grad()
+        torch.testing.assert_close(gradients(wrapped, beta_clip, texts), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fully_sharded(one_rank, texts, checkpointing):
+    """Block by block, as their hooks see the packed texts pass."""
+    beta_clip = model(context_length=248, gradient_checkpointing=checkpointing)
+    expected = gradients(again := copy.deepcopy(beta_clip), again, texts)
+    blocks = [*beta_clip.clip.visual.transformer.resblocks, *beta_clip.clip.transformer.resblocks]
+    assert isinstance(beta_clip.clip.transformer.resblocks[0], PackedBlock)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(beta_clip, mesh=mesh, ignored_params={p for p in beta_clip.parameters() if p.dim() == 0})
+    for _ in range(2):
+        beta_clip.zero_grad()
+        torch.testing.assert_close(gradients(beta_clip, beta_clip, texts), expected)

@@ -1,0 +1,137 @@
+"""The plan of packed texts: every distinct prefix once, every token of every text found, the fewest rows."""
+
+import pickle
+import random
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from betaclip.model import packing
+from betaclip.model.packing import MAX_BUCKETS, Rows, choose_buckets
+from betaclip.model.texts import RaggedTexts
+
+END = 70000  # beyond 16 bits
+
+
+def random_texts(seed: int, images: int = 7, words: int = 3, longest: int = 9) -> list[list[list[int]]]:
+    """Few words, so that many texts begin alike and some are the same; images without texts; texts of one token."""
+    rng = random.Random(seed)
+    return [
+        [[*rng.choices(range(words), k=rng.randrange(longest)), END] for _ in range(rng.randrange(6))]
+        for _ in range(images)
+    ]
+
+
+CASES = {
+    "shared": random_texts(0),
+    "short": random_texts(1, words=2, longest=3),
+    "unlike": random_texts(2, words=60000),
+    "long": random_texts(3, longest=100),
+    "one text": [[[1, 2, END]]],
+    "one token": [[[END]]],
+    "the same text": [[[0, 0, END]] * 3, [[0, 0, END]]],
+    "one a prefix of another": [[[0, 1], [0, 1, 2], [0, 1, 2, 2], [0]]],
+    "no texts": [[], []],
+    "no images": [],
+}
+
+
+@pytest.fixture(params=CASES)
+def texts(request) -> list[list[list[int]]]:
+    return CASES[request.param]
+
+
+def flat(texts: list[list[list[int]]]) -> list[tuple[int, ...]]:
+    return [tuple(text) for image in texts for text in image]
+
+
+def spelled(plan: packing.Packing, nodes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(plan.positions[nodes].tolist(), plan.tokens[nodes].tolist(), strict=True))
+
+
+def test_every_prefix_is_one_node(texts):
+    plan = RaggedTexts.of(texts).packing
+    prefixes = {text[:end] for text in flat(texts) for end in range(1, len(text) + 1)}
+    assert len(plan.tokens) == len(plan.positions) == len(prefixes)
+    paths = [tuple(path.tolist()) for path in plan.path.split(plan.lengths.tolist())]
+    assert len({path[: i + 1] for path in paths for i in range(len(path))}) == len(prefixes)
+
+
+def test_texts_are_found_in_the_tree(texts):
+    plan = RaggedTexts.of(texts).packing
+    paths = [path.tolist() for path in plan.path.split(plan.lengths.tolist())]
+    assert len(paths) == len(set(flat(texts))) == len(plan.ends)
+    assert plan.lengths.tolist() == sorted(plan.lengths.tolist())
+    assert plan.ends.tolist() == [path[-1] for path in paths]
+    found = [spelled(plan, paths[which]) for which in plan.text.tolist()]
+    assert found == [list(enumerate(text)) for text in flat(texts)]
+
+
+def check_rows(rows: Rows, nodes: int, exists: list[bool]) -> None:
+    """``users`` are the rows that exist, by node; each node takes one of its own."""
+    assert len(rows.node) == len(exists)
+    assert sorted(rows.users.tolist()) == [row for row, real in enumerate(exists) if real]
+    owner = np.repeat(np.arange(nodes), np.diff([*rows.starts.tolist(), len(rows.users)]))
+    assert rows.node[rows.users].tolist() == owner.tolist()
+    assert rows.node[rows.row].tolist() == list(range(nodes))
+    assert set(rows.row.tolist()) <= set(rows.users.tolist())
+    assert not nodes or 0 <= int(rows.node.min()) <= int(rows.node.max()) < nodes
+
+
+def test_flat_rows(texts):
+    plan = RaggedTexts.of(texts).packing
+    check_rows(plan.flat_rows, len(plan.tokens), [True] * len(plan.path))
+    assert plan.flat_rows.node.tolist() == plan.path.tolist()
+
+
+def test_padded_rows(texts):
+    """Bucket after bucket, text after text, each text's tokens first."""
+    plan = RaggedTexts.of(texts).packing
+    assert sum(texts for texts, _ in plan.buckets) == len(plan.lengths)
+    lengths, paths = iter(plan.lengths.tolist()), iter(plan.path.split(plan.lengths.tolist()))
+    exists, row = [], 0
+    for count, longest in plan.buckets:
+        for _ in range(count):
+            length = next(lengths)
+            exists += [i < length for i in range(longest)]
+            assert plan.padded_rows.node[row : row + length].tolist() == next(paths).tolist()
+            row += longest
+    check_rows(plan.padded_rows, len(plan.tokens), exists)
+
+
+def cost(lengths: list[int], ends: tuple[int, ...]) -> int:
+    return sum((j - i) * lengths[j - 1] + packing.BUCKET_ROWS for i, j in pairwise((0, *ends, len(lengths))))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("bucket_rows", [0, 5, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_buckets_are_the_cheapest(monkeypatch, seed, bucket_rows, most):
+    """Against all ways to cut ten texts into at most so many buckets."""
+    monkeypatch.setattr(packing, "BUCKET_ROWS", bucket_rows)
+    monkeypatch.setattr(packing, "MAX_BUCKETS", most)
+    rng = random.Random(seed)
+    lengths = sorted(rng.choice([rng.randint(1, 7), rng.randint(1, 80)]) for _ in range(10))
+    chosen = choose_buckets(np.array(lengths))
+    assert 1 <= len(chosen) <= most
+    ends = np.cumsum([texts for texts, _ in chosen]).tolist()
+    assert ends[-1] == 10 and [longest for _, longest in chosen] == [lengths[end - 1] for end in ends]
+    best = min(cost(lengths, cuts) for some in range(most) for cuts in combinations(range(1, 10), some))
+    assert cost(lengths, tuple(ends[:-1])) == best
+
+
+def test_at_most_eight_buckets():
+    chosen = choose_buckets(np.arange(1, 249))
+    assert len(chosen) == MAX_BUCKETS == 8 and sum(texts for texts, _ in chosen) == 248
+
+
+def test_plan_is_made_once_and_travels():
+    """A data worker may make it; pickle, as the worker's queue does it, keeps it."""
+    texts = RaggedTexts.of(CASES["shared"])
+    assert texts.packing is texts.packing
+    rows = texts.packing.padded_rows
+    again = pickle.loads(pickle.dumps(texts))
+    assert "packing" in vars(again) and "padded_rows" in vars(vars(again)["packing"])
+    assert torch.equal(again.packing.padded_rows.users, rows.users)

@@ -1,0 +1,56 @@
+"""Ragged texts: construction, slots, parts, and what is rejected."""
+
+import pytest
+import torch
+
+from betaclip.model.texts import RaggedTexts
+
+TEXTS = [[[1, 5, 9], [1, 9]], [], [[1, 6, 7, 9]]]
+
+
+def test_of_lists():
+    texts = RaggedTexts.of(TEXTS)
+    assert texts.tokens.tolist() == [1, 5, 9, 1, 9, 1, 6, 7, 9]
+    assert texts.lengths.tolist() == [3, 2, 4]
+    assert texts.image_index.tolist() == [0, 0, 2]
+    assert (texts.images, texts.counts.tolist(), texts.most) == (3, [2, 0, 1], 2)
+
+
+def test_slots():
+    index, valid = RaggedTexts.of(TEXTS).slots()
+    assert index.tolist() == [[0, 1], [0, 0], [2, 0]]
+    assert valid.tolist() == [[True, True], [False, False], [True, False]]
+    index, valid = RaggedTexts.of(TEXTS).slots(3)
+    assert index.shape == valid.shape == (3, 3) and valid.sum() == 3
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 3), (1, 2), (1, 3), (2, 3), (3, 3)])
+def test_of_images(begin, end):
+    part, truth = RaggedTexts.of(TEXTS).of_images(begin, end), RaggedTexts.of(TEXTS[begin:end])
+    assert part.images == truth.images
+    for name in ("tokens", "lengths", "image_index"):
+        assert torch.equal(getattr(part, name), getattr(truth, name)), name
+
+
+def test_nothing():
+    texts = RaggedTexts.of([])
+    assert (texts.images, texts.most, len(texts.tokens)) == (0, 0, 0)
+    assert texts.slots()[1].shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.ones(9)}, "tokens: expected one dimension of int64 on the CPU, got torch.float32"),
+        ({"lengths": torch.tensor([3, 2])}, r"image_index: expected shape \(2,\) as lengths"),
+        ({"lengths": torch.tensor([5, 0, 4])}, "lengths: expected at least 1, got 0"),
+        ({"lengths": torch.tensor([3, 2, 5])}, "lengths: expected a sum of 9 as there are tokens, got 10"),
+        ({"image_index": torch.tensor([0, 2, 1])}, "image_index: expected sorted numbers below 3"),
+        ({"image_index": torch.tensor([0, 2, 3])}, "image_index: expected sorted numbers below 3"),
+    ],
+)
+def test_rejects(change, message):
+    texts = RaggedTexts.of(TEXTS)
+    fields = {name: getattr(texts, name) for name in ("tokens", "lengths", "image_index", "images")} | change
+    with pytest.raises(ValueError, match=message):
+        RaggedTexts(**fields)

@@ -1,0 +1,53 @@
+"""A BetaCLIP too small to learn anything, and batches for it."""
+
+import sys
+
+import torch
+from open_clip.model import CLIP
+from torch.utils.data import Dataset
+
+from betaclip.data.batches import Bad, Batch, Draw, Example
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig
+from betaclip.model.texts import RaggedTexts
+
+# How to start processes: a fork needs no imports, but cannot backpropagate once autograd serves a GPU.
+START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+
+IMAGE_SIZE = 16
+WORDS = 50
+
+
+def tiny_model(seed: int = 0) -> BetaCLIP:
+    torch.manual_seed(seed)
+    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
+    text = {"context_length": 16, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2}
+    return BetaCLIP(CLIP(8, vision, text), ModelConfig(pool_heads=2))
+
+
+def tiny_batch(images: int, seed: int = 0) -> Batch:
+    """Image i has 1 + i % 3 texts."""
+    torch.manual_seed(seed)
+    texts = [[torch.randint(1, WORDS, (2 + (i + j) % 5,)) for j in range(1 + i % 3)] for i in range(images)]
+    paths = [f"picture {i}" for i in range(images)]
+    return Batch(torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE), RaggedTexts.of(texts), paths, [])
+
+
+class TinyDataset(Dataset[Example | Bad]):
+    """Noise. A draw of an index in ``bad`` is bad; one in ``poisoned`` has a picture that is not finite."""
+
+    def __init__(self, length: int, bad: tuple[int, ...] = (), poisoned: tuple[int, ...] = ()) -> None:
+        self.length, self.bad, self.poisoned = length, bad, poisoned
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, draw: Draw) -> Example | Bad:
+        path = f"picture {draw.index}"
+        if draw.index in self.bad:
+            return Bad(path, "torn")
+        random = torch.Generator().manual_seed(draw.seed)
+        image = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=random)
+        tokens = [torch.randint(1, WORDS, (4,), generator=random).tolist() for _ in range(1 + draw.index % 3)]
+        if draw.index in self.poisoned:
+            image[0, 0, 0] = torch.inf
+        return Example(image, [""] * len(tokens), tokens, [0] * len(tokens), path)

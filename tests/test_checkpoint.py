@@ -1,0 +1,134 @@
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from betaclip import checkpoint as checkpoints
+from betaclip.model.beta_clip import ModelConfig, create_model
+from betaclip.published import save_published
+
+
+def test_write_keeps_the_last(tmp_path):
+    for step in (3, 20, 100, 7):
+        checkpoints.write(checkpoints.checkpoint_path(tmp_path, step), {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_00000020.pt", "checkpoint_00000100.pt"]
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint_00000100.pt"
+    assert checkpoints.read(tmp_path / "checkpoint_00000100.pt") == {"step": 100}
+    assert checkpoints.latest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("at", ["save", "fsync", "rename"])
+def test_kill_while_writing(tmp_path, monkeypatch, at):
+    """Wherever it comes, the last whole checkpoint is the latest; what is left over goes with the next."""
+
+    class Kill(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Kill
+
+    def half(content: object, file) -> None:
+        file.write(b"half")
+        raise Kill
+
+    checkpoints.write(checkpoints.checkpoint_path(tmp_path, 1), {"step": 1}, keep=2)
+    with monkeypatch.context() as patch:
+        match at:
+            case "save":
+                patch.setattr(torch, "save", half)
+            case "fsync":
+                patch.setattr(os, "fsync", kill)
+            case "rename":
+                patch.setattr(Path, "replace", kill)
+        with pytest.raises(Kill):
+            checkpoints.write(checkpoints.checkpoint_path(tmp_path, 2), {"step": 2}, keep=2)
+    found = checkpoints.latest(tmp_path)
+    assert found is not None and checkpoints.read(found) == {"step": 1}
+    checkpoints.write(checkpoints.checkpoint_path(tmp_path, 2), {"step": 2}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "checkpoint_00000002.pt"]
+
+
+def draws() -> list[float]:
+    return [torch.rand(()).item(), np.random.rand(), random.random(), np.random.standard_normal()]
+
+
+def test_random_states(tmp_path):
+    draws()  # an odd number of normals: NumPy keeps the second of a pair
+    checkpoints.write(tmp_path / "checkpoint_00000001.pt", checkpoints.random_states(), keep=1)
+    truth = [draws() for _ in range(3)]
+    checkpoints.set_random_states(checkpoints.read(tmp_path / "checkpoint_00000001.pt"))
+    assert [draws() for _ in range(3)] == truth
+
+
+def groups(model: nn.Module) -> list[dict]:
+    weights, biases = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
+    return [
+        {"params": weights, "part": "backbone", "weight_decay": 0.1},
+        {"params": biases, "part": "pool", "weight_decay": 0.0},
+    ]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        model(torch.rand(3, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_model_and_optimizer_return(tmp_path):
+    """Into new ones, after which both go on alike, bit for bit."""
+
+    def create() -> tuple[nn.Module, torch.optim.AdamW]:
+        model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))
+        model[2].bias.requires_grad_(False)
+        return model, torch.optim.AdamW(groups(model), lr=1e-2, fused=True)
+
+    model, optimizer = create()
+    train(model, optimizer, 3)
+    path = tmp_path / "checkpoint_00000003.pt"
+    checkpoints.write(
+        path, {**checkpoints.model_and_optimizer(model, optimizer), "random": checkpoints.random_states()}, keep=1
+    )
+    content = checkpoints.read(path)
+    train(model, optimizer, 3)
+    other, other_optimizer = create()
+    checkpoints.restore(other, other_optimizer, content)
+    checkpoints.set_random_states(content["random"])
+    train(other, other_optimizer, 3)
+    for a, t in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, t)
+    assert [g["part"] for g in other_optimizer.param_groups] == ["backbone", "pool"]
+    assert [g["weight_decay"] for g in other_optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_published_layout(tmp_path):
+    towers = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 50, "width": 64, "heads": 1, "layers": 1},
+    }
+    model = create_model(ModelConfig(json.dumps(towers), context_length=248))
+    save_published(model, tmp_path / "x.safetensors")
+    state = checkpoints.load_checkpoint(tmp_path / "x.safetensors").state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+def test_rejects(tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt"):
+        checkpoints.load_checkpoint(tmp_path / "other.pt")
+    torch.save({"betaclip": 1, "code": Path}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match=r"pickle\.pt"):
+        checkpoints.load_checkpoint(tmp_path / "pickle.pt")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
+        checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt in this folder"):
+        checkpoints.load_checkpoint(tmp_path)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import Tensor
+
+from betaclip import BetaCALLoss, ClipLoss
+from betaclip.model.texts import RaggedTexts
+from betaclip.training.objective import Objective, captions
+
+B, K, D = 5, 4, 8
+
+
+def outputs(texts: int = K) -> dict[str, Tensor]:
+    out = {
+        "image_embeds": torch.randn(B, D),
+        "text_embeds": torch.randn(B, texts, D),
+        "pooled_embeds": torch.randn(B, texts, D),
+        "mask": torch.arange(texts) < torch.tensor([4, 1, 2, 3, 4])[:, None],
+        "logit_scale": torch.tensor(5.0),
+        "pool_logit_scale": torch.tensor(9.0),
+    }
+    return {name: t if name == "mask" else t.requires_grad_() for name, t in out.items()}
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+def test_sum_of_both_losses(form):
+    out = outputs()
+    losses = Objective(form, beta=0.3, alpha=0.9, global_weight=2.0, beta_cal_weight=0.5)(out)
+    whole = ClipLoss()(out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"])
+    parts = BetaCALLoss(form, beta=0.3, alpha=0.9)(
+        out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=out["mask"]
+    )
+    torch.testing.assert_close(losses["global_loss"], whole)
+    torch.testing.assert_close(losses["beta_cal_loss"], parts)
+    torch.testing.assert_close(losses["loss"], 2 * whole + 0.5 * parts)
+
+
+@pytest.mark.parametrize(
+    ("weights", "names", "untouched"),
+    [
+        ((1.0, 0.0), {"loss", "global_loss"}, {"pooled_embeds", "pool_logit_scale"}),
+        ((0.0, 1.0), {"loss", "beta_cal_loss"}, {"image_embeds", "logit_scale"}),
+    ],
+)
+def test_weight_of_zero_leaves_out(weights, names, untouched):
+    out = outputs()
+    losses = Objective(global_weight=weights[0], beta_cal_weight=weights[1])(out)
+    losses["loss"].backward()
+    assert losses.keys() == names
+    assert {name for name, t in out.items() if t.requires_grad and t.grad is None} == untouched
+
+
+def test_image_without_text():
+    """It is in neither loss, as if it were not there."""
+    out = outputs()
+    without = {name: t if t.dim() == 0 else t[1:] for name, t in out.items()}
+    masked = out | {"mask": out["mask"].clone()}
+    masked["mask"][0] = False
+    ours, truth = Objective()(masked), Objective()(without)
+    assert ours["loss"].isfinite()
+    for name in truth:
+        torch.testing.assert_close(ours[name], truth[name])
+
+
+def test_no_image():
+    out = {name: t.detach()[:0] if t.dim() else t for name, t in outputs().items()}
+    leaf = out["pooled_embeds"].requires_grad_()
+    loss = Objective()(out)["loss"]
+    loss.backward()
+    assert loss == 0 and leaf.grad is not None
+
+
+def test_captions():
+    texts = RaggedTexts.of([[[1, 2], [3]], [], [[4, 5, 6], [7], [8, 9]], [[10]]])
+    first = captions(texts)
+    assert first.tokens.tolist() == [1, 2, 4, 5, 6, 10]
+    assert (first.lengths.tolist(), first.image_index.tolist(), first.images) == ([2, 3, 1], [0, 2, 3], 4)
+    assert captions(RaggedTexts.of([])).images == 0
+
+
+def test_rejects():
+    for weights in ((0.0, 0.0), (-1.0, 1.0)):
+        with pytest.raises(ValueError, match="global_weight, beta_cal_weight: expected two numbers >= 0, not both 0"):
+            Objective(global_weight=weights[0], beta_cal_weight=weights[1])

@@ -1,0 +1,282 @@
+"""Whole runs of a tiny model on noise."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import START, TinyDataset, tiny_batch, tiny_model
+from torch import nn
+
+from betaclip import checkpoint as checkpoints
+from betaclip.data.batches import BadDataError
+from betaclip.data.registry import DataConfig
+from betaclip.errors import ConfigError, NonFiniteError, Stopped
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.training import loading
+from betaclip.training import trainer as loop
+from betaclip.training.config import EvaluationConfig, GroupConfig, OptimizerConfig, RunConfig, TrainConfig
+from betaclip.training.log import read_metrics
+from betaclip.training.parallel import World
+from betaclip.training.step import Update
+from betaclip.training.trainer import Run
+
+ALONE = World(0, 1, torch.device("cpu"))
+STEPS = 9
+MEASURED = ("loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale", "norm_backbone", "norm_pool")
+
+
+def config(folder: Path, name: str = "run", **run: Any) -> TrainConfig:
+    options: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "log_every": 1, "workers": 0, "tensorboard": False}
+    options |= run
+    return TrainConfig(
+        optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4), eps=1e-3),
+        run=RunConfig(folder=folder, name=name, **options),
+    )
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In place of the model and the data of the settings, on one thread, so that processes compute alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    put_tiny(monkeypatch.setattr)
+    yield
+    torch.set_num_threads(threads)
+
+
+def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None = None, dropout: float = 0.2) -> None:
+    def create_model(config: object) -> BetaCLIP:
+        model = tiny_model()
+        model.pool.mlp.append(nn.Dropout(dropout))  # something random in every step
+        return model
+
+    patch(loop, "create_model", create_model)
+    patch(loading, "create_dataset", lambda *_, **__: dataset or TinyDataset(14))
+
+
+def train(settings: TrainConfig, world: World = ALONE) -> Run:
+    run = Run(settings, world)
+    run.train()
+    return run
+
+
+def measured(run: Run) -> list[list[float]]:
+    return [[row[name] for name in MEASURED] for row in read_metrics(run.folder / "metrics.jsonl")]
+
+
+def assert_same_run(ours: Run, truth: Run) -> None:
+    """Bit for bit: everything that was logged, and the parameters at the end."""
+    assert measured(ours) == measured(truth) and len(measured(truth)) == STEPS
+    for (name, a), t in zip(ours.model.named_parameters(), truth.model.parameters(), strict=True):
+        assert torch.equal(a, t), name
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Run:
+    """Uninterrupted."""
+    return train(config(tmp_path, "whole"))
+
+
+def at_step(number: int, do: Callable[[], None]) -> Callable[..., Any]:
+    """``Update.__call__`` that does something first in one step."""
+    call = Update.__call__
+
+    def patched(self: Update, batch: Any, step: int, images: int) -> Any:
+        if step == number:
+            do()
+        return call(self, batch, step, images)
+
+    return patched
+
+
+def killed(settings: TrainConfig, step: int, number: int, group: bool) -> None:
+    def kill() -> None:
+        if group:  # from another process: what comes from their parent, workers take for the end of the run
+            subprocess.run(["sh", "-c", f"kill -{number} -{os.getpid()}"], check=False)
+        else:
+            os.kill(os.getpid(), number)
+
+    if group:
+        os.setpgrp()
+    Update.__call__ = at_step(step, kill)  # type: ignore[method-assign]
+    sys.stdout = io.StringIO()
+    torch.set_num_threads(1)
+    put_tiny(setattr)
+    train(settings)
+
+
+def kill_in_child(settings: TrainConfig, step: int, number: int, group: bool = False) -> int | None:
+    child = multiprocessing.get_context(START).Process(target=killed, args=(settings, step, number, group))
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_goes_on_after_a_kill(tmp_path, whole, at):
+    settings = config(tmp_path, checkpoint_every=2)
+    assert kill_in_child(settings, at, signal.SIGKILL) == -signal.SIGKILL
+    found = checkpoints.latest(tmp_path / "run")
+    assert found is not None and checkpoints.read(found)["step"] == at // 2 * 2
+    resumed = train(replace(settings, run=replace(settings.run, resume=True, workers=1)))
+    assert_same_run(resumed, whole)
+
+
+def test_sigterm_saves_and_exits(tmp_path, whole):
+    """Also if it comes to all processes of the group, workers included."""
+    settings = config(tmp_path, workers=1)
+    assert kill_in_child(settings, 4, signal.SIGTERM, group=True) == 128 + signal.SIGTERM
+    found = checkpoints.latest(tmp_path / "run")
+    assert found is not None and checkpoints.read(found)["step"] == 5
+    assert_same_run(train(replace(settings, run=replace(settings.run, resume=True))), whole)
+
+
+def test_sigterm_within_an_interval(tmp_path, monkeypatch):
+    """Means over an interval are the same, though half of its steps were before the checkpoint."""
+    truth = train(config(tmp_path, "whole", log_every=3))
+    settings = config(tmp_path, log_every=3)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "__call__", at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(Stopped) as stopped:
+            train(settings)
+    assert stopped.value.code == 143 and "after step 5; --run.resume goes on from" in stopped.value.message
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = train(replace(settings, run=replace(settings.run, resume=True)))
+    assert measured(resumed) == measured(truth) and len(measured(truth)) == 3
+
+
+def test_workers_and_evaluation_change_nothing(tmp_path, whole, monkeypatch):
+    seen = []
+
+    def evaluate(self: object, model: Any, world: World, *, alike: bool = False) -> dict[str, dict[str, float]]:
+        torch.rand(5)
+        seen.append(world.rank)
+        return {"noise": {"choices/hard": 0.5}}
+
+    monkeypatch.setattr("betaclip.training.evaluation.Evaluation.__call__", evaluate)
+    settings = replace(config(tmp_path, workers=2), evaluation=EvaluationConfig(every=4))
+    monkeypatch.setattr(loop.Log, "write_results", lambda self, step, results: None)
+    assert_same_run(train(settings), whole)
+    assert len(seen) == 2
+
+
+def test_logs(tmp_path, capsys):
+    run = train(config(tmp_path, log_every=4, tensorboard=True))
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 9]
+    assert rows[1]["epoch"] == pytest.approx(2) and rows[1]["skipped"] == 0
+    assert rows[2]["lr_backbone"] == 1e-5 and rows[2]["lr_pool"] == 1e-4
+    assert min(row[key] for row in rows for key in ("images_per_s", "peak_gib")) > 0
+    assert all(0 <= row["data_share"] <= 1 for row in rows)
+    out = capsys.readouterr().out
+    assert "[optimizer.backbone]\nlr = 0.001\n" in out
+    assert "step 8/9  loss " in out and "images/s" in out
+    assert list(run.folder.glob("events.out.tfevents.*"))
+    every = read_metrics(train(config(tmp_path, "every")).folder / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(sum(row["loss"] for row in every[:4]) / 4)
+
+
+def test_stops_at_what_is_not_finite(tmp_path, monkeypatch):
+    put_tiny(monkeypatch.setattr, TinyDataset(14, poisoned=(5,)))
+    with pytest.raises(NonFiniteError) as stopped:
+        train(config(tmp_path, log_every=4))
+    message = str(stopped.value)
+    step = int(message.split()[1])
+    assert "loss nan" in message and "logit_scale 14" in message and "pool_logit_scale" in message
+    assert "picture 5" in message and 1 <= step <= 4
+    saved = json.loads((tmp_path / "run" / "non_finite_rank0.json").read_text())
+    assert saved["step"] == step and "picture 5" in saved["paths"] and len(saved["paths"]) == 4
+
+
+def test_skips_what_is_not_finite(tmp_path, monkeypatch):
+    put_tiny(monkeypatch.setattr, TinyDataset(14, poisoned=(5,)))
+    run = train(config(tmp_path, log_every=4, non_finite="skip"))
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    assert sum(row["skipped"] for row in rows) == 2  # once an epoch
+    assert all(torch.isfinite(torch.tensor([row["loss"] for row in rows])))
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_bad_data(tmp_path, monkeypatch):
+    put_tiny(monkeypatch.setattr, TinyDataset(14, bad=(3, 8)))
+    run = train(config(tmp_path, steps=8))  # two epochs
+    assert run.bad.skipped == 4 and run.bad.reasons == {"picture 3": "torn", "picture 8": "torn"}
+    settings = config(tmp_path, "limited")
+    with pytest.raises(BadDataError, match="2 could not be read, more than the 1 allowed"):
+        train(replace(settings, data=DataConfig(bad_limit=1)))
+
+
+def test_all_of_a_batch_is_bad(tmp_path, monkeypatch):
+    put_tiny(monkeypatch.setattr, TinyDataset(14, bad=tuple(range(14))))
+    run = train(config(tmp_path))
+    assert len(read_metrics(run.folder / "metrics.jsonl")) == STEPS
+
+
+def test_rejects(tmp_path, monkeypatch):
+    train(config(tmp_path, steps=3))
+    with pytest.raises(ConfigError, match=r"run.name: .*run has a run already; --run.resume to go on"):
+        Run(config(tmp_path), ALONE)
+    for change, message in (
+        ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2"),
+        ({"batch_size": 5}, "batch_size: 4 -> 5 since the checkpoint"),
+        ({"seed": 9}, "seed: 0 -> 9 since the checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Run(config(tmp_path, resume=True, **{"steps": 9, **change}), ALONE)
+    assert "steps = 3\n" in (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(ConfigError, match=r"optimizer.backbone.warmup: expected less than the run's 1 updates, got 1"):
+        Run(config(tmp_path, "short", steps=1), ALONE)
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("nowhere.json: no such file")
+
+    monkeypatch.setattr(loading, "create_dataset", missing)
+    with pytest.raises(ConfigError, match=r"data: nowhere.json: no such file"):
+        Run(config(tmp_path, "no data"), ALONE)
+
+
+def test_compile(monkeypatch, tmp_path):
+    """Names of parameters stay as they are, so checkpoints do."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    plain = Run(config(tmp_path), ALONE).model
+    compiled = Run(config(tmp_path, compile=True), ALONE).model
+    marks = [block._compiled_call_impl is not None for block in compiled.clip.visual.transformer.resblocks]
+    assert marks == [True, True] and plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_checkpoint_makes_its_model_again(tmp_path, monkeypatch):
+    """With QuickGELU, which weights like OpenAI's bring, though the run was told nothing of it."""
+    towers = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
+    }
+    model = ModelConfig(json.dumps(towers), pool_heads=1)
+    monkeypatch.setattr(loop, "create_model", lambda config: create_model(replace(config, quick_gelu=True)))
+    run = train(replace(config(tmp_path, steps=2), model=model))
+    monkeypatch.setattr(loop, "create_model", create_model)
+    again = checkpoints.load_checkpoint(run.folder)
+    assert_same_model(again, run.model)
+    resumed = Run(replace(config(tmp_path, resume=True, steps=3), model=model), ALONE)
+    assert_same_model(resumed.model, run.model)
+    file = str(checkpoints.latest(run.folder))
+    started = Run(replace(config(tmp_path, "next", steps=3), model=replace(model, pretrained=file)), ALONE)
+    assert_same_model(started.model, run.model)
+
+
+def assert_same_model(ours: BetaCLIP, truth: BetaCLIP) -> None:
+    batch = tiny_batch(3)
+    a, t = (model.eval()(batch.images, batch.texts) for model in (ours, truth))
+    for name in t:
+        assert torch.equal(a[name], t[name]), name
