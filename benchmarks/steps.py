@@ -51,7 +51,7 @@ class StepBatch:
     @property
     def shape(self) -> tuple[int, int]:
         """B, K"""
-        return self.texts.images, self.texts.most
+        return self.texts.num_images, self.texts.max_texts_per_image
 
 
 def made_up_step_batch(model: BetaCLIP, images: int, texts: int, dtype: torch.dtype) -> StepBatch:

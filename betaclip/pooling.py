@@ -1,7 +1,8 @@
-"""Text-conditioned pooling: each text takes its own embedding of an image from the image's patches."""
+"""Text-conditioned pooling: each text pools an image's patches into its own embedding of that image."""
 
 import math
 from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,56 +11,64 @@ from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, unit_rows
-
-# What ``score`` holds of pairs of images and texts at a time.
-PAIR_BYTES = 64 * 2**20
+from betaclip.layers import LayerNorm, QuickGELU, attention_not_supported_reasons
 
 
-class LayerNorm(nn.LayerNorm):
-    """In float32 (float64 for float64), whatever the dtype of inputs and parameters."""
+class _Operands(NamedTuple):
+    """The arguments of ``attention_pool``, in the dtype to compute in."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        weight, bias = (p.to(dtype) for p in (self.weight, self.bias))
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the activation of OpenAI's CLIP; as SiLU, which keeps one tensor for the backward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702
+    patches: Tensor  # (B, P, D)
+    queries: Tensor  # (B or 1, K, D), projected
+    k_weight: Tensor  # (D, D)
+    v_weight: Tensor  # (D, D)
+    v_bias: Tensor  # (D,)
 
 
 class TextConditionedPool(nn.Module):
     """β-CLIP's pooling block (arXiv 2512.12678): a text queries the patches of an image by multi-head cross-attention.
 
-    Equivalent to, with ``attn`` as an ``nn.MultiheadAttention`` computes it:
+    Equivalent to, with ``attn`` an ``nn.MultiheadAttention``:
 
         patches, queries = F.normalize(patches, dim=-1), F.normalize(queries, dim=-1)
         out = attn(queries, patches, patches)[0]
         return out + mlp(ln_2(out))  # no residual from the query
 
-    without keys, values or normalised patches wherever that is faster
-    (:func:`betaclip.kernels.attention_pool.operators.attention_pool`). Parameters have the released checkpoints' names.
+    without materialising keys, values or normalised patches wherever that is faster
+    (:func:`betaclip.kernels.attention_pool.operators.attention_pool`). Parameters have the names of the released
+    checkpoints.
+
+    The block reads the weights of ``attn`` and never calls it: parametrizations of ``attn`` act, wrappers of it and
+    hooks on it are refused. ``attn.out_proj`` and the MLP are called, so that adapters around them act.
 
     Args:
-        embed_dim: D, of patches and texts.
+        embed_dim: D, the width of patches and texts.
         num_heads: H, a divisor of D.
-        mlp_ratio: width of the MLP's hidden layer over D.
-        norm_inputs: LayerNorms of the queries (``ln_1``) and of the patches (``ln_1_kv``) after their normalisation.
-            The released models have none.
-        identity: start from projections that are identities and an MLP that adds nothing: a text attends to patches
-            that resemble it, and its embedding of the image is their mean. Towers that start at random learn faster so;
-            the released models start from random projections.
+        mlp_ratio: hidden width of the MLP as a multiple of D.
+        norm_inputs: apply LayerNorm to the queries (``ln_1``) and to the patches (``ln_1_kv``) after their
+            normalisation. The released models do not.
+        identity: initialise the projections to identities and the MLP to zero: a text attends to patches that resemble
+            it, and the result is their weighted mean. Towers trained from scratch learn faster so; the released models
+            start from random projections.
         backend: of the attention; ``"auto"`` chooses.
+        device, dtype: of the parameters, as for every ``nn.Module`` of PyTorch.
 
     Attributes:
-        logit_scale: () logarithm of the inverse temperature of the loss over the pooled embeddings; the block itself
-            does not use it.
+        logit_scale: () logarithm of the inverse temperature for a loss over the pooled embeddings. The block does not
+            use it.
 
     Raises:
         ValueError: ``embed_dim`` is not divisible by ``num_heads``; ``mlp_ratio`` leaves no hidden unit.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import TextConditionedPool
+        >>> pool = TextConditionedPool(embed_dim=8, num_heads=2)
+        >>> patches, texts = torch.randn(4, 49, 8), torch.randn(4, 3, 8)  # 4 images of 49 patches, 3 texts each
+        >>> pool(patches, texts).shape
+        torch.Size([4, 3, 8])
+        >>> valid = torch.tensor([[True, True, False]]).expand(4, 3)
+        >>> pool(patches, texts, query_mask=valid)[:, 2].count_nonzero().item()
+        0
     """
 
     def __init__(
@@ -71,27 +80,31 @@ class TextConditionedPool(nn.Module):
         identity: bool = False,
         *,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
-        self.backend = backend
-        self.ln_1 = LayerNorm(embed_dim) if norm_inputs else None
-        self.ln_1_kv = LayerNorm(embed_dim) if norm_inputs else None
-        # Parameters, their names and their initialisation; the attention itself is attention_pool's.
-        self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
-        self.ln_2 = LayerNorm(embed_dim)
-        self.hidden = int(embed_dim * mlp_ratio)
-        if self.hidden < 1:
+        hidden = int(embed_dim * mlp_ratio)
+        if hidden < 1:
             raise ValueError(f"mlp_ratio: expected at least 1 / embed_dim = 1 / {embed_dim}, got {mlp_ratio}")
-        c_fc, c_proj = nn.Linear(embed_dim, self.hidden), nn.Linear(self.hidden, embed_dim)
+        placed: Any = {"device": device, "dtype": dtype}
+        self.backend = backend
+        self.ln_1 = LayerNorm(embed_dim, **placed) if norm_inputs else None
+        self.ln_1_kv = LayerNorm(embed_dim, **placed) if norm_inputs else None
+        # For its parameters, their names and their initialisation; attention_pool computes the attention.
+        self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, **placed)
+        self.ln_2 = LayerNorm(embed_dim, **placed)
+        c_fc, c_proj = nn.Linear(embed_dim, hidden, **placed), nn.Linear(hidden, embed_dim, **placed)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        self.hidden = hidden
         if identity:
             for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.attn.out_proj.weight):
                 nn.init.eye_(weight)
             for zero in c_proj.parameters():
                 nn.init.zeros_(zero)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), **placed))
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
@@ -105,29 +118,41 @@ class TextConditionedPool(nn.Module):
         query_mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Text-conditioned image embeddings.
+        """Embed each image once for each of its texts.
 
         Args:
             patches: (B, P, D) patch embeddings of any norm.
-            queries: (B, K, D) text embeddings of any norm, or (K, D): the same for every image.
-            patch_mask: (B, P) bool, True = valid patch. An image without any gives zeros.
-            query_mask: (B, K) bool, True = valid text; the others give zeros. What is masked may hold anything.
-            need_weights: return the attention too, for pictures.
+            queries: (B, K, D) text embeddings of any norm, or (K, D) for the same texts with every image.
+            patch_mask: (B, P) bool, True = valid patch. An image without valid patches gives zeros.
+            query_mask: (B, K) bool, True = valid text. Masked texts give zeros; masked values may be anything, NaN
+                included.
+            need_weights: also return the attention weights, for example to draw them.
 
         Returns:
-            (B, K, D), not normalised; with ``need_weights`` also the (B, K, P) attention, averaged over heads.
-            In the dtype of the patches; under autocast, in its dtype.
+            (B, K, D) text-conditioned image embeddings, not normalised; with ``need_weights`` also the (B, K, P)
+            attention weights, averaged over heads. The dtype is that of the patches, or autocast's where it is enabled.
 
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
-            NotImplementedError: the named backend cannot serve these inputs; the message says why.
+            NotImplementedError: the named backend cannot run these inputs, or ``attn`` is wrapped or has hooks; the
+                message says why.
+
+        Example:
+            >>> import torch
+            >>> from betaclip import TextConditionedPool
+            >>> pool = TextConditionedPool(embed_dim=8, num_heads=2)
+            >>> pooled, weights = pool(torch.randn(4, 49, 8), torch.randn(4, 3, 8), need_weights=True)
+            >>> pooled.shape, weights.shape
+            (torch.Size([4, 3, 8]), torch.Size([4, 3, 49]))
+            >>> torch.allclose(weights.sum(-1), torch.ones(4, 3))
+            True
         """
-        patches, queries = self._prepare(patches, queries, patch_mask, query_mask)
-        out = self._mlp(self._attention(patches, queries, patch_mask))
+        operands = self._operands(patches, queries, patch_mask, query_mask)
+        out = self._mlp(self._attention(operands, patch_mask))
         out = _zero_without(out, patch_mask, query_mask)
         if not need_weights:
             return out
-        k_weight = self.attn.in_proj_weight.to(patches.dtype).chunk(3)[1]
+        patches, queries, k_weight, *_ = operands
         weights = attention_weights(
             patches, queries, k_weight, self.attn.num_heads, patch_mask, normalize=self.ln_1_kv is None
         )
@@ -141,49 +166,79 @@ class TextConditionedPool(nn.Module):
         patch_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
     ) -> Tensor:
-        """``attn(queries, patches, patches)[0]`` (B, K, D), everything but the MLP; the arguments of ``forward``."""
-        patches, queries = self._prepare(patches, queries, patch_mask, query_mask)
-        return _zero_without(self._attention(patches, queries, patch_mask), patch_mask, query_mask)
+        """The block without its MLP: ``attn(queries, patches, patches)[0]`` of the normalised inputs.
 
-    def score(self, patches: Tensor, queries: Tensor, *, patch_mask: Tensor | None = None) -> Tensor:
-        """Cosine of every text with every image embedding that it conditions: all pairs of B images and M texts.
+        Args:
+            patches, queries, patch_mask, query_mask: as for :meth:`forward`.
+
+        Returns:
+            (B, K, D) attended patches, not normalised.
+
+        Raises:
+            ValueError, NotImplementedError: as for :meth:`forward`.
+
+        Example:
+            >>> import torch
+            >>> from betaclip import TextConditionedPool
+            >>> pool = TextConditionedPool(embed_dim=8, num_heads=2)
+            >>> patches, texts = torch.randn(4, 49, 8), torch.randn(4, 3, 8)
+            >>> out = pool.attend(patches, texts)
+            >>> torch.allclose(pool(patches, texts), out + pool.mlp(pool.ln_2(out)))
+            True
+        """
+        operands = self._operands(patches, queries, patch_mask, query_mask)
+        return _zero_without(self._attention(operands, patch_mask), patch_mask, query_mask)
+
+    def score(
+        self, patches: Tensor, queries: Tensor, *, patch_mask: Tensor | None = None, chunk_bytes: int = 64 * 2**20
+    ) -> Tensor:
+        """Score all pairs of B images and M texts: the cosine of each text with the image as that text pools it.
 
         Equivalent to:
 
             return F.cosine_similarity(self(patches, queries), queries, dim=-1)
 
-        in O(B·M + (B + M)·D) memory: pairs are taken some at a time (64 MiB of them), and again in the backward. For
+        in O(B·M + (B + M)·D) memory: pairs are computed a chunk at a time, and once more in the backward. For
         text-conditioned negatives in training and for text-conditioned retrieval.
 
         Args:
             patches: (B, P, D) patch embeddings of any norm.
             queries: (M, D) text embeddings of any norm.
-            patch_mask: (B, P) bool, True = valid patch. An image without any scores 0.
+            patch_mask: (B, P) bool, True = valid patch. An image without valid patches scores 0.
+            chunk_bytes: memory for the pairs of one chunk, in bytes.
 
         Returns:
-            (B, M) cosines in accumulation dtype: float32, or float64 for float64.
+            (B, M) cosines in accumulation dtype: float32, or float64 for float64 inputs.
 
         Raises:
-            ValueError, NotImplementedError: as for ``forward``.
+            ValueError, NotImplementedError: as for :meth:`forward`.
+
+        Example:
+            >>> import torch
+            >>> from betaclip import TextConditionedPool
+            >>> pool = TextConditionedPool(embed_dim=8, num_heads=2)
+            >>> pool.score(torch.randn(4, 49, 8), torch.randn(10, 8)).shape
+            torch.Size([4, 10])
         """
         if queries.dim() != 2:
             raise ValueError(f"queries: expected (M, D), got shape {tuple(queries.shape)}")
         dtype = accumulation_dtype(patches.dtype)
         units = unit_rows(queries.to(dtype))
-        patches, queries = self._prepare(patches, queries, patch_mask, None)
+        operands = self._operands(patches, queries, patch_mask, None)
+        patches, queries, *_ = operands
 
-        def pairs(x: Tensor, q: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
-            """(b, m)"""
-            out = _zero_without(self._mlp(self._attention(x, q, mask)), mask, None)
-            return (unit_rows(out.to(dtype)) * unit).sum(-1)
+        def cosines(x: Tensor, q: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
+            """(b, m) for the patches of b images and m projected queries."""
+            out = self._mlp(self._attention(operands._replace(patches=x, queries=q), mask))
+            return (unit_rows(_zero_without(out, mask, None).to(dtype)) * unit).sum(-1)
 
-        images, texts = self._pairs_at_a_time(queries.shape[1], dtype)
+        images, texts = self._chunk_sizes(queries.shape[1], dtype, chunk_bytes)
         masks = [None] * len(patches.split(images)) if patch_mask is None else patch_mask.split(images)
         return torch.cat(
             [
                 torch.cat(
                     [
-                        checkpoint(pairs, x, q, unit, mask, use_reentrant=False)
+                        checkpoint(cosines, x, q, unit, mask, use_reentrant=False)
                         for q, unit in zip(queries.split(texts, 1), units.split(texts), strict=True)
                     ],
                     dim=1,
@@ -192,20 +247,27 @@ class TextConditionedPool(nn.Module):
             ]
         )
 
-    def _pairs_at_a_time(self, texts: int, dtype: torch.dtype) -> tuple[int, int]:
-        """How many images and texts. Few images by many texts: an image's patches are then projected once."""
-        # Of each pair the hidden layer exists three times, the embedding eight times.
+    def _chunk_sizes(self, num_queries: int, dtype: torch.dtype, chunk_bytes: int) -> tuple[int, int]:
+        """Images and texts in a chunk of pairs: few images by many texts, which projects an image's patches once."""
+        # For each pair, the hidden layer exists three times and the embedding eight times.
         width = 8 * self.attn.embed_dim + 3 * self.hidden
-        pairs = max(1, PAIR_BYTES // (width * dtype.itemsize))
-        texts = max(1, min(texts, pairs))
+        pairs = max(1, chunk_bytes // (width * dtype.itemsize))
+        texts = max(1, min(num_queries, pairs))
         return max(1, pairs // texts), texts
 
-    def _prepare(
+    def _operands(
         self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Checked, in the dtype to compute in: patches (B, P, D), and projected queries (B or 1, K, D)."""
-        self._check(patches, queries, patch_mask, query_mask)
-        dtype = self._dtype(patches)
+    ) -> _Operands:
+        """Check the arguments, normalise and project them."""
+        if reasons := attention_not_supported_reasons(self.attn):
+            raise NotImplementedError(
+                f"TextConditionedPool reads the weights of attn: {'; '.join(reasons)}. Adapt attn.out_proj, mlp.c_fc "
+                "and mlp.c_proj, or parametrize attn.in_proj_weight (torch.nn.utils.parametrize)"
+            )
+        in_weight, in_bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # once: a parametrization computes them
+        _check(patches, queries, patch_mask, query_mask, in_weight)
+        device = patches.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else patches.dtype
         if query_mask is not None:
             queries = queries.masked_fill(~query_mask[..., None], 0)
         queries = unit_rows(queries if queries.dim() == 3 else queries[None]).to(dtype)
@@ -215,61 +277,56 @@ class TextConditionedPool(nn.Module):
             patches = self.ln_1_kv(unit_rows(patches))
         if self.ln_1 is not None:
             queries = self.ln_1(queries)
-        weight, bias = (p.to(dtype).chunk(3)[0] for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
-        return patches.to(dtype), F.linear(queries, weight, bias)
+        q_weight, k_weight, v_weight = in_weight.to(dtype).chunk(3)
+        q_bias, _, v_bias = in_bias.to(dtype).chunk(3)  # the keys' bias cancels in the softmax
+        return _Operands(patches.to(dtype), F.linear(queries, q_weight, q_bias), k_weight, v_weight, v_bias)
 
-    def _attention(self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None) -> Tensor:
-        """(B, K, D) for what ``_prepare`` returns."""
-        dtype, out_proj = patches.dtype, self.attn.out_proj
-        _, k_weight, v_weight = self.attn.in_proj_weight.to(dtype).chunk(3)
-        v_bias = self.attn.in_proj_bias.to(dtype).chunk(3)[2]  # the keys' bias cancels in the softmax
+    def _attention(self, operands: _Operands, patch_mask: Tensor | None) -> Tensor:
+        """(B, K, D)"""
         out = attention_pool(
-            patches, queries, k_weight, v_weight, v_bias, self.attn.num_heads, patch_mask,
-            normalize=self.ln_1_kv is None, backend=self.backend,
-        )  # fmt: skip
-        return F.linear(out, out_proj.weight.to(dtype), out_proj.bias.to(dtype))
+            *operands, self.attn.num_heads, patch_mask, normalize=self.ln_1_kv is None, backend=self.backend
+        )
+        return self.attn.out_proj(out)
 
     def _mlp(self, out: Tensor) -> Tensor:
         return out + self.mlp(self.ln_2(out))
 
-    def _dtype(self, patches: Tensor) -> torch.dtype:
-        device = patches.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else patches.dtype
 
-    def _check(self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None) -> None:
-        """Raise on malformed arguments."""
-        width, weight = self.attn.embed_dim, self.attn.in_proj_weight
-        if patches.dim() != 3 or patches.shape[1] == 0 or patches.shape[2] != width:
-            raise ValueError(f"patches: expected (B, P, {width}) with P >= 1, got shape {tuple(patches.shape)}")
-        images = patches.shape[0]
-        shared = queries.dim() == 2 and queries.shape[1] == width
-        if not shared and (queries.dim() != 3 or queries.shape[::2] != (images, width)):
-            expected = f"({images}, K, {width}) or (K, {width}) as patches are {tuple(patches.shape)}"
-            raise ValueError(f"queries: expected {expected}, got shape {tuple(queries.shape)}")
-        for name, tensor in (("patches", patches), ("queries", queries)):
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-            if tensor.device != weight.device:
-                raise ValueError(f"{name}: expected device {weight.device} as the module, got {tensor.device}")
-            if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
-                expected = f"dtype {weight.dtype} as the module's weights, or autocast"
-                raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
-        shapes = {
-            "patch_mask": (patch_mask, patches.shape[:2]),
-            "query_mask": (query_mask, (images, queries.shape[-2])),
-        }
-        for name, (mask, shape) in shapes.items():
-            if mask is None:
-                continue
-            if mask.shape != shape or mask.dtype != torch.bool:
-                expected = f"bool of shape {tuple(shape)}, True = valid"
-                raise ValueError(f"{name}: expected {expected}, got {mask.dtype} {tuple(mask.shape)}")
-            if mask.device != patches.device:
-                raise ValueError(f"{name}: expected device {patches.device} as for patches, got {mask.device}")
+def _check(
+    patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None, weight: Tensor
+) -> None:
+    """Raise on malformed arguments. weight: (3 D, D), of the module."""
+    width = weight.shape[1]
+    if patches.dim() != 3 or patches.shape[1] == 0 or patches.shape[2] != width:
+        raise ValueError(f"patches: expected (B, P, {width}) with P >= 1, got shape {tuple(patches.shape)}")
+    images = patches.shape[0]
+    shared = queries.dim() == 2 and queries.shape[1] == width
+    if not shared and (queries.dim() != 3 or queries.shape[::2] != (images, width)):
+        expected = f"({images}, K, {width}) or (K, {width}) as patches are {tuple(patches.shape)}"
+        raise ValueError(f"queries: expected {expected}, got shape {tuple(queries.shape)}")
+    for name, tensor in (("patches", patches), ("queries", queries)):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name}: expected device {weight.device} as the module, got {tensor.device}")
+        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            expected = f"dtype {weight.dtype} as the module's weights, or autocast"
+            raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
+    for name, mask, shape in (
+        ("patch_mask", patch_mask, patches.shape[:2]),
+        ("query_mask", query_mask, (images, queries.shape[-2])),
+    ):
+        if mask is None:
+            continue
+        if mask.shape != shape or mask.dtype != torch.bool:
+            expected = f"bool of shape {tuple(shape)}, True = valid"
+            raise ValueError(f"{name}: expected {expected}, got {mask.dtype} {tuple(mask.shape)}")
+        if mask.device != patches.device:
+            raise ValueError(f"{name}: expected device {patches.device} as for patches, got {mask.device}")
 
 
 def _zero_without(out: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
-    """``out`` (B, K, ...) with zeros for images without patches and for masked queries."""
+    """``out`` (B, K, ...) with zeros for images without valid patches and for masked queries."""
     if patch_mask is not None:
         out = out.masked_fill(~patch_mask.any(1)[:, None, None], 0)
     if query_mask is not None:

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support.adapters import AdaptedLinear, Adapter, hooked
 from support.largest import LargestTensor
 from support.paths import GOLDEN
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
-from betaclip import BetaCALLoss, TextConditionedPool, pooling
-from betaclip.kernels.attention_pool.operators import BACKENDS
+from betaclip import BetaCALLoss, TextConditionedPool
+from betaclip.kernels.attention_pool.operators import BACKENDS, PROJECTED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = load_file(GOLDEN / "text_conditioned_pool.safetensors")
@@ -119,7 +122,7 @@ def test_identity_is_attention_without_parameters():
 def test_mlp_ratio_and_scale():
     pool = TextConditionedPool(16, 4, mlp_ratio=2.5)
     assert pool.mlp.c_fc.weight.shape == (40, 16)
-    assert float(pool.logit_scale.exp()) == pytest.approx(1 / 0.07)
+    assert float(pool.logit_scale.detach().exp()) == pytest.approx(1 / 0.07)
 
 
 def test_need_weights():
@@ -189,26 +192,25 @@ def test_queries_shared_by_all_images():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("pair_bytes", [1, 9_000, 2**26])
-def test_score_is_the_cosine_of_all_pairs(pair_bytes, masked, monkeypatch):
-    """Also a pair at a time, texts of one image in parts, and several images at once."""
-    monkeypatch.setattr(pooling, "PAIR_BYTES", pair_bytes)
-    pool, (patches, _) = block(), inputs(b=5)
-    texts = torch.randn(11, 16, dtype=torch.float64, device=DEVICE)
-    mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
+@pytest.mark.parametrize("chunk_bytes", [1, 9_000, 2**26])
+def test_score_is_the_cosine_of_all_pairs(chunk_bytes, masked):
+    """A pair at a time, some texts of one image, and several images at once."""
+    pool, (patches, _) = block(), inputs(b=4)
+    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
+    mask = torch.rand(4, 7, device=DEVICE) < 0.7 if masked else None
     if mask is not None:
         mask[3] = False
 
     def score(patches: Tensor, texts: Tensor) -> Tensor:
-        return pool.score(patches, texts, patch_mask=mask)
+        return pool.score(patches, texts, patch_mask=mask, chunk_bytes=chunk_bytes)
 
     def plain(patches: Tensor, texts: Tensor) -> Tensor:
         return F.cosine_similarity(pool(patches, texts, patch_mask=mask), texts, dim=-1)
 
     leaves = [patches.requires_grad_(), texts.requires_grad_()]
-    weight = torch.randn(5, 11, dtype=torch.float64, device=DEVICE)
+    weight = torch.randn(4, 7, dtype=torch.float64, device=DEVICE)
     ours, truth = score(*leaves), plain(*leaves)
-    assert ours.shape == (5, 11)
+    assert ours.shape == (4, 7)
     torch.testing.assert_close(ours, truth)
     wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
     for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
@@ -217,17 +219,18 @@ def test_score_is_the_cosine_of_all_pairs(pair_bytes, masked, monkeypatch):
         torch.testing.assert_close(score(*leaves), truth)
 
 
-def test_score_in_bounded_memory(monkeypatch):
+def test_score_in_bounded_memory():
     """Never a (B, M, D) tensor, forward or backward."""
-    monkeypatch.setattr(pooling, "PAIR_BYTES", 2**16)
     pool, (patches, _) = block(), inputs(b=16, p=5)
     texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
     pairs = 16 * 64 * 16
     with LargestTensor() as largest:
-        pool.score(patches, texts).sum().backward()
-    # A hidden layer of the pairs at a time, at most.
+        pool.score(patches, texts, chunk_bytes=2**16).sum().backward()
+    # At most the hidden layer of one chunk's pairs.
     assert max(16 * 64, texts.numel()) < largest.numel <= pairs / 4
-    assert saved_bytes(lambda: pool.score(patches, texts)) < 8 * pairs  # nor are the parts kept for the backward
+    assert (
+        saved_bytes(lambda: pool.score(patches, texts, chunk_bytes=2**16)) < 8 * pairs
+    )  # nor does the backward keep any
 
 
 def test_score_of_nothing():
@@ -264,16 +267,99 @@ def test_half_precision_parameters(dtype):
     torch.testing.assert_close(out.double(), expected, atol=3e-2 * float(expected.abs().max()), rtol=0)
 
 
-def test_compile():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(compiler):
+    """One graph, also when the sizes change."""
     pool = block()
-    compiled = torch.compile(pool, fullgraph=True)
-    for b, k in ((2, 3), (3, 4)):
+    compiled = torch.compile(pool, fullgraph=True, backend=compiler)
+    for b, k in ((2, 3), (3, 4)) if compiler == "aot_eager" else ((2, 3),):
         leaves = [t.requires_grad_() for t in inputs(b, k)]
         eager, graph = pool(*leaves), compiled(*leaves)
         torch.testing.assert_close(graph, eager)
         weight = torch.randn_like(eager)
         for a, e in zip(*(torch.autograd.grad(out, leaves, weight) for out in (graph, eager)), strict=True):
             torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", PROJECTED)
+def test_second_derivatives(backend):
+    pool, leaves = block(backend=backend), [t.requires_grad_() for t in inputs(1, 2, 3)]
+    second = []
+    for function in (lambda *t: pool(*t), lambda *t: published(pool, *t)[0]):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
+            first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+            second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for ours, truth in zip(*second, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+# Modules like others of PyTorch, and what is put around them.
+
+
+@pytest.mark.parametrize("norm_inputs", [False, True])
+def test_device_and_dtype(norm_inputs):
+    options = {"norm_inputs": norm_inputs, "identity": True}
+    pool = TextConditionedPool(16, 4, **options, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in pool.parameters()} == {("meta", torch.float64)}
+    made = TextConditionedPool(16, 4, **options, device=DEVICE, dtype=torch.float64)
+    assert made(*inputs()).dtype == torch.float64
+    cast = TextConditionedPool(16, 4, **options).state_dict()
+    assert made.state_dict().keys() == cast.keys()
+    assert all(value.dtype == torch.float64 for value in made.state_dict().values())
+
+
+class LowRank(nn.Module):
+    """A parametrization: a weight plus a product of rank 1."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(n, 1).to(weight)) for n in weight.shape)
+        self.evaluated = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.evaluated += 1
+        return weight + self.a @ self.b.T
+
+
+def test_parametrized_attention_acts():
+    """As nn.MultiheadAttention's own forward would compute it; evaluated once per call, so it may be random."""
+    pool, (patches, queries) = block(), inputs()
+    before = pool(patches, queries)
+    lora = LowRank(pool.attn.in_proj_weight)
+    parametrize.register_parametrization(pool.attn, "in_proj_weight", lora)
+    lora.evaluated = 0
+    out = pool(patches, queries)
+    assert lora.evaluated == 1
+    torch.testing.assert_close(out, published(pool, patches, queries)[0])
+    assert not torch.allclose(out, before)
+    assert all(g.any() for g in torch.autograd.grad(out.square().sum(), [lora.a, lora.b]))
+    lora.evaluated = 0
+    pool.score(patches, queries[0], chunk_bytes=1)
+    assert lora.evaluated == 1
+
+
+@pytest.mark.parametrize("call", [TextConditionedPool.forward, TextConditionedPool.attend, TextConditionedPool.score])
+@pytest.mark.parametrize("wrap", [Adapter, hooked])
+def test_wrapped_attention_is_refused(wrap, call):
+    """Its weights would be read and the wrapper never called."""
+    pool, (patches, queries) = block(), inputs()
+    pool.attn = wrap(pool.attn)
+    with pytest.raises(
+        NotImplementedError, match=r"attn has (a forward of its own|hooks).* Adapt attn.out_proj, mlp.c_fc"
+    ):
+        call(pool, patches, queries[0])
+
+
+@pytest.mark.parametrize("name", ["attn.out_proj", "mlp.c_fc", "mlp.c_proj"])
+def test_wrapped_linear_layers_act(name):
+    pool, (patches, queries) = block(), inputs()
+    before = pool(patches, queries)
+    parent, _, child = name.rpartition(".")
+    layer = pool.get_submodule(name)
+    setattr(pool.get_submodule(parent), child, adapted := AdaptedLinear(layer))
+    out = pool(patches, queries)
+    assert not torch.allclose(out, before)
+    assert torch.autograd.grad(out.square().sum(), adapted.added)[0].any()
 
 
 def test_unknown_backend():

@@ -175,10 +175,11 @@ class BetaCLIP(nn.Module):
         size = self.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images: expected (B, 3, {size}, {size}), got shape {tuple(images.shape)}")
-        if texts.images != len(images):
-            raise ValueError(f"texts: expected those of {len(images)} images, got those of {texts.images}")
-        if width is not None and width < texts.most:
-            raise ValueError(f"width: expected at least {texts.most}, the texts of one image, got {width}")
+        if texts.num_images != len(images):
+            raise ValueError(f"texts: expected those of {len(images)} images, got those of {texts.num_images}")
+        most = texts.max_texts_per_image
+        if width is not None and width < most:
+            raise ValueError(f"width: expected at least {most}, the texts of one image, got {width}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

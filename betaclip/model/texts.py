@@ -19,13 +19,13 @@ class RaggedTexts:
     tokens: (T,) int64, text after text, each from its start token to its end token inclusive.
     lengths: (N,) int64 tokens of each text, at least 1.
     image_index: (N,) int64 image of each text, sorted. An image's first text is its caption.
-    images: B; images without any text are legal.
+    num_images: B; images without any text are legal.
     """
 
     tokens: Tensor
     lengths: Tensor
     image_index: Tensor
-    images: int
+    num_images: int
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[Sequence[int] | Tensor]]) -> "RaggedTexts":
@@ -55,8 +55,8 @@ class RaggedTexts:
             raise ValueError(f"lengths: expected a sum of {len(self.tokens)} as there are tokens, "
                              f"got {int(self.lengths.sum())}")  # fmt: skip
         index = self.image_index
-        if len(index) and (bool((index.diff() < 0).any()) or int(index[0]) < 0 or int(index[-1]) >= self.images):
-            raise ValueError(f"image_index: expected sorted numbers below {self.images}, got {index.tolist()}")
+        if len(index) and (bool((index.diff() < 0).any()) or int(index[0]) < 0 or int(index[-1]) >= self.num_images):
+            raise ValueError(f"image_index: expected sorted numbers below {self.num_images}, got {index.tolist()}")
 
     @cached_property
     def packing(self) -> Packing:
@@ -66,17 +66,17 @@ class RaggedTexts:
     @property
     def counts(self) -> Tensor:
         """(B,) texts of each image."""
-        return torch.bincount(self.image_index, minlength=self.images)
+        return torch.bincount(self.image_index, minlength=self.num_images)
 
     @property
-    def most(self) -> int:
+    def max_texts_per_image(self) -> int:
         """The largest number of texts of any image."""
-        return int(self.counts.max()) if self.images else 0
+        return int(self.counts.max()) if self.num_images else 0
 
     def slots(self, width: int | None = None) -> tuple[Tensor, Tensor]:
         """(B, K) text in each slot, 0 where there is none, and (B, K) bool whether there is one; K = ``width`` or the
         largest number of texts of any image."""
-        width = self.most if width is None else width
+        width = self.max_texts_per_image if width is None else width
         counts = self.counts
         place = torch.arange(width)
         valid = place < counts[:, None]

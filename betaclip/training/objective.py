@@ -66,4 +66,4 @@ def captions(texts: RaggedTexts) -> RaggedTexts:
     """The first text of each image: all that the global loss looks at."""
     first = texts.image_index.diff(prepend=torch.tensor([-1])) > 0
     tokens = texts.tokens[first.repeat_interleave(texts.lengths)]
-    return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.images)
+    return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.num_images)

@@ -103,7 +103,7 @@ class Update:
         if not self.objective.beta_cal_weight:
             batch = Batch(batch.images, captions(batch.texts), batch.paths, batch.bad)
         chunks = self._chunks(batch, images)
-        width = max(1, batch.texts.most)
+        width = max(1, batch.texts.max_texts_per_image)
         seen: list[Tensor] = []
 
         def forward(chunk: Batch) -> dict[str, Tensor]:

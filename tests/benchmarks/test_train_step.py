@@ -49,7 +49,7 @@ def test_repeated_captions_are_in_other_words(model):
     texts = steps.made_up_step_batch(model, 13, 2, torch.float32).texts
     first, again = (texts.of_images(i, i + 1) for i in (0, 12))
     assert not set(first.tokens.tolist()) & set(again.tokens.tolist()) - {49406, 49407}
-    assert texts.most == 2 and texts.images == 13
+    assert texts.max_texts_per_image == 2 and texts.num_images == 13
 
 
 def test_padded(model, batch):

@@ -29,14 +29,14 @@ def test_collate():
     assert batch.images.shape == (2, 3, 4, 4) and batch.images[:, 0, 0, 0].tolist() == [0, 2]
     assert batch.texts.tokens.tolist() == [1, 0, 9, 1, 0, 1, 9, 1, 20, 9]
     assert batch.texts.lengths.tolist() == [3, 4, 3]
-    assert batch.texts.image_index.tolist() == [0, 0, 1] and batch.texts.images == 2
+    assert batch.texts.image_index.tolist() == [0, 0, 1] and batch.texts.num_images == 2
     assert batch.paths == ["0.png", "2.png"] and batch.bad == [Bad("1.png", "broken")]
 
 
 @pytest.mark.parametrize("examples", [[], [Bad("1.png", "broken")]])
 def test_collate_nothing(examples):
     batch = collate(examples)
-    assert len(batch.images) == batch.texts.images == len(batch.texts.tokens) == 0
+    assert len(batch.images) == batch.texts.num_images == len(batch.texts.tokens) == 0
     assert (batch.paths, batch.bad) == ([], examples)
 
 

@@ -49,7 +49,7 @@ def test_forward(texts):
     """Against the same made of parts, an image and a text at a time."""
     beta_clip = model()
     out = beta_clip(pictures(), texts)
-    most = texts.most
+    most = texts.max_texts_per_image
     assert {name: tuple(value.shape) for name, value in out.items()} == {
         "image_embeds": (IMAGES, 12),
         "text_embeds": (IMAGES, most, 12),
@@ -84,10 +84,10 @@ def test_encode_text_is_in_the_texts_order(texts):
 
 def test_width(texts):
     beta_clip = model()
-    narrow, wide = (beta_clip(pictures(), texts, width) for width in (None, texts.most + 3))
+    narrow, wide = (beta_clip(pictures(), texts, width) for width in (None, texts.max_texts_per_image + 3))
     for name in ("text_embeds", "pooled_embeds", "mask"):
-        torch.testing.assert_close(wide[name][:, : texts.most], narrow[name])
-        assert not wide[name][:, texts.most :].any()
+        torch.testing.assert_close(wide[name][:, : texts.max_texts_per_image], narrow[name])
+        assert not wide[name][:, texts.max_texts_per_image :].any()
 
 
 @pytest.mark.parametrize("images", [0, 3])

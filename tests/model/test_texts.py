@@ -13,7 +13,7 @@ def test_of_lists():
     assert texts.tokens.tolist() == [1, 5, 9, 1, 9, 1, 6, 7, 9]
     assert texts.lengths.tolist() == [3, 2, 4]
     assert texts.image_index.tolist() == [0, 0, 2]
-    assert (texts.images, texts.counts.tolist(), texts.most) == (3, [2, 0, 1], 2)
+    assert (texts.num_images, texts.counts.tolist(), texts.max_texts_per_image) == (3, [2, 0, 1], 2)
 
 
 def test_slots():
@@ -27,14 +27,14 @@ def test_slots():
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 3), (1, 2), (1, 3), (2, 3), (3, 3)])
 def test_of_images(begin, end):
     part, truth = RaggedTexts.of(TEXTS).of_images(begin, end), RaggedTexts.of(TEXTS[begin:end])
-    assert part.images == truth.images
+    assert part.num_images == truth.num_images
     for name in ("tokens", "lengths", "image_index"):
         assert torch.equal(getattr(part, name), getattr(truth, name)), name
 
 
 def test_nothing():
     texts = RaggedTexts.of([])
-    assert (texts.images, texts.most, len(texts.tokens)) == (0, 0, 0)
+    assert (texts.num_images, texts.max_texts_per_image, len(texts.tokens)) == (0, 0, 0)
     assert texts.slots()[1].shape == (0, 0)
 
 
@@ -51,6 +51,6 @@ def test_nothing():
 )
 def test_rejects(change, message):
     texts = RaggedTexts.of(TEXTS)
-    fields = {name: getattr(texts, name) for name in ("tokens", "lengths", "image_index", "images")} | change
+    fields = {name: getattr(texts, name) for name in ("tokens", "lengths", "image_index", "num_images")} | change
     with pytest.raises(ValueError, match=message):
         RaggedTexts(**fields)

@@ -73,8 +73,8 @@ def test_captions():
     texts = RaggedTexts.of([[[1, 2], [3]], [], [[4, 5, 6], [7], [8, 9]], [[10]]])
     first = captions(texts)
     assert first.tokens.tolist() == [1, 2, 4, 5, 6, 10]
-    assert (first.lengths.tolist(), first.image_index.tolist(), first.images) == ([2, 3, 1], [0, 2, 3], 4)
-    assert captions(RaggedTexts.of([])).images == 0
+    assert (first.lengths.tolist(), first.image_index.tolist(), first.num_images) == ([2, 3, 1], [0, 2, 3], 4)
+    assert captions(RaggedTexts.of([])).num_images == 0
 
 
 def test_rejects():

@@ -1,0 +1,72 @@
+"""Layers shared by the pooling block and the towers, and what both ask of an attention module."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from betaclip.kernels.precision import accumulation_dtype
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 (float64 for float64 inputs), whatever the dtypes of inputs and parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        weight, bias = (p.to(dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, and 1.702 x.
+
+    The derivative of the first is silu's at the second, so one tensor is kept and the backward is one pass over memory,
+    where autograd's would be three. The second is an output so that second derivatives flow through it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = 1.702 * x
+        return F.silu(scaled).mul_(1 / 1.702), scaled
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_scaled: Tensor | None) -> Tensor | None:
+        (scaled,) = ctx.saved_tensors
+        dx = None if grad_scaled is None else 1.702 * grad_scaled
+        if grad is None:
+            return dx
+        if not torch.is_grad_enabled():
+            through_silu = torch.ops.aten.silu_backward(grad, scaled)
+        else:  # which has no derivative
+            sigmoid = scaled.sigmoid()
+            through_silu = grad * sigmoid * (1 + scaled * (1 - sigmoid))
+        return through_silu if dx is None else through_silu + dx
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the activation of OpenAI's CLIP, with fewer passes over memory than written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QuickGELU.apply(x)[0]
+
+
+def attention_not_supported_reasons(attn: nn.Module) -> list[str]:
+    """Why reading the weights of an attention module differs from calling it; empty where it does not.
+
+    Modules here read ``attn.in_proj_weight`` and compute the attention themselves. A parametrization acts whenever the
+    weight is read. Adapters that wrap the module, other forwards and hooks act only when it is called.
+    """
+    if type(attn).forward is not nn.MultiheadAttention.forward or "forward" in vars(attn):
+        return [f"attn has a forward of its own ({type(attn).__name__}), which would never be called"]
+    hooks = (attn._forward_pre_hooks, attn._forward_hooks, attn._backward_pre_hooks, attn._backward_hooks)
+    if any(len(kind) for kind in hooks):
+        return ["attn has hooks, which would never be called"]
+    return []
