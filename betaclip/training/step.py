@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainConfig
 from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions
 from betaclip.training.optimizers import clip_gradients, set_learning_rates
-from betaclip.training.parallel import World, finish_gradients, no_sync
+from betaclip.training.parallel import finish_gradients, no_sync
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES = ("loss", "global_loss", "beta_cal_loss")
@@ -22,8 +23,8 @@ LOSSES = ("loss", "global_loss", "beta_cal_loss")
 _range = partial(nvtx.annotate, domain="betaclip")
 
 
-def create_objective(config: TrainConfig, world: World) -> Objective:
-    loss, several = config.loss, world.size > 1
+def create_objective(config: TrainConfig, process_group: ProcessGroup) -> Objective:
+    loss, several = config.loss, process_group.size > 1
     ways: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
     gather = several and ways[loss.gather]
     return Objective(
@@ -57,13 +58,14 @@ class Update:
         objective: Objective,
         optimizer: torch.optim.AdamW,
         config: TrainConfig,
-        world: World,
+        process_group: ProcessGroup,
         steps: int,
     ) -> None:
         self.model, self.wrapped, self.objective, self.optimizer = model, wrapped, objective, optimizer
-        self.config, self.world, self.steps = config, world, steps
+        self.config, self.process_group, self.steps = config, process_group, steps
+        self._device = model.logit_scale.device
         dtype = DTYPES[config.run.precision]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self._dtype = dtype
         weights = {"global_loss": objective.global_weight, "beta_cal_loss": objective.beta_cal_weight}
         self._losses = [name for name in LOSSES if weights.get(name, 1)]
@@ -82,11 +84,11 @@ class Update:
         set_learning_rates(self.optimizer, step, self.steps, self.config.optimizer)
         losses = self._backward(batch, images)
         with _range("optimiser"):
-            finish_gradients(self.wrapped, self.world)
+            finish_gradients(self.wrapped, self.process_group)
             self.scaler.unscale_(self.optimizer)
             norms = clip_gradients(self.optimizer, self.config.optimizer)
             scales = [s.detach().exp() for s in (self.model.logit_scale, self.model.pool.logit_scale)]
-            row = torch.stack([*self.world.mean_(losses), *scales, *(norms[part] for part in self._norms)])
+            row = torch.stack([*self.process_group.mean_(losses), *scales, *(norms[part] for part in self._norms)])
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = (~row.isfinite().all()).float()  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
@@ -108,7 +110,7 @@ class Update:
 
         def forward(chunk: Batch) -> dict[str, Tensor]:
             with self._autocast():  # left before the next pass: it keeps the weights that it has cast
-                return self.wrapped(chunk.to(self.world.device).images, chunk.texts, width)
+                return self.wrapped(chunk.to(self._device).images, chunk.texts, width)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -136,7 +138,7 @@ class Update:
 
     def _most(self, images: int) -> int:
         """Images of the rank that has the most."""
-        return -(-images // self.world.size)
+        return -(-images // self.process_group.size)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import SINGLE_PROCESS
 from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainConfig
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.parallel import World
 from betaclip.training.step import Update, create_objective, freeze_unused
 
-ALONE = World(0, 1, torch.device("cpu"))
 # Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
 OPTIMIZER = OptimizerConfig(
     backbone=GroupConfig(1e-3, 1e-3, clip_norm=0.5), pool=GroupConfig(3e-3, 3e-3), eps=1e-4, weight_decay=0.1
@@ -25,9 +24,9 @@ def config(**run: Any) -> TrainConfig:
 
 
 def create_update(model: BetaCLIP, settings: TrainConfig) -> Update:
-    objective = create_objective(settings, ALONE)
+    objective = create_objective(settings, SINGLE_PROCESS)
     freeze_unused(model, objective)
-    return Update(model, model, objective, create_optimizer(model, settings.optimizer), settings, ALONE, 10)
+    return Update(model, model, objective, create_optimizer(model, settings.optimizer), settings, SINGLE_PROCESS, 10)
 
 
 def double(batch: Batch) -> Batch:
@@ -66,7 +65,7 @@ def test_accumulation_is_the_mean_of_losses():
     model = tiny_model().double()
     row = create_update(model, config(chunk=3, chunks="accumulate"))(batch, 0, 6)
     losses, other = [], tiny_model().double()
-    objective = create_objective(config(), ALONE)
+    objective = create_objective(config(), SINGLE_PROCESS)
     for begin in (0, 3):
         part = batch.of_images(begin, begin + 3)
         loss = objective(other(part.images, part.texts))["loss"]
