@@ -15,7 +15,7 @@ from betaclip.data.readers.fg_ovd import FGOVD
 from betaclip.data.readers.retrieval_sets import RetrievalSet
 from betaclip.data.transforms import EvaluationTransform
 from betaclip.errors import ConfigError
-from betaclip.evaluation.encode import NoPicturesError, report
+from betaclip.evaluation.encode import NoPicturesError, log_unusable
 from betaclip.evaluation.report import table, write_json
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
             raise ConfigError(str(error)) from error
         if process_group.is_first:
             for bad in sets.bad:
-                report(bad)
+                log_unusable(bad)
             for difficulty in fg_ovd.DIFFICULTIES:
                 if sets.choices and difficulty not in sets.choices:
                     _log.warning("left out the %s choices: no such file in %s", difficulty, config.fg_ovd)

@@ -11,7 +11,7 @@ from betaclip.process_group import ProcessGroup, initialized
 from betaclip.training.artifacts import write_curves, write_pictures, write_results
 from betaclip.training.config import TrainConfig, check
 from betaclip.training.evaluation import Evaluation
-from betaclip.training.trainer import Run
+from betaclip.training.trainer import Trainer
 
 __all__ = ["TrainConfig", "main"]
 
@@ -43,7 +43,7 @@ def main(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> Path:
     """To the end, from the start or from the latest checkpoint; the run's folder."""
-    run = Run(config, process_group, device)
+    run = Trainer(config, process_group, device)
     run.train()
     return run.folder
 

@@ -1,4 +1,4 @@
-"""One update: forward and backward of a batch in chunks, gradient norms, AdamW, scales."""
+"""One update: forward and backward of a batch in micro-batches, gradient norms, AdamW, scales."""
 
 from contextlib import AbstractContextManager
 from functools import partial
@@ -41,7 +41,7 @@ def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
         model.logit_scale.requires_grad_(False)
 
 
-class Update:
+class TrainStep:
     """Called with each batch in turn.
 
     Nothing here waits for the device. An update whose losses or gradients are not finite is left out on the device
@@ -104,13 +104,13 @@ class Update:
             batch = Batch(batch.images.new_empty(0, 3, size, size), batch.texts, [], [])
         if not self.objective.beta_cal_weight:
             batch = Batch(batch.images, captions(batch.texts), batch.paths, batch.bad)
-        chunks = self._chunks(batch, images)
+        micro_batches = self._micro_batches(batch, images)
         width = max(1, batch.texts.most)
         seen: list[Tensor] = []
 
-        def forward(chunk: Batch) -> dict[str, Tensor]:
+        def forward(micro_batch: Batch) -> dict[str, Tensor]:
             with self._autocast():  # left before the next pass: it keeps the weights that it has cast
-                return self.wrapped(chunk.to(self._device).images, chunk.texts, width)
+                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, width)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -118,21 +118,21 @@ class Update:
             seen.append(torch.stack([losses[name].detach().float() for name in self._losses]))
             return self.scaler.scale(losses["loss"])
 
-        if self.config.run.chunks == "cache":
+        if self.config.run.accumulation == "grad_cache":
             with _range("forward and backward"):
-                cached_backward(forward, chunks, loss, no_sync=partial(no_sync, self.wrapped))
+                cached_backward(forward, micro_batches, loss, no_sync=partial(no_sync, self.wrapped))
             return seen[0]
-        for chunk in chunks[:-1]:
+        for micro_batch in micro_batches[:-1]:
             with no_sync(self.wrapped), _range("forward and backward"):
-                (loss(forward(chunk)) / len(chunks)).backward()
+                (loss(forward(micro_batch)) / len(micro_batches)).backward()
         with _range("forward and backward"):
-            (loss(forward(chunks[-1])) / len(chunks)).backward()
+            (loss(forward(micro_batches[-1])) / len(micro_batches)).backward()
         return torch.stack(seen).mean(0)
 
-    def _chunks(self, batch: Batch, images: int) -> list[Batch]:
+    def _micro_batches(self, batch: Batch, images: int) -> list[Batch]:
         """Parts of about the same number of images. As many on every rank, for each may be a collective, whatever bad
         data has taken from a rank's part; some may be empty."""
-        count = -(-self._most(images) // (self.config.run.chunk or self._most(images)))
+        count = -(-self._most(images) // (self.config.run.micro_batch_size or self._most(images)))
         bounds = [len(batch.paths) * i // count for i in range(count + 1)]
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
 

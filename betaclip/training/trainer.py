@@ -22,15 +22,15 @@ from betaclip.process_group import ProcessGroup
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.training import parallel
 from betaclip.training.config import TrainConfig, check_schedules
+from betaclip.training.data_source import create_data_source
 from betaclip.training.evaluation import Evaluation
-from betaclip.training.loading import create_loading
-from betaclip.training.log import Interval, Log
+from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import Update, create_objective, freeze_unused
+from betaclip.training.step import TrainStep, create_objective, freeze_unused
 
 
-class Run:
+class Trainer:
     """A model in training, with all that its checkpoints hold."""
 
     def __init__(self, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
@@ -46,14 +46,14 @@ class Run:
         freeze_unused(self.model, objective)
         if config.run.compile:
             compile_(self.model)
-        self.loading = create_loading(config, self.model, process_group, device)
-        self.steps = config.run.steps or config.run.epochs * self.loading.steps_per_epoch
+        self.data = create_data_source(config, self.model, process_group, device)
+        self.steps = config.run.steps or config.run.epochs * self.data.steps_per_epoch
         check_schedules(config.optimizer, self.steps)
         self.evaluation = Evaluation(config)
         wrapped = parallel.wrap(self.model, config.run.parallel, process_group)
         self.optimizer = create_optimizer(self.model, config.optimizer)
-        self.update = Update(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
-        self.interval = Interval(self.update.columns, self.update.must_be_finite)
+        self.train_step = TrainStep(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
+        self.metrics = MetricsBuffer(self.train_step.columns, self.train_step.must_be_finite)
         self.bad = BadData(config.data.bad_limit)
         self.step = 0
         torch.manual_seed(mix(config.run.seed, process_group.rank))
@@ -70,11 +70,11 @@ class Run:
         log = Log(self.folder, self.config, self.steps, self.step) if self.process_group.is_first else None
         try:
             with terminations() as terminated:
-                self.interval.start_clock()
-                for batch, waited_s in timed(self.loading.batches(self.step, self.steps)):
+                self.metrics.start_clock()
+                for batch, waited_s in timed(self.data.batches(self.step, self.steps)):
                     self.bad.add(batch.bad)
-                    images = self.loading.images(self.step)
-                    self.interval.add(self.update(batch, self.step, images), batch.paths, images, waited_s)
+                    images = self.data.images(self.step)
+                    self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
                     self.step += 1
                     stop = self.process_group.any(terminated.is_set())
                     last = self.step == self.steps
@@ -84,7 +84,7 @@ class Run:
                     saves = last or stop or self.step % run.checkpoint_every == 0
                     # On a GPU, reading what the device has measured would make every step wait for it.
                     if run.non_finite == "stop" and (logs or saves or self.device.type == "cpu"):
-                        self.interval.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
+                        self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
                     if logs:
                         self._report(log)
                     if every is not None and self.step % every == 0 and not last:
@@ -103,11 +103,11 @@ class Run:
             "betaclip": 1,
             "step": self.step,
             "config": to_dict(self.config),
-            "order": self.loading.order,
+            "order": self.data.order,
             **checkpoints.model_and_optimizer(self.model, self.optimizer),
-            "scaler": self.update.scaler.state_dict(),
-            "columns": self.interval.columns,
-            "interval": self.interval.read()[0],
+            "scaler": self.train_step.scaler.state_dict(),
+            "columns": self.metrics.columns,
+            "interval": self.metrics.read()[0],
             "random": self.process_group.gather_objects(checkpoints.random_states()),
         }
         if self.process_group.is_first:
@@ -115,9 +115,9 @@ class Run:
         self.process_group.barrier()
 
     def _restore(self, content: dict[str, Any]) -> None:
-        if content["columns"] != self.interval.columns:
+        if content["columns"] != self.metrics.columns:
             raise ConfigError("run.resume: the losses are others since the checkpoint. Start another run")
-        changed = list(differences(content["order"], self.loading.order))
+        changed = list(differences(content["order"], self.data.order))
         if changed:
             raise ConfigError(
                 f"run.resume: {', '.join(changed)} since the checkpoint: its place in the data means nothing now. "
@@ -130,9 +130,9 @@ class Run:
                 print(f"changed since: {change}")
         self.step = content["step"]
         checkpoints.restore(self.model, self.optimizer, content)
-        self.update.scaler.load_state_dict(content["scaler"])
-        self.interval.rows = list(content["interval"].to(self.device))
-        self.interval.paths = [[] for _ in self.interval.rows]
+        self.train_step.scaler.load_state_dict(content["scaler"])
+        self.metrics.rows = list(content["interval"].to(self.device))
+        self.metrics.paths = [[] for _ in self.metrics.rows]
         if self.process_group.rank < len(content["random"]):
             checkpoints.set_random_states(content["random"][self.process_group.rank])
 
@@ -150,11 +150,11 @@ class Run:
 
     def _report(self, log: Log | None) -> None:
         if log is not None:
-            metrics = self.interval.metrics(self.device)
-            metrics["epoch"] = self.step / self.loading.steps_per_epoch
+            metrics = self.metrics.metrics(self.device)
+            metrics["epoch"] = self.step / self.data.steps_per_epoch
             rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
             log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
-        self.interval.clear()
+        self.metrics.clear()
 
     def _evaluate(self, log: Log | None) -> None:
         states = checkpoints.random_states()  # looking at a run must not change it

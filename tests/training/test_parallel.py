@@ -30,7 +30,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training import parallel
 from betaclip.training.log import read_metrics
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import Update, create_objective
+from betaclip.training.step import TrainStep, create_objective
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
@@ -64,8 +64,8 @@ def cached_backward_equals_one_process(group: ProcessGroup) -> None:
         return BetaCALLoss(gather=True)(out["image"], out["text"], out["scale"], mask=out["mask"])
 
     wrapped.register_comm_hook(None, count)
-    chunks = caching.split((image, text), [[2, 1, 2], [1, 0, 1]][group.rank])
-    caching.cached_backward(wrapped, chunks, loss, no_sync=wrapped.no_sync)
+    micro_batches = caching.split((image, text), [[2, 1, 2], [1, 0, 1]][group.rank])
+    caching.cached_backward(wrapped, micro_batches, loss, no_sync=wrapped.no_sync)
     assert reduced == [0]
     for a, t in zip(caching.gradients(other), caching.gradients(model), strict=True):
         torch.testing.assert_close(a, t, atol=1e-13, rtol=0)
@@ -83,10 +83,13 @@ def updates_equal_one_process(group: ProcessGroup) -> None:
             whole = whole.of_images(0, 3)
             if group.rank == 1:
                 part = Batch(torch.empty(0, 3, 0, 0, dtype=torch.float64), whole.texts.of_images(0, 0), [], [])
-        model, settings = tiny_model().double(), steps.config(parallel=how, chunk=2 if case == "cached" else None)
+        model, settings = (
+            tiny_model().double(),
+            steps.config(parallel=how, micro_batch_size=2 if case == "cached" else None),
+        )
         wrapped = parallel.wrap(model, settings.run.parallel, group)
         objective, optimizer = create_objective(settings, group), create_optimizer(model, settings.optimizer)
-        update = Update(model, wrapped, objective, optimizer, settings, group, 10)
+        update = TrainStep(model, wrapped, objective, optimizer, settings, group, 10)
         rows = [update(part, step, 7) for step in range(2)]
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if group.is_first:
@@ -105,7 +108,7 @@ def losses_of_each_rank_are_averaged(group: ProcessGroup) -> None:
     parts = [whole.of_images(0, 3), whole.of_images(3, 7)]
     model = tiny_model().double()
     wrapped, objective = parallel.wrap(model, "ddp", group), create_objective(settings, group)
-    update = Update(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
+    update = TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
     row = dict(zip(update.columns, update(parts[group.rank], 0, 7).tolist(), strict=True))
     alone, one = create_objective(steps.config(), SINGLE_PROCESS), tiny_model().double()
     of_parts = [alone(one(part.images, part.texts))["beta_cal_loss"].item() for part in parts]
@@ -127,14 +130,14 @@ def fully_sharded_gradients_wait(group: ProcessGroup) -> None:
 def stopped_runs_go_on(group: ProcessGroup, folder: Path) -> None:
     """SIGTERM to one rank stops both after the same step; either wrapper goes on from the other's checkpoint."""
     runs.put_tiny(setattr, dropout=0.0)
-    settings, call = runs.config(folder), Update.__call__
+    settings, call = runs.config(folder), TrainStep.__call__
     for how, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
         if group.rank == 1:
-            Update.__call__ = runs.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
+            TrainStep.__call__ = runs.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
         run = replace(settings.run, name=how, parallel=how)
         with pytest.raises(Stopped):
             runs.train(replace(settings, run=run), group)
-        Update.__call__ = call  # type: ignore[method-assign]
+        TrainStep.__call__ = call  # type: ignore[method-assign]
         assert checkpoints.latest(folder / how) == folder / how / "checkpoint_00000004.pt"
         dist.barrier()
         runs.train(replace(settings, run=replace(run, parallel=other, resume=True)), group)

@@ -17,7 +17,7 @@ from betaclip.training.config import TrainConfig
 from betaclip.training.sampler import BatchSampler
 
 
-class Loading(Protocol):
+class DataSource(Protocol):
     """What a run's data are to it.
 
     steps_per_epoch: updates. order: what a step's place in the data depends on; a run that goes on must have the same.
@@ -35,7 +35,9 @@ class Loading(Protocol):
         ...
 
 
-def create_loading(config: TrainConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device) -> Loading:
+def create_data_source(
+    config: TrainConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
+) -> DataSource:
     """
     Raises:
         ConfigError: data that are not there, or settings that do not go together.
@@ -45,13 +47,13 @@ def create_loading(config: TrainConfig, model: BetaCLIP, process_group: ProcessG
             config.data, model.image_size, model.context_length,
             seed=config.run.seed, rank=process_group.rank, ranks=process_group.size,
         )  # fmt: skip
-        kind = ShardLoading if config.data.kind == "shards" else ExampleLoading
+        kind = ShardSource if config.data.kind == "shards" else ExampleSource
         return kind(dataset, config, process_group, device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
 
 
-class ExampleLoading:
+class ExampleSource:
     """Of a dataset that has each example by its number."""
 
     def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
@@ -72,7 +74,7 @@ class ExampleLoading:
         return BatchSampler(**self.order, first=first, last=last, rank=ranks.rank, ranks=ranks.size)
 
 
-class ShardLoading:
+class ShardSource:
     """Of shards that are read in sequence: exact from any step on with the same numbers of ranks and of workers."""
 
     def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
