@@ -80,6 +80,9 @@ def _build(default: Any, values: dict[str, Any], prefix: str, known: list[str]) 
     for key, value in values.items():
         where = prefix + key
         if key not in hints:
+            for f in fields(default):
+                if f.metadata.get("was") == key:
+                    raise ConfigError(f"{where!r} has been renamed to '{prefix}{f.name}'")
             nearest = difflib.get_close_matches(where, known, n=1, cutoff=0)
             raise ConfigError(f"unknown key {where!r}; the nearest is {nearest[0]!r}")
         if not is_dataclass(hints[key]):

@@ -23,7 +23,7 @@ from betaclip.evaluation.encode import Squash, encode_images, encode_slots, eval
 from betaclip.evaluation.regions import Box
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
-from betaclip.training.parallel import world
+from betaclip.process_group import initialized
 
 # Inches. A panel's area is that of a square of this side, whatever the picture's shape.
 PANEL, GAP, BAR, WIDEST = 2.6, 0.1, 1.0, 12.5
@@ -56,10 +56,10 @@ def visualize(config: VisualizeConfig) -> None:
     """
     if not any(text.strip() for text in config.texts):
         raise ConfigError('texts: expected at least one, such as "a red mug"')
-    with world(config.device) as here:
+    with initialized(config.device) as (_, device):
         try:
             image = read_image(config.image)
-            model = load_checkpoint(config.checkpoint, device=here.device)
+            model = load_checkpoint(config.checkpoint, device=device)
         except UnreadableImageError as error:
             raise ConfigError(f"image: {config.image}: {error}") from error
         except (OSError, ValueError) as error:

@@ -89,7 +89,7 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
     assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1
     assert "model: name: expected scenes, JSON, or one of" in fails(capsys, *tiny, "--model.name", "ViT")
-    assert "run.device: no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
+    assert "device: expected auto or cpu, as no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
     assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
     assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")
 

@@ -12,7 +12,7 @@ from betaclip.settings import differences, from_dict, keys, read, to_dict, to_to
 class Part:
     rate: float = 0.1
     steps: int = 3
-    limit: float | None = None
+    limit: float | None = field(default=None, metadata={"was": "bound"})
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -55,6 +55,7 @@ def test_file_overrides_default_field_by_field(tmp_path):
     [
         ("[second]\nstep = 1", r"x.toml: unknown key 'second.step'; the nearest is 'second.steps'"),
         ("rooot = 'a'", r"unknown key 'rooot'; the nearest is 'root'"),
+        ("[first]\nbound = 1", r"x.toml: 'first.bound' has been renamed to 'first.limit'"),
         ("on = 1", "on: expected bool, got 1"),
         ("[first]\nsteps = true", "first.steps: expected int, got True"),
         ("[first]\nsteps = 2.0", "first.steps: expected int, got 2.0"),

@@ -80,13 +80,13 @@ def read_pictures(
 
     for picture in _ahead(read, sources, depth):
         if isinstance(picture, Bad):
-            report([picture])
+            log_unusable([picture])
             yield None
         else:
             yield picture
 
 
-def report(bad: Sequence[Bad]) -> None:
+def log_unusable(bad: Sequence[Bad]) -> None:
     """Log the first of them, each with its reason, and how many more there are."""
     for one in bad[:NAMED]:
         _log.warning("left out %s: %s", one.path, one.reason)

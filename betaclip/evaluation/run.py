@@ -15,15 +15,14 @@ from betaclip.data.readers.fg_ovd import FGOVD
 from betaclip.data.readers.retrieval_sets import RetrievalSet
 from betaclip.data.transforms import EvaluationTransform
 from betaclip.errors import ConfigError
-from betaclip.evaluation.encode import NoPicturesError, report
+from betaclip.evaluation.encode import NoPicturesError, log_unusable
 from betaclip.evaluation.report import table, write_json
-from betaclip.evaluation.sharding import ALONE, Sharding
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
 from betaclip.evaluation.tasks.scenes import evaluate_scenes
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
-from betaclip.training.parallel import world
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup, initialized
 
 _log = logging.getLogger(__name__)
 
@@ -81,24 +80,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """
     if config.batch_size < 1 or config.scenes < 0:
         raise ConfigError(f"expected batch_size >= 1 and scenes >= 0, got {config.batch_size} and {config.scenes}")
-    with world(config.device) as here:
+    with initialized(config.device) as (process_group, device):
         sets = read_sets(config)
         if not (config.scenes or sets.retrieval or sets.choices):
             raise ConfigError("nothing to evaluate: give --scenes, --urban1k, --sharegpt4v, --dci or --fg-ovd")
         try:
             if config.output is not None:  # before hours of work
                 config.output.parent.mkdir(parents=True, exist_ok=True)
-            model = load_checkpoint(config.checkpoint, device=here.device)
+            model = load_checkpoint(config.checkpoint, device=device)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
-        if here.first:
+        if process_group.is_first:
             for bad in sets.bad:
-                report(bad)
+                log_unusable(bad)
             for difficulty in fg_ovd.DIFFICULTIES:
                 if sets.choices and difficulty not in sets.choices:
                     _log.warning("left out the %s choices: no such file in %s", difficulty, config.fg_ovd)
-        results = evaluate_sets(config, sets, model, Sharding(here.rank, here.size))
-        if here.first:
+        results = evaluate_sets(config, sets, model, process_group)
+        if process_group.is_first:
             print(table(results))
             if config.output is not None:
                 write_json(results, config.output)
@@ -117,7 +116,7 @@ def read_sets(config: EvaluateConfig) -> Sets:
 
 
 def evaluate_sets(
-    config: EvaluateConfig, sets: Sets, model: BetaCLIP, sharding: Sharding = ALONE
+    config: EvaluateConfig, sets: Sets, model: BetaCLIP, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> dict[str, dict[str, float]]:
     """What :func:`evaluate` returns, of a model and sets that are there; of ``config`` only numbers are read.
 
@@ -125,7 +124,7 @@ def evaluate_sets(
         ConfigError: none of a set's pictures can be read.
     """
     tokenizer = Tokenizer(model.context_length)
-    options: Any = {"batch_size": config.batch_size, "sharding": sharding}
+    options: Any = {"batch_size": config.batch_size, "process_group": process_group}
     results: dict[str, dict[str, float]] = {}
     if config.scenes:
         results["scenes"] = evaluate_scenes(

@@ -75,10 +75,10 @@ class RunConfig:
     epochs: int = 1
     batch_size: int = 32
     """Images of one update, over all ranks."""
-    chunk: int | None = None
-    """Images that a rank encodes at a time; without it, its whole part of the batch."""
-    chunks: Literal["cache", "accumulate"] = "cache"
-    """Several chunks: one loss over all of them by gradient caching, or the mean of a loss of each."""
+    micro_batch_size: int | None = field(default=None, metadata={"was": "chunk"})
+    """Images that a rank encodes at a time; by default its whole share of the batch."""
+    accumulation: Literal["grad_cache", "mean"] = field(default="grad_cache", metadata={"was": "chunks"})
+    """Over several micro-batches: one loss of all of them by gradient caching, or the mean of each one's loss."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast; fp16 with a gradient scaler."""
     compile: bool = False
@@ -143,7 +143,7 @@ class TrainConfig:
 def check(config: TrainConfig, ranks: int) -> None:
     """Raise ConfigError for values that no run can have."""
     run = config.run
-    at_least_one = ("batch_size", "epochs", "steps", "chunk", "log_every", "checkpoint_every", "keep")
+    at_least_one = ("batch_size", "epochs", "steps", "micro_batch_size", "log_every", "checkpoint_every", "keep")
     for name in at_least_one:
         value = getattr(run, name)
         if value is not None and value < 1:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from betaclip.errors import ConfigError
 from betaclip.evaluation.run import EvaluateConfig, evaluate_sets, read_sets
-from betaclip.evaluation.sharding import Sharding
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training.config import TrainConfig
-from betaclip.training.parallel import World
 
 SCENES = 200
 
@@ -32,10 +31,11 @@ class Evaluation:
         except ConfigError as error:
             raise ConfigError(f"evaluation: {error}") from error
 
-    def __call__(self, model: BetaCLIP, world: World, *, alike: bool = False) -> dict[str, dict[str, float]]:
+    def __call__(
+        self, model: BetaCLIP, process_group: ProcessGroup, *, alike: bool = False
+    ) -> dict[str, dict[str, float]]:
         """Values by set and name; nothing if there are no sets. All ranks together.
 
         alike: every rank evaluates everything, for a model whose calls are collective; or else each its part.
         """
-        sharding = Sharding() if alike else Sharding(world.rank, world.size)
-        return evaluate_sets(self._config, self._sets, model, sharding)
+        return evaluate_sets(self._config, self._sets, model, SINGLE_PROCESS if alike else process_group)

@@ -1,9 +1,9 @@
-"""Gradient caching (arXiv 2101.06983): one loss over a batch that does not fit, its gradients chunk by chunk.
+"""Gradient caching (arXiv 2101.06983): one loss over a batch that does not fit, in the memory of one micro-batch.
 
-A contrastive loss needs the embeddings of the whole batch, but the towers need only a chunk at a time: encode all
-chunks without a graph, take the loss and its gradients by the embeddings, then encode each chunk again, with a graph
-and the random numbers of the first time, and send its part of those gradients back. The gradients are those of the
-whole batch in one piece, to rounding, for one more forward of the towers.
+A contrastive loss needs the embeddings of the whole batch, but the towers need only a micro-batch at a time: encode all
+micro-batches without a graph, compute the loss and its gradients with respect to the embeddings, then encode each
+micro-batch again, with a graph and the random numbers of the first time, and backpropagate its part of those gradients.
+The gradients are those of the whole batch in one piece, to rounding, for one more forward of the towers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,51 +13,51 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Chunk = TypeVar("Chunk")
+MicroBatch = TypeVar("MicroBatch")
 
 
 def cached_backward(
-    forward: Callable[[Chunk], Mapping[str, Tensor]],
-    chunks: Sequence[Chunk],
+    forward: Callable[[MicroBatch], Mapping[str, Tensor]],
+    micro_batches: Sequence[MicroBatch],
     loss: Callable[[dict[str, Tensor]], Tensor],
     *,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
-    """Backpropagate the loss of all chunks as one batch. Equivalent to:
+    """Backpropagate the loss of all micro-batches as one batch. Equivalent to:
 
         value = loss(forward(everything))
         value.backward()
         return value.detach()
 
-    in the memory of one chunk's graph, the outputs of all, and the loss's own graph.
+    in the memory of one micro-batch's graph, the outputs of all, and the loss's own graph.
 
     Args:
-        forward: tensors by name, of one chunk. Rows of the batch are along their first dimension; a tensor without
-            dimensions (an inverse temperature) does not depend on the chunk. It is called twice for each chunk, the
-            first time without gradients.
-        chunks: of the batch, at least one; what they are is ``forward``'s affair.
-        loss: () of the outputs of all chunks, concatenated. It may be one over all ranks of a process group.
-        no_sync: the context for all chunks but the last, in which gradients are not yet reduced over ranks:
+        forward: returns tensors by name for one micro-batch. Their first dimension is the batch; a tensor without
+            dimensions (an inverse temperature) does not depend on the micro-batch. It is called twice for each
+            micro-batch, the first time without gradients.
+        micro_batches: at least one, in any form that ``forward`` takes.
+        loss: () from the outputs of all micro-batches, concatenated. It may span all ranks of a process group.
+        no_sync: the context for all micro-batches but the last, in which gradients are not yet reduced over ranks:
             ``DistributedDataParallel.no_sync``.
 
     Returns:
         () the loss, detached.
 
     Raises:
-        ValueError: no chunk.
+        ValueError: no micro-batch.
     """
-    if not chunks:
-        raise ValueError("chunks: expected at least one, got none")
-    if len(chunks) == 1:
-        value = loss(dict(forward(chunks[0])))
+    if not micro_batches:
+        raise ValueError("micro_batches: expected at least one, got none")
+    if len(micro_batches) == 1:
+        value = loss(dict(forward(micro_batches[0])))
         value.backward()
         return value.detach()
     states, outputs = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for micro_batch in micro_batches:
             states.append(_random_state())
-            outputs.append(forward(chunk))
-    torch.clear_autocast_cache()  # weights that were cast without a graph are of no use to the second pass
+            outputs.append(forward(micro_batch))
+    torch.clear_autocast_cache()  # weights cast without a graph would get no gradient in the second pass
     whole = {name: _join([out[name] for out in outputs]) for name in outputs[0]}
     rows = {name: [len(out[name]) for out in outputs] for name in whole if whole[name].dim()}
     outputs.clear()
@@ -67,12 +67,12 @@ def cached_backward(
     parts = {name: g.split(rows[name]) if g.dim() else None for name, g in gradients.items()}
     whole.clear()
     after = _random_state()
-    for i, chunk in enumerate(chunks):
-        last = i + 1 == len(chunks)
+    for i, micro_batch in enumerate(micro_batches):
+        last = i + 1 == len(micro_batches)
         with nullcontext() if last else no_sync():
             _set_random_state(states[i])
-            out = forward(chunk)
-            # What does not depend on the chunk counts once: in the last, where DistributedDataParallel waits for it.
+            out = forward(micro_batch)
+            # A tensor without dimensions counts once: in the last pass, where DistributedDataParallel reduces.
             wanted = {
                 name: gradients[name] if part is None else part[i]
                 for name, part in parts.items()
@@ -84,12 +84,12 @@ def cached_backward(
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """A leaf: the rows of all chunks, or what is the same in all."""
+    """A leaf: the rows of all micro-batches, or the tensor that is the same in all."""
     whole = torch.cat(parts) if parts[0].dim() else parts[0].clone()
     return whole.requires_grad_(whole.is_floating_point())
 
 
-# Of the CPU, and of the current GPU if there is one in use.
+# The CPU generator's, and the current GPU's if there is one in use.
 _State = tuple[Tensor, Tensor | None]
 
 

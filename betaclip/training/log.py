@@ -17,7 +17,7 @@ from betaclip.settings import to_dict
 from betaclip.training.config import TrainConfig
 
 
-class Interval:
+class MetricsBuffer:
     """The steps since the last line. What a step measured stays on the device until :meth:`read`, so that a step never
     waits for it; a value that is not finite is found then, and still belongs to its step and its images.
 

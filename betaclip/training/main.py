@@ -4,13 +4,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from betaclip.checkpoint import load_checkpoint
-from betaclip.training import parallel
+from betaclip.process_group import ProcessGroup, initialized
 from betaclip.training.artifacts import write_curves, write_pictures, write_results
 from betaclip.training.config import TrainConfig, check
 from betaclip.training.evaluation import Evaluation
-from betaclip.training.parallel import World
-from betaclip.training.trainer import Run
+from betaclip.training.trainer import Trainer
 
 __all__ = ["TrainConfig", "main"]
 
@@ -26,36 +27,36 @@ def main(config: TrainConfig) -> None:
         BadDataError: more bad data than the run allows.
         Stopped: SIGTERM.
     """
-    with parallel.world(config.run.device) as world:
-        check(config, world.size)
+    with initialized(config.run.device) as (process_group, device):
+        check(config, process_group.size)
         if config.run.name is None:
-            name = world.of_all(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
+            name = process_group.gather_objects(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
             config = replace(config, run=replace(config.run, name=name))
-        runs = {OURS: train(config, world)}
+        runs = {OURS: train(config, process_group, device)}
         compare = config.data.kind == "scenes" if config.run.compare_global is None else config.run.compare_global
         if compare and config.loss.beta_cal_weight:
             loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0)
             run = replace(config.run, folder=runs[OURS], name="global_only")
-            runs[GLOBAL] = train(replace(config, loss=loss, run=run), world)
-        finish(config, runs, world)
+            runs[GLOBAL] = train(replace(config, loss=loss, run=run), process_group, device)
+        finish(config, runs, process_group, device)
 
 
-def train(config: TrainConfig, world: World) -> Path:
+def train(config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> Path:
     """To the end, from the start or from the latest checkpoint; the run's folder."""
-    run = Run(config, world)
+    run = Trainer(config, process_group, device)
     run.train()
     return run.folder
 
 
-def finish(config: TrainConfig, runs: dict[str, Path], world: World) -> None:
+def finish(config: TrainConfig, runs: dict[str, Path], process_group: ProcessGroup, device: torch.device) -> None:
     """Evaluate each run's last checkpoint, on all ranks; the first of them prints, and writes what there is to see."""
-    models = {name: load_checkpoint(folder, device=world.device) for name, folder in runs.items()}
+    models = {name: load_checkpoint(folder, device=device) for name, folder in runs.items()}
     results = {}
     evaluation = Evaluation(config)
     for name, model in models.items():
-        for of, values in evaluation(model, world).items():
+        for of, values in evaluation(model, process_group).items():
             results[name if of == "scenes" else f"{of}, {name}"] = values
-    if not world.first:
+    if not process_group.is_first:
         return
     folder = runs[OURS]
     write_curves(runs, folder / "curves.png")

@@ -1,4 +1,4 @@
-"""One update: forward and backward of a batch in chunks, gradient norms, AdamW, scales."""
+"""One update: forward and backward of a batch in micro-batches, gradient norms, AdamW, scales."""
 
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainConfig
 from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions
 from betaclip.training.optimizers import clip_gradients, set_learning_rates
-from betaclip.training.parallel import World, finish_gradients, no_sync
+from betaclip.training.parallel import finish_gradients, no_sync
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES = ("loss", "global_loss", "beta_cal_loss")
@@ -22,8 +23,8 @@ LOSSES = ("loss", "global_loss", "beta_cal_loss")
 _range = partial(nvtx.annotate, domain="betaclip")
 
 
-def create_objective(config: TrainConfig, world: World) -> Objective:
-    loss, several = config.loss, world.size > 1
+def create_objective(config: TrainConfig, process_group: ProcessGroup) -> Objective:
+    loss, several = config.loss, process_group.size > 1
     ways: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
     gather = several and ways[loss.gather]
     return Objective(
@@ -40,7 +41,7 @@ def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
         model.logit_scale.requires_grad_(False)
 
 
-class Update:
+class TrainStep:
     """Called with each batch in turn.
 
     Nothing here waits for the device. An update whose losses or gradients are not finite is left out on the device
@@ -57,13 +58,14 @@ class Update:
         objective: Objective,
         optimizer: torch.optim.AdamW,
         config: TrainConfig,
-        world: World,
+        process_group: ProcessGroup,
         steps: int,
     ) -> None:
         self.model, self.wrapped, self.objective, self.optimizer = model, wrapped, objective, optimizer
-        self.config, self.world, self.steps = config, world, steps
+        self.config, self.process_group, self.steps = config, process_group, steps
+        self._device = model.logit_scale.device
         dtype = DTYPES[config.run.precision]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self._dtype = dtype
         weights = {"global_loss": objective.global_weight, "beta_cal_loss": objective.beta_cal_weight}
         self._losses = [name for name in LOSSES if weights.get(name, 1)]
@@ -82,11 +84,11 @@ class Update:
         set_learning_rates(self.optimizer, step, self.steps, self.config.optimizer)
         losses = self._backward(batch, images)
         with _range("optimiser"):
-            finish_gradients(self.wrapped, self.world)
+            finish_gradients(self.wrapped, self.process_group)
             self.scaler.unscale_(self.optimizer)
             norms = clip_gradients(self.optimizer, self.config.optimizer)
             scales = [s.detach().exp() for s in (self.model.logit_scale, self.model.pool.logit_scale)]
-            row = torch.stack([*self.world.mean_(losses), *scales, *(norms[part] for part in self._norms)])
+            row = torch.stack([*self.process_group.mean_(losses), *scales, *(norms[part] for part in self._norms)])
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = (~row.isfinite().all()).float()  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
@@ -102,13 +104,13 @@ class Update:
             batch = Batch(batch.images.new_empty(0, 3, size, size), batch.texts, [], [])
         if not self.objective.beta_cal_weight:
             batch = Batch(batch.images, captions(batch.texts), batch.paths, batch.bad)
-        chunks = self._chunks(batch, images)
+        micro_batches = self._micro_batches(batch, images)
         width = max(1, batch.texts.max_texts_per_image)
         seen: list[Tensor] = []
 
-        def forward(chunk: Batch) -> dict[str, Tensor]:
+        def forward(micro_batch: Batch) -> dict[str, Tensor]:
             with self._autocast():  # left before the next pass: it keeps the weights that it has cast
-                return self.wrapped(chunk.to(self.world.device).images, chunk.texts, width)
+                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, width)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -116,27 +118,27 @@ class Update:
             seen.append(torch.stack([losses[name].detach().float() for name in self._losses]))
             return self.scaler.scale(losses["loss"])
 
-        if self.config.run.chunks == "cache":
+        if self.config.run.accumulation == "grad_cache":
             with _range("forward and backward"):
-                cached_backward(forward, chunks, loss, no_sync=partial(no_sync, self.wrapped))
+                cached_backward(forward, micro_batches, loss, no_sync=partial(no_sync, self.wrapped))
             return seen[0]
-        for chunk in chunks[:-1]:
+        for micro_batch in micro_batches[:-1]:
             with no_sync(self.wrapped), _range("forward and backward"):
-                (loss(forward(chunk)) / len(chunks)).backward()
+                (loss(forward(micro_batch)) / len(micro_batches)).backward()
         with _range("forward and backward"):
-            (loss(forward(chunks[-1])) / len(chunks)).backward()
+            (loss(forward(micro_batches[-1])) / len(micro_batches)).backward()
         return torch.stack(seen).mean(0)
 
-    def _chunks(self, batch: Batch, images: int) -> list[Batch]:
+    def _micro_batches(self, batch: Batch, images: int) -> list[Batch]:
         """Parts of about the same number of images. As many on every rank, for each may be a collective, whatever bad
         data has taken from a rank's part; some may be empty."""
-        count = -(-self._most(images) // (self.config.run.chunk or self._most(images)))
+        count = -(-self._most(images) // (self.config.run.micro_batch_size or self._most(images)))
         bounds = [len(batch.paths) * i // count for i in range(count + 1)]
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
 
     def _most(self, images: int) -> int:
         """Images of the rank that has the most."""
-        return -(-images // self.world.size)
+        return -(-images // self.process_group.size)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -175,10 +175,10 @@ def test_no_picture_can_be_read(tmp_path, known):
 
 def test_long_lists_of_bad_data_are_cut(caplog):
     from betaclip.data.batches import Bad
-    from betaclip.evaluation.encode import report
+    from betaclip.evaluation.encode import log_unusable
 
     with caplog.at_level(logging.WARNING):
-        report([Bad(f"path {i}", "gone") for i in range(30)])
+        log_unusable([Bad(f"path {i}", "gone") for i in range(30)])
     assert "path 19" in caplog.text and "path 20" not in caplog.text and "left out 10 more" in caplog.text
 
 

@@ -87,3 +87,15 @@ def save_broken(path: Path) -> Path:
     save(path, picture({(0, 0): "red"}))
     path.write_bytes(path.read_bytes()[:-30])
     return path
+
+
+def noise(seed: int, side: int = SIZE) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 255, (side, side, 3), np.uint8)
+
+
+def save_seven(folder: Path) -> list[Path]:
+    """Files of noise, of which the third cannot be read and the last is missing."""
+    files = [save(folder / f"{i}.png", noise(i)) for i in range(7)]
+    save_broken(files[2])
+    files[6].unlink()
+    return files

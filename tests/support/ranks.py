@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -18,14 +19,21 @@ START_METHOD = "forkserver"
 multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "betaclip"])
 
 
-def processes(count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = 60) -> None:
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+# Of a collective. Only a hang lasts so long, however loaded the machine is.
+TIMEOUT_S = 600.0
+
+
+def processes(
+    count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = TIMEOUT_S
+) -> None:
     """Call ``function(*args)``, a top-level function of its file, on ``count`` ranks; a failure of any raises here."""
     context = start(count, function, folder, *args, timeout_s=timeout_s)
     while not context.join():
         pass
 
 
-def start(count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = 60) -> Any:
+def start(count: int, function: Callable[..., None], folder: Path, *args: Any, timeout_s: float = TIMEOUT_S) -> Any:
     """The same without waiting: the context of the processes."""
     called = inspect.getsourcefile(function), function.__name__, args
     options = (count, str(folder / "rendezvous"), timeout_s)

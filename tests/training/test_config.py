@@ -26,7 +26,7 @@ def test_published_recipes(form, tmp_path):
     assert config.optimizer == OptimizerConfig(
         backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6), pool=GroupConfig(1e-3, 1e-4)
     )
-    assert (config.run.batch_size, config.run.chunk, config.run.epochs) == (2048, 64, 10)
+    assert (config.run.batch_size, config.run.micro_batch_size, config.run.epochs) == (2048, 64, 10)
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert read(TrainConfig(), tmp_path / "config.toml") == config
 
@@ -52,7 +52,7 @@ def test_what_may_be_none_is_none_by_default():
     ("change", "message"),
     [
         ({"batch_size": 3}, "run.batch_size: expected at least 4, one for each rank, got 3"),
-        ({"chunk": 0}, "run.chunk: expected at least 1, got 0"),
+        ({"micro_batch_size": 0}, "run.micro_batch_size: expected at least 1, got 0"),
         ({"steps": -1}, "run.steps: expected at least 1, got -1"),
         ({"workers": -1}, "run.workers: expected at least 0, got -1"),
         ({"resume": True}, "run.resume: which run"),

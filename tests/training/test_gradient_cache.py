@@ -12,7 +12,7 @@ IMAGES, K, D = 7, 3, 8
 
 
 class Model(nn.Module):
-    """Towers with dropout, a scale that no chunk changes, and a mask without gradient."""
+    """Towers with dropout, a scale that no micro-batch changes, and a mask without gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,8 +22,8 @@ class Model(nn.Module):
         self.unused = nn.Linear(2, 2)
         self.unused.requires_grad_(False)
 
-    def forward(self, chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        image, text = chunk
+    def forward(self, micro_batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        image, text = micro_batch
         return {
             "image": self.image(image),
             "text": self.text(text),
@@ -52,17 +52,17 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 2, 0, 4], [1] * 7, [7, 0]])
 def test_equals_uncached(sizes):
-    """Dropout included: the whole batch in one graph, chunk after chunk, has the same random numbers."""
-    model, chunks = Model().double(), split(batch(), sizes)
+    """Dropout included: the whole batch in one graph, micro-batch after micro-batch, has the same random numbers."""
+    model, micro_batches = Model().double(), split(batch(), sizes)
     torch.manual_seed(3)
-    outs = [model(chunk) for chunk in chunks]
+    outs = [model(micro_batch) for micro_batch in micro_batches]
     whole = {name: torch.cat([o[name] for o in outs]) for name in ("image", "text", "mask")}
     value = objective(whole | {"scale": outs[0]["scale"]})
     value.backward()
     truth, state = gradients(model), torch.get_rng_state()
     model.zero_grad()
     torch.manual_seed(3)
-    ours = cached_backward(model, chunks, objective)
+    ours = cached_backward(model, micro_batches, objective)
     torch.testing.assert_close(ours, value, atol=1e-14, rtol=0)
     assert not ours.requires_grad and len(truth) == 9
     for a, t in zip(gradients(model), truth, strict=True):
@@ -70,8 +70,8 @@ def test_equals_uncached(sizes):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_keeps_one_chunk_of_graph():
-    """Activations that autograd keeps at a time are a chunk's, not the batch's."""
+def test_keeps_the_graph_of_one_micro_batch():
+    """Activations that autograd keeps at a time are a micro-batch's, not the batch's."""
     model, whole = Model().double(), batch()
     saved = 0
     most = {}
@@ -84,11 +84,11 @@ def test_keeps_one_chunk_of_graph():
             largest = max(largest, saved)
             return t
 
-        def forward(chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        def forward(micro_batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
             nonlocal saved
             saved = 0
             with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda t: t):
-                return model(chunk)
+                return model(micro_batch)
 
         cached_backward(forward, split(whole, sizes), objective)
         most[count] = largest
@@ -97,20 +97,20 @@ def test_keeps_one_chunk_of_graph():
 
 def test_autocast():
     """Weights that autocast casts in the first pass, which has no graph, still get gradients in the second."""
-    model, chunks = Model(), split(batch(torch.float32), [3, 4])
+    model, micro_batches = Model(), split(batch(torch.float32), [3, 4])
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        cached_backward(model, chunks, objective)
+        cached_backward(model, micro_batches, objective)
     ours = gradients(model)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        objective(model(batch_of(chunks))).backward()
+        objective(model(whole_batch(micro_batches))).backward()
     for a, t in zip(ours, gradients(model), strict=True):
         torch.testing.assert_close(a, t, atol=float(0.05 * t.abs().max()), rtol=0)
 
 
-def batch_of(chunks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
+def whole_batch(micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([c[0] for c in micro_batches]), torch.cat([c[1] for c in micro_batches])
 
 
 def test_other_outputs():
@@ -118,8 +118,8 @@ def test_other_outputs():
     layer = nn.Linear(4, 2).double()
     x = torch.randn(5, 4, dtype=torch.float64)
 
-    def forward(chunk: Tensor) -> dict[str, Tensor]:
-        return {"rows": layer(chunk), "ignored": layer.weight.sum() * chunk}
+    def forward(micro_batch: Tensor) -> dict[str, Tensor]:
+        return {"rows": layer(micro_batch), "ignored": layer.weight.sum() * micro_batch}
 
     cached_backward(forward, x.split(2), lambda out: F.logsigmoid(out["rows"]).std())
     ours = gradients(layer)
@@ -130,5 +130,5 @@ def test_other_outputs():
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="chunks: expected at least one"):
+    with pytest.raises(ValueError, match="micro_batches: expected at least one"):
         cached_backward(partial(Model()), [], objective)

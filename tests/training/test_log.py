@@ -7,13 +7,13 @@ import torch
 
 from betaclip.errors import ConfigError, NonFiniteError
 from betaclip.training.config import RunConfig, TrainConfig
-from betaclip.training.log import Interval, Log, line, read_metrics
+from betaclip.training.log import Log, MetricsBuffer, line, read_metrics
 
 CPU = torch.device("cpu")
 
 
-def interval() -> Interval:
-    some = Interval(["loss", "norm"], ["loss"])
+def interval() -> MetricsBuffer:
+    some = MetricsBuffer(["loss", "norm"], ["loss"])
     for i, loss in enumerate((1.0, torch.nan, 4.0)):
         some.add(torch.tensor([loss, torch.inf if i == 1 else float(i)]), [f"picture {i}"], images=5, waited_s=0.0)
     return some
@@ -37,7 +37,7 @@ def test_interval_names_the_step(tmp_path):
     saved = json.loads((tmp_path / "non_finite_rank2.json").read_text())
     assert saved["step"] == 41 and saved["paths"] == ["picture 1"]
     # What may be infinite, may.
-    some = Interval(["loss", "norm"], ["loss"])
+    some = MetricsBuffer(["loss", "norm"], ["loss"])
     some.add(torch.tensor([1.0, torch.inf]), [], 1, 0.0)
     some.stop_if_not_finite(1, 0, tmp_path)
 

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import SINGLE_PROCESS
 from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainConfig
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.parallel import World
-from betaclip.training.step import Update, create_objective, freeze_unused
+from betaclip.training.step import TrainStep, create_objective, freeze_unused
 
-ALONE = World(0, 1, torch.device("cpu"))
 # Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
 OPTIMIZER = OptimizerConfig(
     backbone=GroupConfig(1e-3, 1e-3, clip_norm=0.5), pool=GroupConfig(3e-3, 3e-3), eps=1e-4, weight_decay=0.1
@@ -24,10 +23,10 @@ def config(**run: Any) -> TrainConfig:
     return TrainConfig(optimizer=OPTIMIZER, run=RunConfig(**run))
 
 
-def create_update(model: BetaCLIP, settings: TrainConfig) -> Update:
-    objective = create_objective(settings, ALONE)
+def create_update(model: BetaCLIP, settings: TrainConfig) -> TrainStep:
+    objective = create_objective(settings, SINGLE_PROCESS)
     freeze_unused(model, objective)
-    return Update(model, model, objective, create_optimizer(model, settings.optimizer), settings, ALONE, 10)
+    return TrainStep(model, model, objective, create_optimizer(model, settings.optimizer), settings, SINGLE_PROCESS, 10)
 
 
 def double(batch: Batch) -> Batch:
@@ -44,12 +43,12 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float) -> None
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_chunks_by_cache_equal_whole_batch():
+def test_cached_micro_batches_equal_the_whole_batch():
     batch = double(tiny_batch(7))
     results, rows = [], []
-    for chunk in (None, 3, 1):
+    for size in (None, 3, 1):
         model = tiny_model().double()
-        update = create_update(model, config(chunk=chunk))
+        update = create_update(model, config(micro_batch_size=size))
         rows.append(torch.stack([update(batch, step, 7) for step in range(2)]))
         results.append(parameters(model))
     assert update.columns == [
@@ -64,9 +63,9 @@ def test_chunks_by_cache_equal_whole_batch():
 def test_accumulation_is_the_mean_of_losses():
     batch = double(tiny_batch(6))
     model = tiny_model().double()
-    row = create_update(model, config(chunk=3, chunks="accumulate"))(batch, 0, 6)
+    row = create_update(model, config(micro_batch_size=3, accumulation="mean"))(batch, 0, 6)
     losses, other = [], tiny_model().double()
-    objective = create_objective(config(), ALONE)
+    objective = create_objective(config(), SINGLE_PROCESS)
     for begin in (0, 3):
         part = batch.of_images(begin, begin + 3)
         loss = objective(other(part.images, part.texts))["loss"]
@@ -133,7 +132,7 @@ def test_precision(precision):
     """Near float32's losses and norms, with parameters that stay float32."""
     truth = create_update(tiny_model(), config())(tiny_batch(6), 0, 6)
     model = tiny_model()
-    update = create_update(model, config(precision=precision, chunk=4))
+    update = create_update(model, config(precision=precision, micro_batch_size=4))
     if precision == "fp16":
         assert update.scaler.is_enabled()
         update.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the usual 2¹⁶ may overflow in a first step

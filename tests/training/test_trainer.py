@@ -22,15 +22,15 @@ from betaclip.data.batches import BadDataError
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError, NonFiniteError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
-from betaclip.training import loading
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
+from betaclip.training import data_source
 from betaclip.training import trainer as loop
 from betaclip.training.config import EvaluationConfig, GroupConfig, OptimizerConfig, RunConfig, TrainConfig
 from betaclip.training.log import read_metrics
-from betaclip.training.parallel import World
-from betaclip.training.step import Update
-from betaclip.training.trainer import Run
+from betaclip.training.step import TrainStep
+from betaclip.training.trainer import Trainer
 
-ALONE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 STEPS = 9
 MEASURED = ("loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale", "norm_backbone", "norm_pool")
 
@@ -61,20 +61,20 @@ def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None
         return model
 
     patch(loop, "create_model", create_model)
-    patch(loading, "create_dataset", lambda *_, **__: dataset or TinyDataset(14))
+    patch(data_source, "create_dataset", lambda *_, **__: dataset or TinyDataset(14))
 
 
-def train(settings: TrainConfig, world: World = ALONE) -> Run:
-    run = Run(settings, world)
+def train(settings: TrainConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> Trainer:
+    run = Trainer(settings, process_group, CPU)
     run.train()
     return run
 
 
-def measured(run: Run) -> list[list[float]]:
+def measured(run: Trainer) -> list[list[float]]:
     return [[row[name] for name in MEASURED] for row in read_metrics(run.folder / "metrics.jsonl")]
 
 
-def assert_same_run(ours: Run, truth: Run) -> None:
+def assert_same_run(ours: Trainer, truth: Trainer) -> None:
     """Bit for bit: everything that was logged, and the parameters at the end."""
     assert measured(ours) == measured(truth) and len(measured(truth)) == STEPS
     for (name, a), t in zip(ours.model.named_parameters(), truth.model.parameters(), strict=True):
@@ -82,16 +82,16 @@ def assert_same_run(ours: Run, truth: Run) -> None:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Run:
+def whole(tmp_path: Path) -> Trainer:
     """Uninterrupted."""
     return train(config(tmp_path, "whole"))
 
 
 def at_step(number: int, do: Callable[[], None]) -> Callable[..., Any]:
-    """``Update.__call__`` that does something first in one step."""
-    call = Update.__call__
+    """``TrainStep.__call__`` that does something first in one step."""
+    call = TrainStep.__call__
 
-    def patched(self: Update, batch: Any, step: int, images: int) -> Any:
+    def patched(self: TrainStep, batch: Any, step: int, images: int) -> Any:
         if step == number:
             do()
         return call(self, batch, step, images)
@@ -108,7 +108,7 @@ def killed(settings: TrainConfig, step: int, number: int, group: bool) -> None:
 
     if group:
         os.setpgrp()
-    Update.__call__ = at_step(step, kill)  # type: ignore[method-assign]
+    TrainStep.__call__ = at_step(step, kill)  # type: ignore[method-assign]
     sys.stdout = io.StringIO()
     torch.set_num_threads(1)
     put_tiny(setattr)
@@ -147,7 +147,7 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
     settings = config(tmp_path, log_every=3)
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Update, "__call__", at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(TrainStep, "__call__", at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(Stopped) as stopped:
             train(settings)
     assert stopped.value.code == 143 and "after step 5; --run.resume goes on from" in stopped.value.message
@@ -159,9 +159,11 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
 def test_workers_and_evaluation_change_nothing(tmp_path, whole, monkeypatch):
     seen = []
 
-    def evaluate(self: object, model: Any, world: World, *, alike: bool = False) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self: object, model: Any, process_group: ProcessGroup, *, alike: bool = False
+    ) -> dict[str, dict[str, float]]:
         torch.rand(5)
-        seen.append(world.rank)
+        seen.append(process_group.rank)
         return {"noise": {"choices/hard": 0.5}}
 
     monkeypatch.setattr("betaclip.training.evaluation.Evaluation.__call__", evaluate)
@@ -226,31 +228,31 @@ def test_all_of_a_batch_is_bad(tmp_path, monkeypatch):
 def test_rejects(tmp_path, monkeypatch):
     train(config(tmp_path, steps=3))
     with pytest.raises(ConfigError, match=r"run.name: .*run has a run already; --run.resume to go on"):
-        Run(config(tmp_path), ALONE)
+        Trainer(config(tmp_path), SINGLE_PROCESS, CPU)
     for change, message in (
         ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2"),
         ({"batch_size": 5}, "batch_size: 4 -> 5 since the checkpoint"),
         ({"seed": 9}, "seed: 0 -> 9 since the checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Run(config(tmp_path, resume=True, **{"steps": 9, **change}), ALONE)
+            Trainer(config(tmp_path, resume=True, **{"steps": 9, **change}), SINGLE_PROCESS, CPU)
     assert "steps = 3\n" in (tmp_path / "run" / "config.toml").read_text()
     with pytest.raises(ConfigError, match=r"optimizer.backbone.warmup: expected less than the run's 1 updates, got 1"):
-        Run(config(tmp_path, "short", steps=1), ALONE)
+        Trainer(config(tmp_path, "short", steps=1), SINGLE_PROCESS, CPU)
 
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("nowhere.json: no such file")
 
-    monkeypatch.setattr(loading, "create_dataset", missing)
+    monkeypatch.setattr(data_source, "create_dataset", missing)
     with pytest.raises(ConfigError, match=r"data: nowhere.json: no such file"):
-        Run(config(tmp_path, "no data"), ALONE)
+        Trainer(config(tmp_path, "no data"), SINGLE_PROCESS, CPU)
 
 
 def test_compile(monkeypatch, tmp_path):
     """Names of parameters stay as they are, so checkpoints do."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    plain = Run(config(tmp_path), ALONE).model
-    compiled = Run(config(tmp_path, compile=True), ALONE).model
+    plain = Trainer(config(tmp_path), SINGLE_PROCESS, CPU).model
+    compiled = Trainer(config(tmp_path, compile=True), SINGLE_PROCESS, CPU).model
     marks = [block._compiled_call_impl is not None for block in compiled.clip.visual.transformer.resblocks]
     assert marks == [True, True] and plain.state_dict().keys() == compiled.state_dict().keys()
 
@@ -268,10 +270,12 @@ def test_checkpoint_makes_its_model_again(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "create_model", create_model)
     again = checkpoints.load_checkpoint(run.folder)
     assert_same_model(again, run.model)
-    resumed = Run(replace(config(tmp_path, resume=True, steps=3), model=model), ALONE)
+    resumed = Trainer(replace(config(tmp_path, resume=True, steps=3), model=model), SINGLE_PROCESS, CPU)
     assert_same_model(resumed.model, run.model)
     file = str(checkpoints.latest(run.folder))
-    started = Run(replace(config(tmp_path, "next", steps=3), model=replace(model, pretrained=file)), ALONE)
+    started = Trainer(
+        replace(config(tmp_path, "next", steps=3), model=replace(model, pretrained=file)), SINGLE_PROCESS, CPU
+    )
     assert_same_model(started.model, run.model)
 
 

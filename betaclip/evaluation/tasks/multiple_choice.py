@@ -24,9 +24,9 @@ from betaclip.evaluation.encode import (
     read_pictures,
 )
 from betaclip.evaluation.regions import on_grid, region_features
-from betaclip.evaluation.sharding import ALONE, Sharding
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def first_is_best(scores: Tensor, valid: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def choice_accuracy(
     choices: Sequence[tuple[str, Choice]],
     *,
     batch_size: int,
-    sharding: Sharding = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Accuracies of the questions of each name; neighbours that share a picture share its encoding.
 
@@ -83,7 +83,7 @@ def choice_accuracy(
     if any(not choice.negatives for _, choice in choices):
         raise ValueError("choices: expected at least one negative for each question")
     number = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in choices))}
-    part = sharding.part(len(choices))
+    part = process_group.shard_range(len(choices))
     plan = [(some, _pictures(some)) for some in batches(choices[part.start : part.stop], batch_size)]
     device = model.logit_scale.device
     # Right by region, right by pooling, right by chance, asked, left out.
@@ -110,7 +110,7 @@ def choice_accuracy(
             names = torch.tensor([number[name] for name, _ in asked], device=device)
             totals[:, :4].index_add_(0, names, torch.stack([c.double() for c in columns], 1))
     result: dict[str, float] = {}
-    for name, values in zip(number, sharding.sum(totals).tolist(), strict=True):
+    for name, values in zip(number, process_group.sum(totals).tolist(), strict=True):
         region, conditioned, chance, questions, left_out = values
         if not questions:
             raise NoPicturesError(f"{name}: no picture of {left_out:.0f} questions could be read")

@@ -9,9 +9,9 @@ from torch import Tensor
 from betaclip.data.scenes.dataset import Scene
 from betaclip.evaluation.encode import Squash, batches, encode_images, encode_slots, evaluating
 from betaclip.evaluation.regions import coverage, on_grid
-from betaclip.evaluation.sharding import ALONE, Sharding
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,12 @@ def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tu
 
 
 def pointing(
-    model: BetaCLIP, tokenizer: Tokenizer, scenes: Sequence[Scene], *, batch_size: int, sharding: Sharding = ALONE
+    model: BetaCLIP,
+    tokenizer: Tokenizer,
+    scenes: Sequence[Scene],
+    *,
+    batch_size: int,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Means over all phrases of the scenes, on every rank: "mass_in_box", "box_share", the "ratio" of the two, and
     "phrases", their number. Attention is averaged over heads.
@@ -33,7 +38,7 @@ def pointing(
     Raises:
         ValueError: there are no phrases.
     """
-    part = sharding.part(len(scenes))
+    part = process_group.shard_range(len(scenes))
     device, squash = model.logit_scale.device, Squash(model.image_size)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluating(model):
@@ -45,7 +50,7 @@ def pointing(
             sizes = [scene.image.shape[1::-1] for scene in some for _ in scene.boxes]
             mass, share = mass_in_boxes(attention, on_grid(boxes, sizes, model.patch_grid).to(device), model.patch_grid)
             totals += torch.stack((mass.double().sum(), share.double().sum(), valid.sum()))
-    mass_sum, share_sum, phrases = sharding.sum(totals).tolist()
+    mass_sum, share_sum, phrases = process_group.sum(totals).tolist()
     if not phrases:
         raise ValueError("scenes: no phrases to point with")
     return {

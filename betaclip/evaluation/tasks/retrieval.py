@@ -22,9 +22,9 @@ from betaclip.evaluation.encode import (
     evaluating,
     read_pictures,
 )
-from betaclip.evaluation.sharding import ALONE, Sharding
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 RECALLS_AT = (1, 5, 10)
 # Pairs that are compared at a time.
@@ -44,7 +44,7 @@ def cosines(images: Tensor, texts: Tensor) -> Scores:
 
 
 def retrieval_ranks(
-    scores: Scores, images: int, image_of_text: Tensor, sharding: Sharding = ALONE
+    scores: Scores, images: int, image_of_text: Tensor, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> tuple[Tensor, Tensor]:
     """Ranks, from 1, of each text's image among all images, and of each image's best text among those of other images.
 
@@ -60,8 +60,8 @@ def retrieval_ranks(
         ValueError: an image without a text, or a text without an image.
     """
     device, count, least = image_of_text.device, len(image_of_text), -torch.inf
-    numbers = sharding.gather(torch.full((1,), images, device=device))
-    first, total = int(numbers[: sharding.rank].sum()), int(numbers.sum())
+    numbers = process_group.gather_rows(torch.full((1,), images, device=device))
+    first, total = int(numbers[: process_group.rank].sum()), int(numbers.sum())
     if not torch.equal(image_of_text.unique(), torch.arange(total, device=device)):
         raise ValueError(f"image_of_text: expected every number below {total}, the images of all ranks, and no other")
     rows = max(1, PAIRS // max(1, count))
@@ -77,7 +77,7 @@ def retrieval_ranks(
         block = scores(lo, hi)
         right = block.masked_fill(block.isnan() | ~own(lo, hi), least)
         of_text, of_image[lo:hi] = torch.maximum(of_text, right.amax(0)), right.amax(1)
-    of_text = sharding.maximum(of_text)
+    of_text = process_group.max(of_text)
 
     before_image = torch.zeros(count, dtype=torch.int64, device=device)
     before_text = torch.zeros(images, dtype=torch.int64, device=device)
@@ -86,14 +86,16 @@ def retrieval_ranks(
         # Not "block >= right": what is NaN goes before it.
         before_image += (~(block < of_text) & other).sum(0)
         before_text[lo:hi] = (~(block < of_image[lo:hi, None]) & other).sum(1)
-    return 1 + sharding.sum(before_image), 1 + before_text
+    return 1 + process_group.sum(before_image), 1 + before_text
 
 
-def recalls(scores: Scores, images: int, image_of_text: Tensor, sharding: Sharding = ALONE) -> dict[str, float]:
+def recalls(
+    scores: Scores, images: int, image_of_text: Tensor, process_group: ProcessGroup = SINGLE_PROCESS
+) -> dict[str, float]:
     """Share of the texts whose image ("t2i_r1" …) and of the images one of whose texts ("i2t_r1" …) is among the first
     1, 5, 10; of all ranks, on every rank. The arguments are :func:`retrieval_ranks`'s."""
-    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, sharding)
-    directions = (("t2i", text_to_image), ("i2t", sharding.gather(image_to_text)))
+    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, process_group)
+    directions = (("t2i", text_to_image), ("i2t", process_group.gather_rows(image_to_text)))
     return {f"{name}_r{k}": float((ranks <= k).double().mean()) for name, ranks in directions for k in RECALLS_AT}
 
 
@@ -113,7 +115,7 @@ def retrieval(
     *,
     conditioned: bool,
     batch_size: int,
-    sharding: Sharding = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Recalls of CLS embeddings against texts; with ``conditioned`` also ("conditioned_t2i_r1" …) of the cosine between
     a text and the embedding of the image that it conditions, for all pairs.
@@ -127,13 +129,13 @@ def retrieval(
     Raises:
         NoPicturesError: none could be read.
     """
-    part = sharding.part(len(pictures))
+    part = process_group.shard_range(len(pictures))
     mine = pictures[part.start : part.stop]
     device = model.logit_scale.device
     read: list[bool] = []
     with evaluating(model):
         text_embeds = encode_texts(model, tokenizer, [text for _, texts in mine for text in texts], batch_size)
-        text_embeds = sharding.gather(text_embeds)
+        text_embeds = process_group.gather_rows(text_embeds)
         image_embeds = text_embeds.new_empty(len(mine), model.embed_dim)
         matrix = torch.empty(len(mine) if conditioned else 0, len(text_embeds))  # on the CPU
         found = read_pictures((picture for picture, _ in mine), transform, 2 * batch_size)
@@ -146,7 +148,7 @@ def retrieval(
                 if conditioned:
                     matrix[rows] = model.pool.score(patches, text_embeds).cpu()
     # Numbered again without the pictures that could not be read.
-    usable = sharding.gather(torch.tensor(read, dtype=torch.bool, device=device))
+    usable = process_group.gather_rows(torch.tensor(read, dtype=torch.bool, device=device))
     if not usable.any():
         raise NoPicturesError(f"none of {len(pictures)} pictures could be read")
     counts = torch.tensor([len(texts) for _, texts in pictures], device=device)
@@ -154,12 +156,12 @@ def retrieval(
     image_of_text = (usable.cumsum(0) - 1).repeat_interleave(counts)[kept]
     own = sum(read)
     result = {"images": float(usable.sum()), "texts": float(kept.sum()), "left_out": float((~usable).sum())}
-    result |= recalls(cosines(image_embeds[:own], text_embeds[kept]), own, image_of_text, sharding)
+    result |= recalls(cosines(image_embeds[:own], text_embeds[kept]), own, image_of_text, process_group)
     if conditioned:
 
         def of_pairs(lo: int, hi: int) -> Tensor:
             return matrix[lo:hi].to(device)[:, kept]
 
-        found_by_pooling = recalls(of_pairs, own, image_of_text, sharding)
+        found_by_pooling = recalls(of_pairs, own, image_of_text, process_group)
         result |= {f"conditioned_{name}": value for name, value in found_by_pooling.items()}
     return result

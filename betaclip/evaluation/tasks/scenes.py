@@ -3,12 +3,12 @@
 from betaclip.data.multiple_choice import Choice
 from betaclip.data.scenes import dataset as scenes
 from betaclip.evaluation.encode import Squash
-from betaclip.evaluation.sharding import ALONE, Sharding
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.pointing import pointing
 from betaclip.evaluation.tasks.retrieval import retrieval
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 BATCH_SIZE = 32
 
@@ -21,12 +21,12 @@ def evaluate_scenes(
     count: int,
     batch_size: int = BATCH_SIZE,
     conditioned: bool = True,
-    sharding: Sharding = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Retrieval, choices and pointing on the first ``count`` test scenes of a seed, drawn at the model's size.
 
-    Without ``sharding`` a rank evaluates all of them by itself, whatever the others do. Random states and the model's
-    mode stay as they are.
+    By default a rank evaluates all of them by itself, whatever the others do. Random states and the model's mode stay
+    as they are.
 
     Returns:
         "retrieval/t2i_r1" … (``tasks/retrieval.py``), "choices/hard", "choices/hard_chance" …
@@ -49,9 +49,9 @@ def evaluate_scenes(
     measures = {
         "retrieval": retrieval(
             model, tokenizer, pictures, Squash(model.image_size),
-            conditioned=conditioned, batch_size=batch_size, sharding=sharding,
+            conditioned=conditioned, batch_size=batch_size, process_group=process_group,
         ),
-        "choices": choice_accuracy(model, tokenizer, questions, batch_size=batch_size, sharding=sharding),
-        "pointing": pointing(model, tokenizer, shown, batch_size=batch_size, sharding=sharding),
+        "choices": choice_accuracy(model, tokenizer, questions, batch_size=batch_size, process_group=process_group),
+        "pointing": pointing(model, tokenizer, shown, batch_size=batch_size, process_group=process_group),
     }  # fmt: skip
     return {f"{measure}/{name}": value for measure, values in measures.items() for name, value in values.items()}

@@ -1,13 +1,17 @@
 """Accuracies of a model whose right answers are known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support import colours
+from support.ranks import needs_gloo, processes
 
 from betaclip.data.multiple_choice import Choice
 from betaclip.evaluation.encode import NoPicturesError
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy, choose, cosines_of_pairs, first_is_best
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 NAN, INF = torch.nan, torch.inf
 
@@ -108,3 +112,26 @@ def test_rejects(tmp_path):
         choice_accuracy(
             colours.ColourModel(), Tokenizer(), [("hard", Choice(tmp_path, (0, 0, 1, 1), "red", ()))], batch_size=2
         )
+
+
+def ranks_equal_one_process(folder: Path) -> None:
+    texts = ("red", "green", "blue", "red blue", "blue green")
+    questions = [
+        (name, Choice(folder / f"{i % 7}.png", (0, 0, 8 + i, 16), texts[i % 5], texts[i % 5 + 1 :] or texts[:2]))
+        for i in range(11)
+        for name in (("hard", "easy") if i % 2 else ("hard",))
+    ]
+    model = colours.ColourModel()
+    together, alone = (
+        choice_accuracy(model, Tokenizer(), questions, batch_size=3, process_group=group)
+        for group in (ProcessGroup.of(), SINGLE_PROCESS)
+    )
+    assert together == pytest.approx(alone, abs=1e-12)
+    assert 0 < alone["hard"] < 1 and alone["hard_left_out"] == 3
+
+
+@needs_gloo
+def test_ranks_equal_one_process(tmp_path):
+    """With shares of unequal sizes and pictures that cannot be read."""
+    colours.save_seven(tmp_path)
+    processes(3, ranks_equal_one_process, tmp_path, tmp_path)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support import colours
+from support.ranks import needs_gloo, processes
 
 from betaclip.data.scenes.dataset import Scene, scene
 from betaclip.evaluation.tasks.pointing import mass_in_boxes, pointing
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def test_mass_in_boxes():
@@ -58,3 +60,22 @@ def test_even_attention_is_chance():
 def test_rejects():
     with pytest.raises(ValueError, match="no phrases"):
         pointing(colours.ColourModel(), Tokenizer(), [coloured({}, {}, 32)], batch_size=1)
+
+
+def ranks_equal_one_process() -> None:
+    colours_and_boxes = [(["red", "blue", "green"][: i % 4], [(0, 0, 9, 20)] * (i % 4)) for i in range(5)]
+    scenes = [
+        replace(scene(0, i), image=colours.noise(i), phrases=phrases, boxes=boxes)
+        for i, (phrases, boxes) in enumerate(colours_and_boxes)
+    ]
+    together, alone = (
+        pointing(colours.ColourModel(), Tokenizer(), scenes, batch_size=2, process_group=group)
+        for group in (ProcessGroup.of(), SINGLE_PROCESS)
+    )
+    assert together == pytest.approx(alone, abs=1e-12)
+    assert 0 < alone["mass_in_box"] < 1
+
+
+@needs_gloo
+def test_ranks_equal_one_process(tmp_path):
+    processes(3, ranks_equal_one_process, tmp_path)

@@ -1,12 +1,14 @@
 """Ranks against their definition by loops, and recalls of a model whose right answers are known."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from support import colours
+from support.ranks import needs_gloo, processes
 from torch import Tensor
 
 from betaclip.data.transforms import EvaluationTransform
@@ -14,6 +16,7 @@ from betaclip.evaluation.encode import NoPicturesError, Squash
 from betaclip.evaluation.tasks import retrieval as module
 from betaclip.evaluation.tasks.retrieval import cosines, recalls, retrieval, retrieval_ranks, texts_of_pictures
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def ranks_by_loops(scores: Tensor, image_of_text: Tensor) -> tuple[list[int], list[int]]:
@@ -155,3 +158,37 @@ def test_batches_change_nothing(batch_size):
     assert model.images == 5 and model.texts == 5
     truth = retrieval(model, Tokenizer(), pictures, Squash(32), conditioned=True, batch_size=3)
     assert found == truth and found["images"] == 5
+
+
+def ranks_equal_one_process(folder: Path) -> None:
+    places_equal_one_process()
+    names = ["red", "green blue", "blue", "red green", "blue blue red", "green", "red blue green green"]
+    pictures = [(folder / f"{i}.png", [name, *names[: i % 3]]) for i, name in enumerate(names)]
+    model, transform = colours.ColourModel(sharpness=5), EvaluationTransform(32)
+    together, alone = (
+        retrieval(model, Tokenizer(), pictures, transform, conditioned=True, batch_size=2, process_group=group)
+        for group in (ProcessGroup.of(), SINGLE_PROCESS)
+    )
+    assert together == pytest.approx(alone, abs=1e-12)
+    assert 0 < alone["t2i_r1"] < 1 and alone["left_out"] == 2
+
+
+def places_equal_one_process() -> None:
+    """Scores with ties and NaN; the second of three processes has no images."""
+    group, sizes = ProcessGroup.of(), (4, 0, 3)
+    scores = torch.randint(0, 4, (7, 15)).float()
+    scores[torch.rand(7, 15) < 0.1] = torch.nan
+    image_of_text = torch.cat((torch.arange(7), torch.randint(0, 7, (8,))))[torch.randperm(15)]
+    before, own = sum(sizes[: group.rank]), sizes[group.rank]
+    text_to_image, image_to_text = retrieval_ranks(
+        lambda lo, hi: scores[before + lo : before + hi], own, image_of_text, group
+    )
+    truth = retrieval_ranks(lambda lo, hi: scores[lo:hi], 7, image_of_text)
+    assert torch.equal(text_to_image, truth[0]) and torch.equal(image_to_text, truth[1][before : before + own])
+
+
+@needs_gloo
+def test_ranks_equal_one_process(tmp_path):
+    """With shares of unequal sizes and pictures that cannot be read."""
+    colours.save_seven(tmp_path)
+    processes(3, ranks_equal_one_process, tmp_path, tmp_path)

@@ -12,12 +12,12 @@ from betaclip.data.batches import Batch, collate
 from betaclip.data.registry import create_dataset
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainConfig
-from betaclip.training.parallel import World
 from betaclip.training.sampler import BatchSampler
 
 
-class Loading(Protocol):
+class DataSource(Protocol):
     """What a run's data are to it.
 
     steps_per_epoch: updates. order: what a step's place in the data depends on; a run that goes on must have the same.
@@ -35,7 +35,9 @@ class Loading(Protocol):
         ...
 
 
-def create_loading(config: TrainConfig, model: BetaCLIP, world: World) -> Loading:
+def create_data_source(
+    config: TrainConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
+) -> DataSource:
     """
     Raises:
         ConfigError: data that are not there, or settings that do not go together.
@@ -43,19 +45,20 @@ def create_loading(config: TrainConfig, model: BetaCLIP, world: World) -> Loadin
     try:
         dataset: Any = create_dataset(
             config.data, model.image_size, model.context_length,
-            seed=config.run.seed, rank=world.rank, ranks=world.size,
+            seed=config.run.seed, rank=process_group.rank, ranks=process_group.size,
         )  # fmt: skip
-        kind = ShardLoading if config.data.kind == "shards" else ExampleLoading
-        return kind(dataset, config, world)
+        kind = ShardSource if config.data.kind == "shards" else ExampleSource
+        return kind(dataset, config, process_group, device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
 
 
-class ExampleLoading:
+class ExampleSource:
     """Of a dataset that has each example by its number."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, world: World) -> None:
-        self._dataset, self._workers, self._world = dataset, config.run.workers, world
+    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+        self._dataset, self._workers, self._device = dataset, config.run.workers, device
+        self._process_group = process_group
         self.order = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
         self.steps_per_epoch = self._sampler(0, 0).steps_per_epoch
 
@@ -63,45 +66,47 @@ class ExampleLoading:
         return self._sampler(step, step).images(step)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        options = loader_options(self._world) | {"collate_fn": collate, "num_workers": self._workers}
+        options = loader_options(self._device) | {"collate_fn": collate, "num_workers": self._workers}
         return iter(DataLoader(self._dataset, batch_sampler=self._sampler(first, last), **options))
 
     def _sampler(self, first: int, last: int) -> BatchSampler:
-        return BatchSampler(**self.order, first=first, last=last, rank=self._world.rank, ranks=self._world.size)
+        ranks = self._process_group
+        return BatchSampler(**self.order, first=first, last=last, rank=ranks.rank, ranks=ranks.size)
 
 
-class ShardLoading:
+class ShardSource:
     """Of shards that are read in sequence: exact from any step on with the same numbers of ranks and of workers."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, world: World) -> None:
-        size, workers = config.run.batch_size, config.run.workers
+    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+        size, workers, ranks = config.run.batch_size, config.run.workers, process_group.size
         if config.data.epoch_samples is None:
             raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")
-        if size % world.size:
-            raise ConfigError(f"run.batch_size: expected a multiple of {world.size} ranks for shards, got {size}")
-        self._dataset, self._part, self._workers, self._world = dataset, size // world.size, workers, world
+        if size % ranks:
+            raise ConfigError(f"run.batch_size: expected a multiple of {ranks} ranks for shards, got {size}")
+        self._dataset, self._part, self._workers = dataset, size // ranks, workers
+        self._ranks, self._device = ranks, device
         self.steps_per_epoch = dataset.batches_per_epoch(self._part, workers)
         if self.steps_per_epoch < 1:
-            each = f"{world.size} ranks with {max(workers, 1)} workers"
+            each = f"{ranks} ranks with {max(workers, 1)} workers"
             raise ValueError(f"epoch_samples: {config.data.epoch_samples} are less than a batch of {size} of {each}")
         self.order = {
             "epoch_samples": config.data.epoch_samples, "batch_size": size, "seed": config.run.seed,
-            "ranks": world.size, "workers": workers,
+            "ranks": ranks, "workers": workers,
         }  # fmt: skip
 
     def images(self, step: int) -> int:
-        return self._part * self._world.size
+        return self._part * self._ranks
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         from betaclip.data.readers.shards import batches_of_shards
 
-        options = loader_options(self._world)
+        options = loader_options(self._device)
         return islice(batches_of_shards(self._dataset, self._part, self._workers, first, **options), last - first)
 
 
-def loader_options(world: World) -> dict[str, Any]:
+def loader_options(device: torch.device) -> dict[str, Any]:
     return {
-        "pin_memory": world.device.type == "cuda",
+        "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # its own: the run's random numbers are not for seeding workers
         "worker_init_fn": _ignore_termination,
     }

@@ -9,32 +9,32 @@ from test_shards import sample, write_shard
 
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
-from betaclip.training import loading
+from betaclip.process_group import ProcessGroup
+from betaclip.training import data_source
 from betaclip.training.config import RunConfig, TrainConfig
-from betaclip.training.loading import Loading, create_loading
-from betaclip.training.parallel import World
+from betaclip.training.data_source import DataSource, create_data_source
 
 MODEL: Any = SimpleNamespace(image_size=8, context_length=77)
 
 
-def alone(rank: int = 0, ranks: int = 1) -> World:
-    return World(rank, ranks, torch.device("cpu"))
+def alone(rank: int = 0, ranks: int = 1) -> tuple[ProcessGroup, torch.device]:
+    return ProcessGroup(rank, ranks), torch.device("cpu")
 
 
-def paths(some: Loading, first: int, last: int) -> list[list[str]]:
+def paths(some: DataSource, first: int, last: int) -> list[list[str]]:
     return [batch.paths for batch in some.batches(first, last)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_examples(monkeypatch, workers):
-    monkeypatch.setattr(loading, "create_dataset", lambda *_, **__: TinyDataset(11))
+    monkeypatch.setattr(data_source, "create_dataset", lambda *_, **__: TinyDataset(11))
     config = TrainConfig(run=RunConfig(batch_size=4, workers=workers))
-    some = create_loading(config, MODEL, alone())
+    some = create_data_source(config, MODEL, *alone())
     assert some.steps_per_epoch == 3 and [some.images(step) for step in range(4)] == [4, 4, 3, 4]
     whole = paths(some, 0, 7)
     assert sorted(path for batch in whole[:3] for path in batch) == sorted(f"picture {i}" for i in range(11))
     assert paths(some, 5, 7) == whole[5:]
-    parts = [paths(create_loading(config, MODEL, alone(rank, 3)), 0, 7) for rank in range(3)]
+    parts = [paths(create_data_source(config, MODEL, *alone(rank, 3)), 0, 7) for rank in range(3)]
     assert [[path for part in parts for path in part[step]] for step in range(7)] == whole
 
 
@@ -48,12 +48,12 @@ def shards(tmp_path):
 
 
 def test_shards(shards):
-    some = create_loading(shards, MODEL, alone())
+    some = create_data_source(shards, MODEL, *alone())
     assert some.steps_per_epoch == 4 and some.images(3) == 4
     whole = paths(some, 0, 6)
     assert [len(batch) for batch in whole] == [4] * 6
-    assert paths(create_loading(shards, MODEL, alone()), 5, 6) == whole[5:]
-    other = create_loading(shards, MODEL, alone(1, 2))
+    assert paths(create_data_source(shards, MODEL, *alone()), 5, 6) == whole[5:]
+    other = create_data_source(shards, MODEL, *alone(1, 2))
     assert other.steps_per_epoch == 4 and other.images(0) == 4 and len(paths(other, 0, 1)[0]) == 2
     assert other.order == some.order | {"ranks": 2}
 
@@ -66,4 +66,4 @@ def test_rejects(shards):
         ({"shards": "nowhere.tar"}, 1, r"data: .*nowhere\.tar"),
     ):
         with pytest.raises(ConfigError, match=message):
-            create_loading(replace(shards, data=replace(shards.data, **change)), MODEL, alone(0, ranks))
+            create_data_source(replace(shards, data=replace(shards.data, **change)), MODEL, *alone(0, ranks))
