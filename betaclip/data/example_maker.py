@@ -8,7 +8,7 @@ from typing import IO
 from betaclip.data.batches import PHRASE, Bad, Example
 from betaclip.data.hierarchy import hierarchy
 from betaclip.data.phrases.cache import UnknownSentenceError
-from betaclip.data.phrases.extraction import Phrase
+from betaclip.data.phrases.spans import Phrase
 from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
 from betaclip.model.tokenizer import Tokenizer
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from betaclip.data.hierarchy import clean, split_sentences
 from betaclip.data.phrases.cache import pack, write_cache
-from betaclip.data.phrases.extraction import Extractor, create_extractor
+from betaclip.data.phrases.extraction import create_extractor
+from betaclip.data.phrases.spans import Extractor
 from betaclip.data.readers.annotations import Annotations, BadRowError
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
 from betaclip.errors import ConfigError

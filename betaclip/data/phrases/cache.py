@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from betaclip.data.phrases.extraction import Extractor, Phrase, Span, create_extractor, of_sentence
+from betaclip.data.phrases.extraction import create_extractor
+from betaclip.data.phrases.spans import Extractor, Phrase, Span, cut_phrases
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
 _MAGIC = b"betaclip phrases\n"
@@ -84,7 +85,7 @@ class PhraseCache:
         if row == len(self.keys) or self.keys[row] != key:
             raise UnknownSentenceError(f"{self.path} does not know the sentence {sentence!r}")
         spans = self.spans[int(self.firsts[row]) : int(self.firsts[row + 1])]
-        return of_sentence(sentence, (Span(*span) for span in spans.tolist()))
+        return cut_phrases(sentence, (Span(*span) for span in spans.tolist()))
 
 
 class PhrasesOnTheFly:
@@ -95,7 +96,7 @@ class PhrasesOnTheFly:
 
     def __call__(self, sentence: str) -> list[Phrase]:
         (spans,) = self.extractor([sentence])
-        return of_sentence(sentence, spans)
+        return cut_phrases(sentence, spans)
 
 
 def open_phrases(path: str | Path | None) -> Callable[[str], list[Phrase]]:

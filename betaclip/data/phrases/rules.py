@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from betaclip.data.phrases import words as lists
-from betaclip.data.phrases.extraction import LONGEST_SENTENCE, NOUN, SPATIAL, VERB, Span, finish
+from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB, Span, select_spans
 
 _WORD = re.compile(r"\w+(?:[-'’/.]\w+)*|[^\w\s]")
 _DETERMINER, _PREPOSITION, _BREAK, _AUXILIARY, _MARK, _VERB, _WORD_TAG = range(7)
@@ -22,11 +22,11 @@ class RuleExtractor:
 
     def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
         for sentence in sentences:
-            yield spans(sentence[:LONGEST_SENTENCE])
+            yield find_spans(sentence[:MAX_SENTENCE_CHARS])
 
 
-def spans(sentence: str) -> list[Span]:
-    """The kinds of ``spacy_parser.spans``; a spatial phrase belongs to the noun phrase before it."""
+def find_spans(sentence: str) -> list[Span]:
+    """The kinds of ``spacy_parser.find_spans``; a spatial phrase belongs to the noun phrase before it."""
     tokens = list(_WORD.finditer(sentence))
     words = [token.group().lower() for token in tokens]
     tags = tag(words)
@@ -40,7 +40,7 @@ def spans(sentence: str) -> list[Span]:
         infinitive = tags[i + 1 : i + 3] == [_PREPOSITION, _VERB]  # "trying to block"
         if tags[i : i + 2] == [_VERB, _PREPOSITION] and not infinitive:
             found.append((i, i + 2, VERB))
-    return finish(sentence, (Span(tokens[i].start(), tokens[j - 1].end(), kind) for i, j, kind in found))
+    return select_spans(sentence, (Span(tokens[i].start(), tokens[j - 1].end(), kind) for i, j, kind in found))
 
 
 def tag(words: list[str]) -> list[int]:

@@ -16,8 +16,8 @@ from betaclip.data.phrases.cache import (
     pack,
     write_cache,
 )
-from betaclip.data.phrases.extraction import NOUN, SPATIAL, Phrase, Span
 from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.phrases.spans import NOUN, SPATIAL, Phrase, Span
 
 SENTENCES = ["A cat sits on a mat", "Der Hund läuft", "nothing", "In the background, two birds fly", "犬 near a tree"]
 
