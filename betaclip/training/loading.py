@@ -6,10 +6,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from betaclip.data.batches import Batch, collate
-from betaclip.data.registry import create_dataset
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.training.config import TrainConfig
@@ -41,11 +40,10 @@ def create_loading(config: TrainConfig, model: BetaCLIP, world: World) -> Loadin
         ConfigError: data that are not there, or settings that do not go together.
     """
     try:
-        dataset: Any = create_dataset(
-            config.data, model.image_size, model.context_length,
-            seed=config.run.seed, rank=world.rank, ranks=world.size,
-        )  # fmt: skip
-        kind = ShardLoading if config.data.kind == "shards" else ExampleLoading
+        dataset: Any = config.data.create(
+            model.image_size, model.context_length, seed=config.run.seed, rank=world.rank, ranks=world.size
+        )
+        kind = ShardLoading if isinstance(dataset, IterableDataset) else ExampleLoading
         return kind(dataset, config, world)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
@@ -75,7 +73,7 @@ class ShardLoading:
 
     def __init__(self, dataset: Any, config: TrainConfig, world: World) -> None:
         size, workers = config.run.batch_size, config.run.workers
-        if config.data.epoch_samples is None:
+        if dataset.epoch_samples is None:
             raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")
         if size % world.size:
             raise ConfigError(f"run.batch_size: expected a multiple of {world.size} ranks for shards, got {size}")
@@ -83,9 +81,9 @@ class ShardLoading:
         self.steps_per_epoch = dataset.batches_per_epoch(self._part, workers)
         if self.steps_per_epoch < 1:
             each = f"{world.size} ranks with {max(workers, 1)} workers"
-            raise ValueError(f"epoch_samples: {config.data.epoch_samples} are less than a batch of {size} of {each}")
+            raise ValueError(f"epoch_samples: {dataset.epoch_samples} are less than a batch of {size} of {each}")
         self.order = {
-            "epoch_samples": config.data.epoch_samples, "batch_size": size, "seed": config.run.seed,
+            "epoch_samples": dataset.epoch_samples, "batch_size": size, "seed": config.run.seed,
             "ranks": world.size, "workers": workers,
         }  # fmt: skip
 
@@ -93,10 +91,8 @@ class ShardLoading:
         return self._part * self._world.size
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        from betaclip.data.readers.shards import batches_of_shards
-
         options = loader_options(self._world)
-        return islice(batches_of_shards(self._dataset, self._part, self._workers, first, **options), last - first)
+        return islice(self._dataset.batches(self._part, self._workers, first, **options), last - first)
 
 
 def loader_options(world: World) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import fields
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from betaclip.data.batches import Bad, Draw
 from betaclip.data.readers.shards import ShardDataset
 from betaclip.data.readers.sharegpt4v import ShareGPT4V
-from betaclip.data.registry import DataConfig, create_dataset
+from betaclip.data.registry import DATASETS, DataConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
 CAPTION = (
@@ -36,7 +37,7 @@ def sharegpt4v(tmp_path, picture):
 
 
 def test_scenes():
-    dataset = create_dataset(DataConfig(scenes=12, scenes_seed=3), 48, 20)
+    dataset = DataConfig(scenes=12, scenes_seed=3).create(48, 20)
     assert isinstance(dataset, ScenesDataset) and len(dataset) == 12
     example = dataset[Draw(5, 0)]
     assert example.path == "scenes/train/3/5" and example.image.shape == (3, 48, 48)
@@ -44,7 +45,7 @@ def test_scenes():
 
 
 def test_sharegpt4v(sharegpt4v):
-    dataset = create_dataset(sharegpt4v, 24, 20)
+    dataset = sharegpt4v.create(24, 20)
     assert isinstance(dataset, ShareGPT4V) and len(dataset) == 2
     example, bad = (dataset[Draw(i, 1)] for i in (0, 1))
     assert example.image.shape == (3, 24, 24) and example.path.endswith("a.png")
@@ -61,35 +62,50 @@ def test_shards(tmp_path, picture):
     config = DataConfig(
         kind="shards", shards=str(tmp_path / "shard-{0..0}.tar"), sentences=2, shuffle=0, epoch_samples=3, max_phrases=1
     )
-    dataset = create_dataset(config, 24, 77, seed=5)
+    dataset = config.create(24, 77, seed=5)
     assert isinstance(dataset, ShardDataset) and (dataset.seed, dataset.shuffle, dataset.epoch_samples) == (5, 0, 3)
     assert [example.levels for example in dataset] == [[0, 1, 1, 2]] * 3
-    ranked = create_dataset(config, 24, 77, rank=1, ranks=2)
+    ranked = config.create(24, 77, rank=1, ranks=2)
     assert (ranked.rank, ranked.ranks) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"root": "x"}, "root: kind 'scenes' has no such thing"),
-        ({"shards": "x.tar"}, "shards: kind 'scenes' has no such thing"),
-        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs it"),
-        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs it"),
-        ({"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"}, "shards: kind 'sharegpt4v' has no"),
-        ({"kind": "shards"}, "shards: kind 'shards' needs it"),
-        ({"kind": "shards", "shards": "x.tar", "root": "x"}, "root: kind 'shards' has no such thing"),
+        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v"),
+        ({"shards": "x.tar"}, "shards: kind 'scenes' does not use it, only shards"),
+        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v and shards"),
+        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs the folder"),
+        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs the file"),
+        (
+            {"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"},
+            "shards: kind 'sharegpt4v' does not use it",
+        ),
+        ({"kind": "shards"}, "shards: kind 'shards' needs a pattern"),
+        ({"kind": "shards", "shards": "x.tar", "root": "x"}, "root: kind 'shards' does not use it"),
     ],
 )
 def test_rejects_settings_of_another_kind(settings, message):
     with pytest.raises(ValueError, match=message):
-        create_dataset(DataConfig(**settings), 24, 77)
+        DataConfig(**settings).create(24, 77)
+
+
+def test_settings_of_one_name_mean_one_thing():
+    """Two kinds share an option only if they have it from the same class."""
+    for setting in fields(DataConfig):
+        owners = {
+            next(c for c in reversed(options.__mro__) if setting.name in vars(c).get("__annotations__", {}))
+            for options in DATASETS.values()
+            if setting.name in {f.name for f in fields(options)}
+        }
+        assert len(owners) <= 1, setting.name
 
 
 @pytest.mark.parametrize(("name", "value"), [("root", "nothing"), ("annotations", "nothing.json")])
 def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
     settings = {"kind": "sharegpt4v", "root": sharegpt4v.root, "annotations": sharegpt4v.annotations}
     with pytest.raises(FileNotFoundError, match=f"{name}: .*{value} is not a f"):
-        create_dataset(DataConfig(**{**settings, name: tmp_path / value}), 24, 77)
+        DataConfig(**{**settings, name: tmp_path / value}).create(24, 77)
 
 
 @pytest.mark.parametrize(

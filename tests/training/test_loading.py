@@ -9,7 +9,6 @@ from test_shards import sample, write_shard
 
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
-from betaclip.training import loading
 from betaclip.training.config import RunConfig, TrainConfig
 from betaclip.training.loading import Loading, create_loading
 from betaclip.training.parallel import World
@@ -27,7 +26,7 @@ def paths(some: Loading, first: int, last: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_examples(monkeypatch, workers):
-    monkeypatch.setattr(loading, "create_dataset", lambda *_, **__: TinyDataset(11))
+    monkeypatch.setattr(DataConfig, "create", lambda *_, **__: TinyDataset(11))
     config = TrainConfig(run=RunConfig(batch_size=4, workers=workers))
     some = create_loading(config, MODEL, alone())
     assert some.steps_per_epoch == 3 and [some.images(step) for step in range(4)] == [4, 4, 3, 4]

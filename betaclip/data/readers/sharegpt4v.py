@@ -1,12 +1,13 @@
 """ShareGPT4V: pictures in files, captions in one JSON file."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import Bad, Draw, Example
-from betaclip.data.example_maker import ExampleMaker
+from betaclip.data.example_maker import CaptionOptions, ExampleMaker
 from betaclip.data.readers.annotations import Annotations, BadRowError
 
 TEST_ROWS = 1000  # the first rows are the test set SV-1k
@@ -48,3 +49,22 @@ class ShareGPT4V(Dataset[Example | Bad]):
             return Bad(self.annotations.where(row), str(error))
         path = self.root / image
         return self.make(path, str(path), caption, draw.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareGPT4VOptions(CaptionOptions):
+    root: Path | None = None
+    """sharegpt4v: the folder that the annotations' image paths start from."""
+    annotations: Path | None = None
+    """sharegpt4v: the JSON or JSON lines; the first 1000 rows are for testing and left out."""
+
+    def create(
+        self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> ShareGPT4V:
+        if self.root is None:
+            raise ValueError("root: kind 'sharegpt4v' needs the folder of the pictures")
+        if self.annotations is None:
+            raise ValueError("annotations: kind 'sharegpt4v' needs the file of the captions")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root: {self.root} is not a folder")
+        return ShareGPT4V(Annotations(self.annotations), self.root, self.example_maker(image_size, context_length))
