@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import Bad, Example
 from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.readers.dci import DCIOptions
+from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet
 from betaclip.data.readers.shards import ShardOptions
-from betaclip.data.readers.sharegpt4v import ShareGPT4VOptions
+from betaclip.data.readers.sharegpt4v import ShareGPT4V1kOptions, ShareGPT4VOptions
+from betaclip.data.readers.urban1k import Urban1KOptions
 from betaclip.data.scenes.dataset import SceneOptions
+
+T = TypeVar("T")
 
 # Training data: the name is a value of --data.kind, the fields of the class are further options --data.FIELD.
 DATASETS: dict[str, type[DatasetOptions]] = {
     "scenes": SceneOptions,
     "sharegpt4v": ShareGPT4VOptions,
     "shards": ShardOptions,
+}
+
+# Sets for retrieval: the name is an option of betaclip evaluate, as are the fields of the class.
+RETRIEVAL_SETS: dict[str, type[RetrievalOptions]] = {
+    "urban1k": Urban1KOptions,
+    "sharegpt4v": ShareGPT4V1kOptions,
+    "dci": DCIOptions,
 }
 
 if TYPE_CHECKING:
@@ -56,5 +68,23 @@ class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
             if given and setting.name not in own:
                 users = [kind for kind, other in DATASETS.items() if setting.name in {f.name for f in fields(other)}]
                 raise ValueError(f"{setting.name}: kind {self.kind!r} does not use it, only {' and '.join(users)}")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in own}
-        return options(**settings).create(image_size, context_length, seed=seed, rank=rank, ranks=ranks)
+        return _part(self, options).create(image_size, context_length, seed=seed, rank=rank, ranks=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(*reversed(RETRIEVAL_SETS.values())):  # type: ignore[misc]
+    """Where the sets for retrieval lie; those without a path are left out."""
+
+    def read_retrieval_sets(self) -> list[RetrievalSet]:
+        """The sets that are asked for, in the order of RETRIEVAL_SETS.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`RetrievalOptions.read`.
+        """
+        read = (_part(self, options).read() for options in RETRIEVAL_SETS.values())
+        return [found for found in read if found is not None]
+
+
+def _part(config: Any, options: type[T]) -> T:
+    """The settings that belong to one of the classes that a configuration inherits from."""
+    return options(**{setting.name: getattr(config, setting.name) for setting in fields(cast(Any, options))})

@@ -1,4 +1,4 @@
-"""Settings of the data: the dataset that each kind means, and what is refused."""
+"""Settings of the data: the data sets that they name, and what is refused."""
 
 import io
 import json
@@ -7,11 +7,12 @@ from dataclasses import fields
 
 import pytest
 from PIL import Image
+from support.files import touch
 
 from betaclip.data.batches import Bad, Draw
 from betaclip.data.readers.shards import ShardDataset
 from betaclip.data.readers.sharegpt4v import ShareGPT4V
-from betaclip.data.registry import DATASETS, DataConfig
+from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
 CAPTION = (
@@ -115,3 +116,16 @@ def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
 def test_rejects_numbers(name, value, least):
     with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {value}"):
         DataConfig(**{name: value})
+
+
+def test_retrieval_sets(tmp_path, sharegpt4v):
+    assert RetrievalConfig().read_retrieval_sets() == []
+    for name, options in RETRIEVAL_SETS.items():
+        assert name in {setting.name for setting in fields(options)}, "a set is asked for by an option of its name"
+    touch(tmp_path / "urban" / "image" / "1.jpg")
+    touch(tmp_path / "urban" / "caption" / "1.txt", b"A street.")
+    config = RetrievalConfig(sharegpt4v=tmp_path / "rows.json", urban1k=tmp_path / "urban")
+    with pytest.raises(ValueError, match="sharegpt4v_1k: no picture with a caption"):
+        config.read_retrieval_sets()  # the first thousand rows have none
+    touch(tmp_path / "missing.png")
+    assert [found.name for found in config.read_retrieval_sets()] == ["urban1k", "sharegpt4v_1k"]
