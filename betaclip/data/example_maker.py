@@ -10,6 +10,7 @@ from betaclip.data.batches import PHRASE, Bad, Example
 from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.hierarchy import hierarchy
 from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
+from betaclip.data.phrases.extraction import ExtractorName
 from betaclip.data.phrases.spans import Phrase
 from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
 from betaclip.model.tokenizer import Tokenizer
@@ -74,6 +75,8 @@ class CaptionOptions(DatasetOptions):
 
     phrases: Path | None = None
     """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
+    phrase_extractor: ExtractorName = "spacy"
+    """sharegpt4v, shards: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
     sentences: int = at_least(1, 5)
     """sharegpt4v, shards: sentences sampled from a caption."""
     max_phrases: int = at_least(0, 30)
@@ -85,7 +88,7 @@ class CaptionOptions(DatasetOptions):
         return ExampleMaker(
             image_size,
             context_length,
-            open_phrases(self.phrases),
+            open_phrases(self.phrases, self.phrase_extractor),
             sentences=self.sentences,
             max_phrases=self.max_phrases,
             max_phrase_tokens=self.max_phrase_tokens,

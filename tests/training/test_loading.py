@@ -42,7 +42,9 @@ def shards(tmp_path):
     for number in range(3):
         files = [f for key in range(4 * number, 4 * number + 4) for f in sample(key, f"A cat on {key} mats.", "txt")]
         write_shard(tmp_path / f"{number}.tar", files)
-    data = DataConfig(kind="shards", shards=str(tmp_path / "{0..2}.tar"), epoch_samples=16, shuffle=3)
+    data = DataConfig(
+        kind="shards", shards=str(tmp_path / "{0..2}.tar"), epoch_samples=16, shuffle=3, phrase_extractor="rules"
+    )
     return TrainConfig(data=data, run=RunConfig(batch_size=4, workers=0))
 
 

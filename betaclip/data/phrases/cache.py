@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from betaclip.data.phrases.extraction import create_extractor
+from betaclip.data.phrases.extraction import ExtractorName, create_extractor
 from betaclip.data.phrases.spans import Extractor, Phrase, Span, cut_phrases
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
@@ -99,11 +99,15 @@ class PhrasesOnTheFly:
         return cut_phrases(sentence, spans)
 
 
-def open_phrases(path: str | Path | None) -> Callable[[str], list[Phrase]]:
-    """From a cache, or without one on the fly, which the log says."""
+def open_phrases(path: str | Path | None, extractor_name: ExtractorName = "spacy") -> Callable[[str], list[Phrase]]:
+    """What gives the phrases of a sentence: the cache at ``path`` or, without one, an extractor, as the log says.
+
+    Raises:
+        FileNotFoundError, ValueError: the cache or the extractor cannot be used.
+    """
     if path is not None:
         return PhraseCache(path)
-    extractor = create_extractor()
+    extractor = create_extractor(extractor_name)
     _log.info("phrases are extracted anew in every epoch (%s); betaclip prepare does it once", extractor.name)
     return PhrasesOnTheFly(extractor)
 

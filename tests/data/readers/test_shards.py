@@ -217,7 +217,7 @@ def test_rejects(shards, tmp_path):
 
 
 def test_phrases_of_shards(shards, tmp_path):
-    prepare(PrepareConfig(str(tmp_path / "{0000..0005}.tar"), tmp_path / "phrases", workers=1))
+    prepare(PrepareConfig(str(tmp_path / "{0000..0005}.tar"), tmp_path / "phrases", "rules", workers=1))
     data = ShardDataset(shards, ExampleMaker(8, 77, PhraseCache(tmp_path / "phrases")))
     truth = {example.path: example.texts for example in dataset(shards)}
     assert {example.path: example.texts for example in data} == truth
