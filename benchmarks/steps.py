@@ -23,9 +23,9 @@ from pools import PublishedPool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from betaclip.data.hierarchy import choose, clean, split_sentences
-from betaclip.data.phrases.extraction import of_sentence
+from betaclip.data.hierarchy import clean, distinct_phrases, split_sentences
 from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.phrases.spans import cut_phrases
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.text_tower import text_modules
 from betaclip.model.texts import RaggedTexts
@@ -79,8 +79,8 @@ def texts_of_caption(caption: str, texts: int, rng: random.Random) -> list[str]:
     parts = split_sentences(clean(caption))
     sentences = [parts[i] for i in sorted(rng.sample(range(len(parts)), min(SENTENCES, texts - 1, len(parts))))]
     spans = RuleExtractor()(parts)
-    phrases = chain.from_iterable(of_sentence(part, found) for part, found in zip(parts, spans, strict=True))
-    chosen = [". ".join(sentences), *sentences, *choose(phrases, texts - 1 - len(sentences))]
+    phrases = chain.from_iterable(cut_phrases(part, found) for part, found in zip(parts, spans, strict=True))
+    chosen = [". ".join(sentences), *sentences, *distinct_phrases(phrases, texts - 1 - len(sentences))]
     if len(chosen) != texts:
         raise ValueError(f"texts: expected at most {len(chosen)}, which a caption has, got {texts}")
     return chosen

@@ -84,7 +84,7 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     message = fails(capsys, "train", f"--config={tmp_path / 'odd.toml'}")
     assert message.endswith("odd.toml: unknown key 'run.batchsize'; the nearest is 'run.batch_size'\n")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v")
-    assert message == "betaclip train: data: root: kind 'sharegpt4v' needs it\n"
+    assert message == "betaclip train: data: root: kind 'sharegpt4v' needs the folder of the pictures\n"
     folder, file = str(tmp_path / "no"), str(tmp_path / "no.json")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
     assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1

@@ -1,22 +1,29 @@
-"""A picture and its caption to an example, the same for files and for shards."""
+"""Makes an example of a picture and its caption, the same for files and for shards."""
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from betaclip.data.batches import PHRASE, Bad, Example
+from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.hierarchy import hierarchy
-from betaclip.data.phrases.cache import UnknownSentenceError
-from betaclip.data.phrases.extraction import Phrase
+from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
+from betaclip.data.phrases.extraction import ExtractorName
+from betaclip.data.phrases.spans import Phrase
 from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
 from betaclip.model.tokenizer import Tokenizer
 
 
 class ExampleMaker:
-    """
-    phrases: of a sentence (``betaclip.data.phrases.cache.open_phrases``). sentences, max_phrases: most of each level.
-    max_phrase_tokens: longer phrases are left out, start and end not counted.
+    """Makes an example of a picture and its caption.
+
+    Args:
+        phrases: gives the phrases of a sentence (``betaclip.data.phrases.cache.open_phrases``).
+        sentences: how many of them an example has at most; with more, they are sampled.
+        max_phrases: how many phrases an example has at most.
+        max_phrase_tokens: longer phrases are left out; start and end tokens do not count.
     """
 
     def __init__(
@@ -60,3 +67,29 @@ class ExampleMaker:
             return Bad(path, str(error))
         tokens = [self.tokenizer(text) for text in texts]
         return Example(self.transform(image, seed), texts, tokens, levels, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(DatasetOptions):
+    """What data sets of pictures with captions have in common."""
+
+    phrases: Path | None = None
+    """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
+    phrase_extractor: ExtractorName = "spacy"
+    """sharegpt4v, shards: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
+    sentences: int = at_least(1, 5)
+    """sharegpt4v, shards: sentences sampled from a caption."""
+    max_phrases: int = at_least(0, 30)
+    """sharegpt4v, shards: phrases of an image at most."""
+    max_phrase_tokens: int = at_least(1, 30)
+    """sharegpt4v, shards: longer phrases are left out."""
+
+    def example_maker(self, image_size: int, context_length: int) -> ExampleMaker:
+        return ExampleMaker(
+            image_size,
+            context_length,
+            open_phrases(self.phrases, self.phrase_extractor),
+            sentences=self.sentences,
+            max_phrases=self.max_phrases,
+            max_phrase_tokens=self.max_phrase_tokens,
+        )

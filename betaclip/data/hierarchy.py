@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE
-from betaclip.data.phrases.extraction import NOUN, Phrase
+from betaclip.data.phrases.spans import NOUN, Phrase
 
 _LONGEST_RUN = 50  # words; captioners get stuck on a clause or a sentence, hardly on more
 
@@ -72,14 +72,14 @@ def hierarchy(
         parts = [parts[i] for i in sorted(rng.sample(range(len(parts)), sentences))]
     if not parts:
         return [], []
-    chosen = choose((phrase for part in parts for phrase in phrases(part) if fits(phrase.text)), max_phrases)
+    chosen = distinct_phrases((phrase for part in parts for phrase in phrases(part) if fits(phrase.text)), max_phrases)
     texts = [". ".join(parts), *parts, *chosen]
     return texts, [CAPTION] + [SENTENCE] * len(parts) + [PHRASE] * len(chosen)
 
 
-def choose(phrases: Iterable[Phrase], most: int) -> list[str]:
+def distinct_phrases(phrases: Iterable[Phrase], max_phrases: int) -> list[str]:
     """Each phrase once, whatever its case; noun phrases before the others, so that a limit drops the others first."""
     distinct: dict[str, Phrase] = {}
     for phrase in phrases:
         distinct.setdefault(phrase.text.lower(), phrase)
-    return [phrase.text for phrase in sorted(distinct.values(), key=lambda phrase: phrase.kind != NOUN)][:most]
+    return [phrase.text for phrase in sorted(distinct.values(), key=lambda phrase: phrase.kind != NOUN)][:max_phrases]

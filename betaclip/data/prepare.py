@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from betaclip.data.hierarchy import clean, split_sentences
 from betaclip.data.phrases.cache import pack, write_cache
-from betaclip.data.phrases.extraction import Extractor, create_extractor
+from betaclip.data.phrases.extraction import ExtractorName, create_extractor
+from betaclip.data.phrases.spans import Extractor
 from betaclip.data.readers.annotations import Annotations, BadRowError
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
 from betaclip.errors import ConfigError
@@ -29,8 +30,10 @@ class PrepareConfig:
     """ShareGPT4V's JSON or JSON lines, or tar shards ("shards-{0000..0099}.tar")."""
     out: Path
     """The file to write; data.phrases of a training run."""
+    phrase_extractor: ExtractorName = "spacy"
+    """A spaCy model, or word lists, which need no model and are coarser."""
     spacy_model: str | None = None
-    """Without one, the first that is installed, or else our own rules."""
+    """Name or folder; by default the first English model that is installed."""
     workers: int = os.cpu_count() or 1
     """Processes; one where the system cannot fork."""
     part_rows: int = 10_000
@@ -48,7 +51,7 @@ def prepare(config: PrepareConfig) -> None:
         if config.part_rows < 1:
             raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
         work = _Work(config)
-        extractor = create_extractor(config.spacy_model)
+        extractor = create_extractor(config.phrase_extractor, config.spacy_model)
         _claim(folder, {"extractor": extractor.name, "source": work.identity, "part_rows": config.part_rows})
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

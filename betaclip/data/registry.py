@@ -1,117 +1,90 @@
-"""Settings of the data, and the dataset that they mean."""
+"""The data sets by name: one line for each to train on, and one for each to evaluate retrieval on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-# The readers are imported when they are needed: settings are plain values, and shown without loading any of them.
+from torch.utils.data import Dataset
+
+from betaclip.data.batches import Bad, Example
+from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.readers.dci import DCIOptions
+from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet
+from betaclip.data.readers.shards import ShardOptions
+from betaclip.data.readers.sharegpt4v import ShareGPT4V1kOptions, ShareGPT4VOptions
+from betaclip.data.readers.urban1k import Urban1KOptions
+from betaclip.data.scenes.dataset import SceneOptions
+
+T = TypeVar("T")
+
+# Training data: the name is a value of --data.kind, the fields of the class are further options --data.FIELD.
+DATASETS: dict[str, type[DatasetOptions]] = {
+    "scenes": SceneOptions,
+    "sharegpt4v": ShareGPT4VOptions,
+    "shards": ShardOptions,
+}
+
+# Sets for retrieval: the name is an option of betaclip evaluate, as are the fields of the class.
+RETRIEVAL_SETS: dict[str, type[RetrievalOptions]] = {
+    "urban1k": Urban1KOptions,
+    "sharegpt4v": ShareGPT4V1kOptions,
+    "dci": DCIOptions,
+}
+
 if TYPE_CHECKING:
-    from betaclip.data.readers.shards import ShardDataset
-    from betaclip.data.readers.sharegpt4v import ShareGPT4V
-    from betaclip.data.scenes.dataset import ScenesDataset
-
-# The settings that name data, by the kind of data that has them.
-_SOURCES = {"scenes": (), "sharegpt4v": ("root", "annotations", "phrases"), "shards": ("shards", "phrases")}
-_NEEDED = {"scenes": (), "sharegpt4v": ("root", "annotations"), "shards": ("shards",)}
+    Kind = str
+else:
+    Kind = Literal[tuple(DATASETS)]
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on."""
-
-    kind: Literal["scenes", "sharegpt4v", "shards"] = "scenes"
+@dataclass(frozen=True, kw_only=True)
+class _AnyKind:
+    kind: Kind = "scenes"
     """Rendered scenes, pictures in files with ShareGPT4V's annotations, or pictures and captions in tar shards."""
-    root: Path | None = None
-    """sharegpt4v: the folder that the annotations' image paths start from."""
-    annotations: Path | None = None
-    """sharegpt4v: the JSON or JSON lines; the first 1000 rows are for testing and left out."""
-    shards: str | None = None
-    """shards: a pattern such as "shards-{0000..0099}.tar"."""
-    phrases: Path | None = None
-    """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
-    sentences: int = 5
-    """sharegpt4v, shards: sentences sampled from a caption."""
-    max_phrases: int = 30
-    """sharegpt4v, shards: phrases of an image at most."""
-    max_phrase_tokens: int = 30
-    """sharegpt4v, shards: longer phrases are left out."""
-    epoch_samples: int | None = None
-    """shards: samples of an epoch, over all ranks; training needs it."""
-    shuffle: int = 500
-    """shards: samples in the buffer of each worker from which the next is drawn."""
-    scenes: int = 32_000
-    """scenes: their number in an epoch."""
-    scenes_seed: int = 0
-    """scenes: which ones."""
-    bad_limit: int = 100
+    bad_limit: int = at_least(0, 100)
     """Images or captions that may be unusable, each counted once; beyond, the run stops."""
 
-    def __post_init__(self) -> None:
-        least = {
-            "sentences": 1, "max_phrases": 0, "max_phrase_tokens": 1, "epoch_samples": 1, "shuffle": 0, "scenes": 1,
-            "bad_limit": 0,
-        }  # fmt: skip
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                raise ValueError(f"{name}: expected at least {limit}, got {value}")
+
+# The bases are reversed because a dataclass lists the fields of its last base first.
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
+    """What to train on: the settings of all kinds of data, of which ``kind`` names one."""
+
+    def create(
+        self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> Dataset[Example | Bad]:
+        """The data set of this kind.
+
+        Raises:
+            ValueError: a setting is missing, or belongs to another kind of data.
+            FileNotFoundError: a setting names a file that is not there.
+        """
+        options = DATASETS[self.kind]
+        own = {setting.name for setting in fields(options)}
+        for setting in fields(self):
+            # Others have defaults that suit their kind, and do no harm where a file of settings gives them.
+            given = setting.default is None and getattr(self, setting.name) is not None
+            if given and setting.name not in own:
+                users = [kind for kind, other in DATASETS.items() if setting.name in {f.name for f in fields(other)}]
+                raise ValueError(f"{setting.name}: kind {self.kind!r} does not use it, only {' and '.join(users)}")
+        return _part(self, options).create(image_size, context_length, seed=seed, rank=rank, ranks=ranks)
 
 
-def create_dataset(
-    config: DataConfig, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
-) -> ScenesDataset | ShareGPT4V | ShardDataset:
-    """The training data: examples by draw, or of shards, which are read in sequence, this rank's part.
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(*reversed(RETRIEVAL_SETS.values())):  # type: ignore[misc]
+    """Where the sets for retrieval lie; those without a path are left out."""
 
-    seed: of the order of shards and of all that is random about their samples.
+    def read_retrieval_sets(self) -> list[RetrievalSet]:
+        """The sets that are asked for, in the order of RETRIEVAL_SETS.
 
-    Raises:
-        ValueError: a setting is missing, or is one of another kind of data.
-        FileNotFoundError: a setting names a file that is not there.
-    """
-    for names in _SOURCES.values():
-        for name in names:
-            given = getattr(config, name) is not None
-            if given and name not in _SOURCES[config.kind]:
-                raise ValueError(f"{name}: kind {config.kind!r} has no such thing; set the kind too?")
-            if not given and name in _NEEDED[config.kind]:
-                raise ValueError(f"{name}: kind {config.kind!r} needs it")
-    if config.kind == "scenes":
-        from betaclip.data.scenes.dataset import ScenesDataset
-        from betaclip.model.tokenizer import Tokenizer
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`RetrievalOptions.read`.
+        """
+        read = (_part(self, options).read() for options in RETRIEVAL_SETS.values())
+        return [found for found in read if found is not None]
 
-        return ScenesDataset(config.scenes, config.scenes_seed, image_size, Tokenizer(context_length))
 
-    from betaclip.data.example_maker import ExampleMaker
-    from betaclip.data.phrases.cache import open_phrases
-
-    make = ExampleMaker(
-        image_size,
-        context_length,
-        open_phrases(config.phrases),
-        sentences=config.sentences,
-        max_phrases=config.max_phrases,
-        max_phrase_tokens=config.max_phrase_tokens,
-    )
-    if config.kind == "sharegpt4v":
-        from betaclip.data.readers.annotations import Annotations
-        from betaclip.data.readers.sharegpt4v import ShareGPT4V
-
-        assert config.root is not None and config.annotations is not None
-        if not config.root.is_dir():
-            raise FileNotFoundError(f"root: {config.root} is not a folder")
-        return ShareGPT4V(Annotations(config.annotations), config.root, make)
-
-    from betaclip.data.readers.shards import ShardDataset, expand_shards
-
-    assert config.shards is not None
-    return ShardDataset(
-        expand_shards(config.shards),
-        make,
-        seed=seed,
-        shuffle=config.shuffle,
-        epoch_samples=config.epoch_samples,
-        rank=rank,
-        ranks=ranks,
-    )
+def _part(config: Any, options: type[T]) -> T:
+    """The settings that belong to one of the classes that a configuration inherits from."""
+    return options(**{setting.name: getattr(config, setting.name) for setting in fields(cast(Any, options))})

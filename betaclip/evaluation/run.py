@@ -1,7 +1,6 @@
 """``betaclip evaluate``: a checkpoint on the sets that are asked for."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import tyro
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.batches import Bad
-from betaclip.data.readers import fg_ovd, retrieval_sets
+from betaclip.data.readers import fg_ovd
 from betaclip.data.readers.fg_ovd import FGOVD
-from betaclip.data.readers.retrieval_sets import RetrievalSet
+from betaclip.data.readers.retrieval_set import RetrievalSet
+from betaclip.data.registry import RETRIEVAL_SETS, RetrievalConfig
 from betaclip.data.transforms import EvaluationTransform
 from betaclip.errors import ConfigError
 from betaclip.evaluation.encode import NoPicturesError, log_unusable
@@ -28,21 +28,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(RetrievalConfig):
     """What to evaluate a checkpoint on. Under torchrun, ranks share the work."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint, the folder of a run, or a file in the published layout."""
     scenes: int = 0
     """Number of rendered scenes: retrieval, choices and pointing."""
-    urban1k: Path | None = None
-    """Folder with image/ and caption/: retrieval."""
-    sharegpt4v: Path | None = None
-    """Annotations of ShareGPT4V, of which the first 1000 rows are taken: retrieval."""
-    sharegpt4v_images: Path | None = None
-    """Folder in which they name pictures; by default that of the annotations."""
-    dci: Path | None = None
-    """Folder with annotations/ and photos/: retrieval."""
     fg_ovd: Path | None = None
     """Folder of FG-OVD's files, in either form: choices, of each difficulty whose file is there."""
     fg_ovd_images: Path | None = None
@@ -83,7 +75,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     with initialized(config.device) as (process_group, device):
         sets = read_sets(config)
         if not (config.scenes or sets.retrieval or sets.choices):
-            raise ConfigError("nothing to evaluate: give --scenes, --urban1k, --sharegpt4v, --dci or --fg-ovd")
+            options = ", ".join(f"--{name}" for name in ("scenes", *RETRIEVAL_SETS))
+            raise ConfigError(f"nothing to evaluate: give {options} or --fg-ovd")
         try:
             if config.output is not None:  # before hours of work
                 config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +103,7 @@ def read_sets(config: EvaluateConfig) -> Sets:
         ConfigError: a set is not there, or has nothing that can be used.
     """
     try:
-        return Sets(list(_retrieval_sets(config)), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))
+        return Sets(config.read_retrieval_sets(), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
@@ -148,15 +141,6 @@ def evaluate_sets(
             values[f"{difficulty}_left_out"] += len(found.bad)
         results["fg_ovd"] = {f"choices/{name}": value for name, value in values.items()}
     return results
-
-
-def _retrieval_sets(config: EvaluateConfig) -> Iterator[RetrievalSet]:
-    if config.urban1k is not None:
-        yield retrieval_sets.urban1k(config.urban1k)
-    if config.sharegpt4v is not None:
-        yield retrieval_sets.sharegpt4v_1k(config.sharegpt4v, config.sharegpt4v_images or config.sharegpt4v.parent)
-    if config.dci is not None:
-        yield retrieval_sets.dci(config.dci)
 
 
 def _choices(config: EvaluateConfig, folder: Path) -> dict[str, FGOVD]:

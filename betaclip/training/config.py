@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from betaclip.data.registry import DataConfig
+from betaclip.data.registry import DataConfig, RetrievalConfig
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
 
@@ -106,17 +106,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(RetrievalConfig):
     """What the model is evaluated on at the end, and before. ``betaclip evaluate`` explains the sets."""
 
     every: int | None = None
     """Updates; without it, only at the end."""
     scenes: int | None = None
     """Number of rendered scenes; by default 200 if the data are scenes, and else none."""
-    sharegpt4v: Path | None = None
-    sharegpt4v_images: Path | None = None
-    urban1k: Path | None = None
-    dci: Path | None = None
     fg_ovd: Path | None = None
     fg_ovd_images: Path | None = None
     conditioned: bool = False

@@ -6,10 +6,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from betaclip.data.batches import Batch, collate
-from betaclip.data.registry import create_dataset
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
@@ -43,11 +42,11 @@ def create_data_source(
         ConfigError: data that are not there, or settings that do not go together.
     """
     try:
-        dataset: Any = create_dataset(
-            config.data, model.image_size, model.context_length,
+        dataset: Any = config.data.create(
+            model.image_size, model.context_length,
             seed=config.run.seed, rank=process_group.rank, ranks=process_group.size,
         )  # fmt: skip
-        kind = ShardSource if config.data.kind == "shards" else ExampleSource
+        kind = ShardSource if isinstance(dataset, IterableDataset) else ExampleSource
         return kind(dataset, config, process_group, device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
@@ -79,7 +78,7 @@ class ShardSource:
 
     def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
         size, workers, ranks = config.run.batch_size, config.run.workers, process_group.size
-        if config.data.epoch_samples is None:
+        if dataset.epoch_samples is None:
             raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")
         if size % ranks:
             raise ConfigError(f"run.batch_size: expected a multiple of {ranks} ranks for shards, got {size}")
@@ -88,9 +87,9 @@ class ShardSource:
         self.steps_per_epoch = dataset.batches_per_epoch(self._part, workers)
         if self.steps_per_epoch < 1:
             each = f"{ranks} ranks with {max(workers, 1)} workers"
-            raise ValueError(f"epoch_samples: {config.data.epoch_samples} are less than a batch of {size} of {each}")
+            raise ValueError(f"epoch_samples: {dataset.epoch_samples} are less than a batch of {size} of {each}")
         self.order = {
-            "epoch_samples": config.data.epoch_samples, "batch_size": size, "seed": config.run.seed,
+            "epoch_samples": dataset.epoch_samples, "batch_size": size, "seed": config.run.seed,
             "ranks": ranks, "workers": workers,
         }  # fmt: skip
 
@@ -98,10 +97,8 @@ class ShardSource:
         return self._part * self._ranks
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        from betaclip.data.readers.shards import batches_of_shards
-
         options = loader_options(self._device)
-        return islice(batches_of_shards(self._dataset, self._part, self._workers, first, **options), last - first)
+        return islice(self._dataset.batches(self._part, self._workers, first, **options), last - first)
 
 
 def loader_options(device: torch.device) -> dict[str, Any]:

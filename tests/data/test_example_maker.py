@@ -11,7 +11,7 @@ from PIL import Image
 from betaclip.data.batches import Bad, Example
 from betaclip.data.example_maker import ExampleMaker
 from betaclip.data.phrases.cache import UnknownSentenceError
-from betaclip.data.phrases.extraction import NOUN, Phrase
+from betaclip.data.phrases.spans import NOUN, Phrase
 from betaclip.model.tokenizer import Tokenizer
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")

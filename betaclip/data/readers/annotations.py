@@ -1,22 +1,22 @@
-"""Annotations of ShareGPT4V's form, of which only the places of the rows in the file are held: 8 bytes each."""
+"""Annotations in ShareGPT4V's form, of which only the places of the rows in the file are held: 8 bytes each.
+
+Libraries that read JSON step by step (ijson) give values, not their places in the file, so that one would have to hold
+all rows or write them once more; the standard library's decoder says where each value ends.
+"""
 
 import json
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 
-_CHUNK = 1 << 20  # bytes
-
-# Bytes that matter for where a row of a JSON array ends, as small numbers; how each changes the depth.
-_QUOTE, _BACKSLASH, _COMMA, _OPEN, _CLOSE = range(1, 6)
-_KIND = np.zeros(256, np.uint8)
-for _kind, _characters in ((_QUOTE, '"'), (_BACKSLASH, "\\"), (_COMMA, ","), (_OPEN, "[{"), (_CLOSE, "]}")):
-    for _character in _characters:
-        _KIND[ord(_character)] = _kind
-_STEP = np.array([0, 0, 0, 0, 1, -1])
+_CHUNK = 1 << 20  # bytes read at a time
+_MAX_ROW = 1 << 26  # bytes; so that a file that is not JSON is not taken for one endless row
+_CHECKED_ROWS = 1000  # at the beginning, one of which must have an image and a caption
+_BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder(strict=False)  # a row with a bare line feed in a string is only a bad row
 
 
 class BadRowError(ValueError):
@@ -24,48 +24,58 @@ class BadRowError(ValueError):
 
 
 class Annotations:
-    """Rows ``{"image": path, "conversations": [_, {"value": caption}]}``, as a JSON array or one a line.
+    """Rows ``{"image": path, "conversations": [_, {"value": caption}]}``, as a JSON array or one a line, in UTF-8.
 
     The file is read once for the places of its rows, and for each row again, so that worker processes share nothing but
-    an array. A row that is not of this form is found when it is asked for; with a JSON array, a row whose quotes or
-    brackets do not match takes the following rows with it.
+    an array. A line that is not such a row is found when it is asked for; an array must be JSON throughout.
+
+    Args:
+        chunk: how many bytes of an array to read at a time.
+        max_row: how many bytes a row of an array has at most, about.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has no row, or none that can be used, or is an array that does not end.
+        ValueError: the file is empty, is an array with a fault or without an end, or none of its first 1000 rows has an
+            image and a caption.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, chunk: int = _CHUNK, max_row: int = _MAX_ROW) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"annotations: {self.path} is not a file")
         with self.path.open("rb") as file:
-            if self.path.suffix != ".jsonl" and _first_character(file) == b"[":
-                parts = list(_array_boundaries(file, self.path))
-            else:
-                parts = list(_line_boundaries(file))
-        # Row i is what lies between boundaries i and i + 1, which are bytes that belong to no row.
-        self.boundaries = np.concatenate(parts)
-        if all(self._fault(row) for row in range(len(self))):
-            first = f"; the first: {self._fault(0)}" if len(self) else ": it is empty"
-            raise ValueError(f"annotations: {self.path} has no row with an image and a caption{first}")
+            start = file.read(_CHUNK)
+            content = start.removeprefix(_BOM).lstrip()
+            is_array = content.startswith(b"[")
+            file.seek(len(start) - len(content) if is_array else len(_BOM) * start.startswith(_BOM))
+            try:
+                separators = array("q", _array_separators(file, chunk, max_row) if is_array else _line_separators(file))
+            except ValueError as error:
+                raise ValueError(f"annotations: {self.path} {error}") from error
+        # Row i is what lies between separators i and i + 1, which are bytes that belong to no row.
+        self.separators = np.frombuffer(separators, np.int64)
+        checked = min(len(self), _CHECKED_ROWS)
+        if all(self._fault(row) for row in range(checked)):
+            where = "" if checked == len(self) else f" among the first {checked}"
+            first = f"; the first: {self._fault(0)}" if checked else ": it is empty"
+            raise ValueError(f"annotations: {self.path} has no row with an image and a caption{where}{first}")
 
     def __len__(self) -> int:
-        return len(self.boundaries) - 1
+        return len(self.separators) - 1
 
     def __getitem__(self, row: int) -> tuple[str, str]:
         """Image and caption.
 
         Raises:
-            BadRowError: it has none.
+            BadRowError: the row lacks one of them.
         """
-        begin, end = (int(i) for i in self.boundaries[row : row + 2])
+        begin, end = (int(i) for i in self.separators[row : row + 2])
         with self.path.open("rb") as file:
             file.seek(begin + 1)
             return _parse(file.read(end - begin - 1))
 
     def where(self, row: int) -> str:
-        """Names a row in messages."""
+        """The name of a row in messages."""
         return f"{self.path}, row {row + 1}"
 
     def _fault(self, row: int) -> str:
@@ -77,18 +87,20 @@ class Annotations:
 
 
 def parse_json(raw: bytes) -> Any:
-    """
+    """``json.loads``.
+
     Raises:
-        BadRowError: it is none.
+        BadRowError: the bytes are not JSON.
     """
     try:
         return json.loads(raw)
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; brackets beyond any use
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deeply
         raise BadRowError(f"not JSON: {error}") from error
 
 
 def caption_of(row: Any) -> str:
-    """
+    """The answer in the first turn of the row's conversations.
+
     Raises:
         BadRowError: the row's conversations have no second value, or an empty one.
     """
@@ -99,10 +111,10 @@ def caption_of(row: Any) -> str:
 
 
 def checked_caption(caption: object) -> str:
-    """With "?" for halves of characters, which JSON can hold and UTF-8 cannot.
+    """The caption with "?" for halves of characters, which JSON can hold and UTF-8 cannot.
 
     Raises:
-        BadRowError: it is empty, or no text.
+        BadRowError: the caption is empty, or not a string.
     """
     if not isinstance(caption, str) or not caption.strip():
         raise BadRowError("empty caption")
@@ -120,58 +132,61 @@ def _parse(raw: bytes) -> tuple[str, str]:
         raise BadRowError(f"{error}, of image {image}") from None
 
 
-def _first_character(file: IO[bytes]) -> bytes:
-    first = file.read(1 << 10).lstrip()[:1]
-    file.seek(0)
-    return first
+def _line_separators(file: IO[bytes]) -> Iterator[int]:
+    """The byte before the first line, and the end of each line."""
+    position = file.tell()
+    yield position - 1
+    for line in file:
+        position += len(line)
+        yield position - line.endswith(b"\n")
 
 
-def _chunks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Parts of a file and where they begin. A character and the backslashes before it stay together."""
-    begin = 0
-    while chunk := file.read(_CHUNK):
-        while chunk.endswith(b"\\") and (more := file.read(1)):
-            chunk += more
-        yield begin, chunk
-        begin += len(chunk)
+def _array_separators(file: IO[bytes], chunk: int, max_row: int) -> Iterator[int]:
+    """The opening bracket, at which the file stands, the commas between rows and the closing bracket.
+
+    Raises:
+        ValueError: the array is not JSON, or does not end.
+    """
+    begin = file.tell()
+    yield begin
+    begin += len(file.read(1))
+    # In Latin-1 a byte is a character, so that places in the text are places in the file. UTF-8 has the same bytes for
+    # all that delimits values; the strings between are decoded when a row is asked for.
+    text, fault = "", ""
+    while len(text) < max_row and (more := file.read(chunk)):
+        text += more.decode("latin-1")
+        row = 0
+        try:
+            while (end := _end_of_row(text, row)) is not None:
+                if text[row:end].strip() or text[end] == ",":
+                    yield begin + end
+                if text[end] == "]":
+                    return
+                row = end + 1
+            fault = "no comma or closing bracket follows"
+        except (ValueError, RecursionError) as error:  # what was read may end within the row
+            fault = str(error)
+        begin, text = begin + row, text[row:]
+    raise ValueError(f"has a fault in the row at byte {begin}, or is only a part of a file: {fault}")
 
 
-def _line_boundaries(file: IO[bytes]) -> Iterator[npt.NDArray[np.int64]]:
-    yield np.array([-1])
-    size, last = 0, b"\n"
-    for begin, chunk in _chunks(file):
-        yield begin + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-        size, last = begin + len(chunk), chunk[-1:]
-    if last != b"\n":
-        yield np.array([size])
+def _end_of_row(text: str, begin: int) -> int | None:
+    """The place of the comma or bracket after the row, or None if the text ends before it.
+
+    Raises:
+        ValueError, RecursionError: the text is not JSON, or ends within the row.
+    """
+    end = _end_of_space(text, begin)
+    if text[end : end + 1] != "]":
+        end = _end_of_space(text, _DECODER.raw_decode(text, end)[1])
+    if end == len(text):
+        return None
+    if text[end] not in ",]":
+        raise ValueError(f"expected a comma or a closing bracket, got {text[end]!r}")
+    return end
 
 
-def _array_boundaries(file: IO[bytes], path: Path) -> Iterator[npt.NDArray[np.int64]]:
-    """The opening bracket, the commas between rows, the closing bracket."""
-    depth = quotes = 0
-    for begin, chunk in _chunks(file):
-        kinds = _KIND[np.frombuffer(chunk, np.uint8)]
-        places = np.flatnonzero(kinds)
-        places = places[~np.isin(places, _escaped(places[kinds[places] == _BACKSLASH]))]
-        found = kinds[places]
-        inside = (np.cumsum(found == _QUOTE) + quotes) % 2 == 1
-        quotes += int((found == _QUOTE).sum())
-        places, found = places[~inside], found[~inside]
-        steps = _STEP[found]
-        depths = depth + np.cumsum(steps)
-        if closed := np.flatnonzero((depths == 0) & (steps < 0))[:1].tolist():
-            places, found, steps, depths = (values[: closed[0] + 1] for values in (places, found, steps, depths))
-        yield begin + places[((depths == 1) & ((found == _COMMA) | (steps > 0))) | ((depths == 0) & (steps < 0))]
-        if closed:
-            return
-        depth = int(depths[-1]) if len(depths) else depth
-    raise ValueError(f"annotations: {path} is a JSON array that does not end; is it only a part of the file?")
-
-
-def _escaped(backslashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The characters after an odd number of backslashes."""
-    if not len(backslashes):
-        return backslashes
-    last = np.flatnonzero(np.append(np.diff(backslashes) != 1, True))
-    lengths = np.diff(last, prepend=-1)
-    return backslashes[last][lengths % 2 == 1] + 1
+def _end_of_space(text: str, begin: int) -> int:
+    while text[begin : begin + 1] in (" ", "\t", "\n", "\r"):
+        begin += 1
+    return begin

@@ -8,6 +8,7 @@ import io
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,8 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from betaclip.data.batches import Bad, Batch, Example, collate
-from betaclip.data.example_maker import ExampleMaker
+from betaclip.data.dataset_options import at_least
+from betaclip.data.example_maker import CaptionOptions, ExampleMaker
 from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -92,6 +94,21 @@ class ShardDataset(IterableDataset[Example | Bad]):
         workers = max(workers, 1)
         return self.epoch_samples // (self.ranks * workers) // batch_size * workers
 
+    def batches(self, batch_size: int, workers: int, first: int = 0, **options: Any) -> Iterator[Batch]:
+        """This rank's batches, epoch after epoch without end, from number ``first`` on; needs ``epoch_samples``.
+
+        options: more arguments of the DataLoader.
+        """
+        epoch, had = divmod(first, self.batches_per_epoch(batch_size, workers))
+        loader = DataLoader(
+            self, batch_size, num_workers=workers, collate_fn=collate, drop_last=True,
+            persistent_workers=workers > 0, **options,
+        )  # fmt: skip
+        while True:
+            self.set_epoch(epoch, had, batch_size)
+            yield from loader
+            epoch, had = epoch + 1, 0
+
     def __iter__(self) -> Iterator[Example | Bad]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -132,22 +149,29 @@ class ShardDataset(IterableDataset[Example | Bad]):
         return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
 
 
-def batches_of_shards(
-    dataset: ShardDataset, batch_size: int, workers: int, first: int = 0, **options: Any
-) -> Iterator[Batch]:
-    """This rank's batches, epoch after epoch without end, from number ``first`` on; needs ``epoch_samples``.
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(CaptionOptions):
+    shards: str | None = None
+    """shards: a pattern such as "shards-{0000..0099}.tar"."""
+    epoch_samples: int | None = at_least(1, None)
+    """shards: samples of an epoch, over all ranks; training needs it."""
+    shuffle: int = at_least(0, 500)
+    """shards: samples in the buffer of each worker from which the next is drawn."""
 
-    options: of the DataLoader.
-    """
-    epoch, had = divmod(first, dataset.batches_per_epoch(batch_size, workers))
-    loader = DataLoader(
-        dataset, batch_size, num_workers=workers, collate_fn=collate, drop_last=True,
-        persistent_workers=workers > 0, **options,
-    )  # fmt: skip
-    while True:
-        dataset.set_epoch(epoch, had, batch_size)
-        yield from loader
-        epoch, had = epoch + 1, 0
+    def create(
+        self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> ShardDataset:
+        if self.shards is None:
+            raise ValueError("shards: kind 'shards' needs a pattern of files")
+        return ShardDataset(
+            expand_shards(self.shards),
+            self.example_maker(image_size, context_length),
+            seed=seed,
+            shuffle=self.shuffle,
+            epoch_samples=self.epoch_samples,
+            rank=rank,
+            ranks=ranks,
+        )
 
 
 def captions_of_shard(shard: str) -> Iterator[str | None]:

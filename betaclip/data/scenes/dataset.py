@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE, Draw, Example
+from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.scenes.drawing import Box, draw
 from betaclip.data.scenes.layout import ATTRIBUTES, Kind, Layout, random_layout
 from betaclip.data.scenes.texts import describe, indefinite, noun
@@ -125,3 +126,16 @@ class ScenesDataset(Dataset[Example]):
             [CAPTION] + [SENTENCE] * len(shown.sentences) + [PHRASE] * len(shown.phrases),
             f"scenes/{self.split}/{self.seed}/{draw.index}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneOptions(DatasetOptions):
+    scenes: int = at_least(1, 32_000)
+    """scenes: their number in an epoch."""
+    scenes_seed: int = 0
+    """scenes: which ones."""
+
+    def create(
+        self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> ScenesDataset:
+        return ScenesDataset(self.scenes, self.scenes_seed, image_size, Tokenizer(context_length))

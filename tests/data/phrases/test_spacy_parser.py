@@ -7,8 +7,8 @@ import spacy
 from spacy.language import Language
 from spacy.tokens import Doc
 
-from betaclip.data.phrases.extraction import NOUN, SPATIAL, VERB, of_sentence
-from betaclip.data.phrases.spacy_parser import SpacyExtractor, spans
+from betaclip.data.phrases.spacy_parser import SpacyExtractor, find_spans
+from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, cut_phrases
 
 KINDS = {NOUN: "noun", VERB: "verb", SPATIAL: "spatial"}
 VOCAB = spacy.blank("en").vocab
@@ -21,7 +21,7 @@ def annotated(text: str) -> Doc:
 
 
 def found(doc: Doc) -> list[tuple[str, str]]:
-    return [(phrase.text, KINDS[phrase.kind]) for phrase in of_sentence(doc.text, spans(doc))]
+    return [(phrase.text, KINDS[phrase.kind]) for phrase in cut_phrases(doc.text, find_spans(doc))]
 
 
 MUG = annotated(
@@ -115,6 +115,6 @@ def test_extractor(tmp_path, monkeypatch):
     assert extractor.name.startswith(f"spacy {spacy.__version__}, en_by_hand 0.0.0, rules ")
     sentence = "A red mug on the left of the sink, which shines, is full"
     whole, part = extractor([sentence, "A red mug"])
-    assert [phrase.text for phrase in of_sentence(sentence, whole)] == ["A red mug on the left of the sink"]
+    assert [phrase.text for phrase in cut_phrases(sentence, whole)] == ["A red mug on the left of the sink"]
     assert pickle.loads(pickle.dumps(extractor)).name == extractor.name
     assert [tuple(span) for span in part] == [(0, 9, NOUN)]

@@ -1,4 +1,4 @@
-"""Annotations by the places of their rows: both forms, everything that JSON strings may hold, and broken files."""
+"""Annotations by the places of their rows: both forms, all that JSON strings may hold, and broken files."""
 
 import json
 import pickle
@@ -8,7 +8,6 @@ from multiprocessing import get_context
 
 import pytest
 
-from betaclip.data.readers import annotations
 from betaclip.data.readers.annotations import Annotations, BadRowError
 
 TRICKY = ['a "quoted" dog', "ends in a backslash \\", '\\" }], {[', "new\nline\ttab", "über café 犬 🐕", "[{}],,", "a"]
@@ -31,32 +30,34 @@ def write(path, rows, **options):
     return path
 
 
-@pytest.fixture(params=[1, 2, 7, 64, 1 << 20])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(annotations, "_CHUNK", request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_array(tmp_path, chunk, ascii_only, indent):
     rng = random.Random(0)
     captions = TRICKY + ["".join(rng.choices('\\"[]{},: xé', k=rng.randrange(1, 20))) + "x" for _ in range(60)]
     rows = [row(i, caption) for i, caption in enumerate(captions)]
-    source = Annotations(write(tmp_path / "a.json", rows, ensure_ascii=ascii_only, indent=indent))
+    source = Annotations(write(tmp_path / "a.json", rows, ensure_ascii=ascii_only, indent=indent), chunk=chunk)
     assert [source[i] for i in range(len(source))] == [(f"images/{i}.jpg", c) for i, c in enumerate(captions)]
 
 
-def test_lines(tmp_path, chunk):
+def test_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", [row(i, caption) for i, caption in enumerate(TRICKY)])
     truth = [(f"images/{i}.jpg", caption) for i, caption in enumerate(TRICKY)]
     for text in (path.read_text(), path.read_text().rstrip("\n")):
         path.write_text(text)
         source = Annotations(path)
         assert [source[i] for i in range(len(source))] == truth
-    lines = tmp_path / "lines.json"  # a name does not make an array
-    lines.write_text(path.read_text())
-    assert len(Annotations(lines)) == len(TRICKY)
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    rows = [row(i, caption) for i, caption in enumerate(TRICKY)]
+    lines, whole = (write(tmp_path / name, rows).read_text() for name in ("a.jsonl", "a.json"))
+    for mark in ("", "\ufeff"):
+        for name, text in (("a.json", lines), ("a.jsonl", whole), ("a.jsonl", lines), ("a.json", f" \n{whole}")):
+            (tmp_path / name).write_text(mark + text)
+            source = Annotations(tmp_path / name)
+            assert [source[i][1] for i in range(len(source))] == TRICKY, (name, mark)
 
 
 def test_half_a_character(tmp_path):
@@ -104,10 +105,23 @@ def test_bad_rows_of_an_array(tmp_path):
     [
         ("a.json", "", "has no row with an image and a caption: it is empty"),
         ("a.jsonl", "", "has no row with an image and a caption: it is empty"),
-        ("a.json", "[]", "has no row with an image and a caption"),
+        ("a.json", "[]", "has no row with an image and a caption: it is empty"),
         ("a.json", '[{"image": "a.jpg"}]', 'no row with an image and a caption; the first: no "conversations"'),
-        ("a.json", '[{"image": "a.jpg"}, {"im', "is a JSON array that does not end"),
-        ("a.json", '[{"image": "a.jpg]}', "is a JSON array that does not end"),
+        (
+            "a.json",
+            '[{"image": "a.jpg"}, {"im',
+            "fault in the row at byte 20, or is only a part of a file: Unterminated",
+        ),
+        (
+            "a.json",
+            '[{"image": "a.jpg"}',
+            "fault in the row at byte 1, or is only a part of a file: no comma or closing",
+        ),
+        ("a.json", '[{"image": "a.jpg"},', "fault in the row at byte 20, or is only a part of a file"),
+        ("a.json", '[{"image": "a.jpg]}', "fault in the row at byte 1, .*: Unterminated string"),
+        ("a.json", '[{"image": "a.jpg"} {}]', "fault in the row at byte 1, .*: expected a comma or a closing bracket"),
+        ("a.json", '[{}, {"image" 3}, {}]', "fault in the row at byte 4, .*: Expecting ':' delimiter"),
+        ("a.json", "[" * 200_000, "fault in the row at byte 1, "),
         ("a.json", "Not found", "no row with an image and a caption; the first: not JSON"),
     ],
 )
@@ -115,6 +129,21 @@ def test_rejects(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         Annotations(tmp_path / name)
+
+
+def test_gives_up_a_file_without_usable_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(Annotations, "_fault", lambda self, row: "none" if row < 1000 else pytest.fail("looked on"))
+    with pytest.raises(
+        ValueError, match="has no row with an image and a caption among the first 1000; the first: none"
+    ):
+        Annotations(write(tmp_path / "a.jsonl", [{}] * 1200))
+
+
+def test_gives_up_a_row_without_end(tmp_path):
+    path = write(tmp_path / "a.json", [row(0, "a cat"), row(1, "a dog " * 100)])
+    assert len(Annotations(path, chunk=100, max_row=1000)) == 2
+    with pytest.raises(ValueError, match=r"fault in the row at byte \d+, .*: Unterminated string"):
+        Annotations(path, chunk=100, max_row=500)
 
 
 def test_rejects_a_missing_file(tmp_path):
@@ -130,7 +159,7 @@ def test_what_follows_the_array_does_not_matter(tmp_path):
 
 def test_holds_eight_bytes_per_row(tmp_path):
     source = Annotations(write(tmp_path / "a.json", [row(i, "a cat " * 50) for i in range(1000)]))
-    assert source.boundaries.nbytes == 8 * 1001
+    assert source.separators.nbytes == 8 * 1001
     assert len(pickle.dumps(source)) < 8 * 1001 + 1000
 
 

@@ -18,7 +18,7 @@ from betaclip.data.example_maker import ExampleMaker
 from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.prepare import PrepareConfig, prepare
-from betaclip.data.readers.shards import ShardDataset, batches_of_shards, captions_of_shard, expand_shards
+from betaclip.data.readers.shards import ShardDataset, captions_of_shard, expand_shards
 
 SHARDS, SAMPLES = 6, 4
 
@@ -154,13 +154,13 @@ def test_with_replacement(shards):
 
 def test_batches_without_end(shards):
     data = dataset(shards, epoch_samples=24, seed=2, shuffle=3)
-    stream = batches_of_shards(data, 2, 2, multiprocessing_context="fork")
+    stream = data.batches(2, 2, multiprocessing_context="fork")
     first = [next(stream).paths for _ in range(30)]  # two and a half epochs
     stream.close()
     assert first[:12] != first[12:24]
     for begin in (5, 24):
         data = dataset(shards, epoch_samples=24, seed=2, shuffle=3)
-        stream = batches_of_shards(data, 2, 2, begin, multiprocessing_context="fork")
+        stream = data.batches(2, 2, begin, multiprocessing_context="fork")
         assert [next(stream).paths for _ in range(30 - begin)] == first[begin:]
         stream.close()
 
@@ -210,14 +210,14 @@ def test_rejects(shards, tmp_path):
         dataset([])
     assert len(dataset(shards, ranks=7, epoch_samples=70).shards) == 6
     with pytest.raises(ValueError, match="epoch_samples: expected a number, got None"):
-        next(batches_of_shards(dataset(shards), 2, 0))
+        next(dataset(shards).batches(2, 0))
     with pytest.raises(FileNotFoundError, match=r"shards: 2 of 3 are not files; the first: .*0006\.tar"):
         expand_shards(str(tmp_path / "{0005..0007}.tar"))
     assert len(expand_shards(f"{tmp_path}/0000.tar::{tmp_path}/0001.tar")) == 2
 
 
 def test_phrases_of_shards(shards, tmp_path):
-    prepare(PrepareConfig(str(tmp_path / "{0000..0005}.tar"), tmp_path / "phrases", workers=1))
+    prepare(PrepareConfig(str(tmp_path / "{0000..0005}.tar"), tmp_path / "phrases", "rules", workers=1))
     data = ShardDataset(shards, ExampleMaker(8, 77, PhraseCache(tmp_path / "phrases")))
     truth = {example.path: example.texts for example in dataset(shards)}
     assert {example.path: example.texts for example in data} == truth

@@ -1,4 +1,4 @@
-"""ShareGPT4V: rows of the splits, and what is bad about some of them."""
+"""ShareGPT4V: rows of the splits, what is bad about some of them, and the set for retrieval."""
 
 import json
 import pickle
@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from PIL import Image
+from support.files import touch
 from torch.utils.data import DataLoader
 
 from betaclip.data.batches import Bad, Draw, Example, collate
@@ -13,7 +14,7 @@ from betaclip.data.example_maker import ExampleMaker
 from betaclip.data.phrases.cache import PhrasesOnTheFly
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.readers.annotations import Annotations
-from betaclip.data.readers.sharegpt4v import ShareGPT4V
+from betaclip.data.readers.sharegpt4v import ShareGPT4V, ShareGPT4V1kOptions, sharegpt4v_1k
 
 
 @pytest.fixture
@@ -81,3 +82,25 @@ def test_loader(root, workers):
 def test_pickles(root):
     data = pickle.loads(pickle.dumps(dataset(root, test_rows=1)))
     assert isinstance(data[Draw(0, 0)], Example)
+
+
+def test_sharegpt4v_1k(tmp_path):
+    rows = [{"image": f"coco/{i}.jpg", "conversations": [{}, {"value": f"caption {i}"}]} for i in range(5)]
+    rows[1]["conversations"] = []
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(rows))
+    for i in (0, 1, 3, 4):
+        touch(tmp_path / "coco" / f"{i}.jpg")
+    found = sharegpt4v_1k(path, tmp_path, rows=4)
+    assert list(found) == [(tmp_path / "coco" / f"{i}.jpg", f"caption {i}") for i in (0, 3)]
+    assert [bad.path for bad in found.missing] == [f"{path}, row 2", str(tmp_path / "coco" / "2.jpg")]
+    assert len(sharegpt4v_1k(path, tmp_path)) == 3
+
+
+def test_options(tmp_path):
+    rows = [{"image": "a.jpg", "conversations": [{}, {"value": "a cat"}]}]
+    annotations = touch(tmp_path / "captions.json", json.dumps(rows).encode())
+    assert ShareGPT4V1kOptions().read() is None
+    for folder, options in ((tmp_path, {}), (tmp_path / "x", {"sharegpt4v_images": tmp_path / "x"})):
+        touch(folder / "a.jpg")
+        assert list(ShareGPT4V1kOptions(sharegpt4v=annotations, **options).read()) == [(folder / "a.jpg", "a cat")]
