@@ -21,9 +21,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """One process, whose output is seen at once, for tests that are named more exactly than by a folder, and where
-    they share a GPU; else one per core."""
-    folders = all(os.path.isdir(argument) for argument in config.args)
+    """One process per core if a folder is named; a single one, whose output is seen at once, for tests named by file
+    or by function, and for all where they share a GPU."""
+    folders = any(os.path.isdir(argument) for argument in config.args)
     return None if folders and not torch.cuda.is_available() else 0
 
 
