@@ -1,13 +1,10 @@
 """The checks of text files, each of which finds what it looks for."""
 
-import importlib.util
-
 import pytest
 from support.paths import ROOT
+from support.programs import load_program
 
-spec = importlib.util.spec_from_file_location("check_sources", ROOT / "tools" / "check_sources.py")
-check_sources = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_sources)
+check_sources = load_program(ROOT / "tools" / "check_sources.py")
 
 
 @pytest.fixture
