@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import build_library  # in csrc, on the path of the build backend
-from setuptools import Command, Distribution, setup
+from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
-FOLDER = Path("betaclip", "lib")
+LIBRARY_FOLDER = Path("betaclip", "lib")
 
 
 class BuildLibrary(Command):
@@ -24,14 +24,16 @@ class BuildLibrary(Command):
         self.build_lib = self.get_finalized_command("build").build_lib
 
     def run(self) -> None:
-        build_library.install(FOLDER if self.editable_mode else self.build_lib / FOLDER)
+        build_library.install(LIBRARY_FOLDER if self.editable_mode else self.build_lib / LIBRARY_FOLDER)
 
     def get_outputs(self) -> list[str]:
         names = [build_library.RECORD, *([] if build_library.reason_not_to_build() else [build_library.LIBRARY])]
-        return [str(self.build_lib / FOLDER / name) for name in names]
+        return [str(self.build_lib / LIBRARY_FOLDER / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {name: str(FOLDER / Path(name).name) for name in self.get_outputs()} if self.editable_mode else {}
+        return (
+            {name: str(LIBRARY_FOLDER / Path(name).name) for name in self.get_outputs()} if self.editable_mode else {}
+        )
 
     def get_source_files(self) -> list[str]:
         return [str(file) for file in Path("csrc").rglob("*.*") if file.is_file() and file.suffix != ".pyc"]
@@ -42,7 +44,7 @@ class Build(build):
 
 
 class PlatformDistribution(Distribution):
-    """Of a platform if it holds the library, which knows neither Python's nor torch's binary interface."""
+    """Platform-specific only if it holds the library, which depends on neither Python's nor torch's binary interface."""
 
     def has_ext_modules(self) -> bool:
         return build_library.reason_not_to_build() is None
@@ -53,23 +55,17 @@ class BdistWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-# Listed by hand: betaclip/kernels is a symlink, and the directory it points to must not become a package of its own.
+# betaclip/kernels is a symbolic link for checkouts that nobody installed. A build must not need it, since a clone may
+# have a text file in its place, nor may kernels/ become a package of its own, since transformers looks for that name.
 setup(
     packages=[
-        "betaclip",
-        "betaclip.data",
-        "betaclip.data.phrases",
-        "betaclip.data.readers",
-        "betaclip.data.scenes",
-        "betaclip.evaluation",
-        "betaclip.evaluation.tasks",
+        *find_packages(include=["betaclip", "betaclip.*"], exclude=["betaclip.kernels*"]),
         "betaclip.kernels",
-        "betaclip.kernels.attention_pool",
-        "betaclip.kernels.similarity",
-        "betaclip.losses",
-        "betaclip.model",
-        "betaclip.training",
+        *(f"betaclip.kernels.{name}" for name in find_packages("kernels")),
+        "betaclip.configs",
     ],
+    package_dir={"betaclip.kernels": "kernels", "betaclip.configs": "configs"},
+    package_data={"betaclip.configs": ["*.toml"]},
     distclass=PlatformDistribution,
     cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": BdistWheel},
 )

@@ -1,4 +1,4 @@
-"""setuptools' build backend, which asks for what the CUDA library needs only where one will be built."""
+"""setuptools' build backend, with the requirements of the CUDA library where one will be built."""
 
 from typing import Any
 

@@ -4,7 +4,6 @@ pip runs it through setup.py; ``python csrc/build_library.py`` builds in place, 
 lies a record of how it was made, or of why it was not. Objects stay in build/cuda, where ninja finds them next time.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -32,17 +31,17 @@ FLAGS = [
     f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}",
     # Flushing denormals makes __expf and __logf single instructions.
     *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-ftz=true"),
-    # What the library exports is what betaclip.h declares, whatever CUTLASS instantiates and the CUDA runtime holds.
+    # The library exports what betaclip.h declares, and nothing that CUTLASS or the CUDA runtime brings along.
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
     *("-cudart", "static", "-Xlinker", "--exclude-libs,ALL"),
 ]
 
 
 def reason_not_to_build() -> str | None:
-    """Why no library will be built; None: it will be.
+    """Return why no library will be built, or None if one will be.
 
     Raises:
-        RuntimeError: the variable demands a library that cannot be built, or holds something else than auto, 0 or 1.
+        RuntimeError: BETACLIP_BUILD_CUDA demands a library that cannot be built, or is none of auto, 0 and 1.
     """
     demand = os.environ.get(VARIABLE, "auto")
     if demand not in ("auto", "0", "1"):
@@ -56,7 +55,7 @@ def reason_not_to_build() -> str | None:
 
 
 def requirements() -> list[str]:
-    """What the build needs from a package index beside setuptools."""
+    """Return the packages that the build needs beside setuptools."""
     if reason_not_to_build():
         return []
     # A ninja that another environment's Python starts does not run in an isolated build.
@@ -84,13 +83,13 @@ def install(folder: Path) -> None:
 
 
 def build() -> Path:
-    """The library, made or made anew where a source, a header, a flag or the compiler changed."""
+    """Bring the library up to date with its sources, headers, flags and compiler, and return its path."""
     with _alone():
         return _build()
 
 
 def _build() -> Path:
-    # Objects depend on it: ninja compares commands, not the compilers behind them.
+    # Every object depends on this file, since ninja compares commands but not the compilers behind them.
     _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
     _write_if_changed(BUILD / "build.ninja", _ninja_file())
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
@@ -122,12 +121,12 @@ def _ninja_file() -> str:
 
 
 def _quoted(path: Path) -> str:
-    """In a command."""
+    """Quote a path for a command in a ninja file."""
     return shlex.quote(str(path)).replace("$", "$$")
 
 
 def _escaped(path: Path) -> str:
-    """As ninja's own input or output."""
+    """Escape a path for ninja's lists of inputs and outputs."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
@@ -138,7 +137,9 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Two builds at a time would write the same objects, and one could copy what the other links."""
+    """Hold the lock of the build folder: two builds at a time would write the same objects."""
+    import fcntl  # builds run on Linux only, but installations everywhere load this module
+
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -146,7 +147,7 @@ def _alone() -> Iterator[None]:
 
 
 def compiler() -> Path:
-    """nvcc of CUDA_HOME, else of PATH.
+    """Return nvcc's path: that of CUDA_HOME, else that of PATH.
 
     Raises:
         FileNotFoundError: neither has one.
@@ -179,7 +180,7 @@ def _version(nvcc: Path) -> tuple[int, ...]:
 
 
 def cutlass_includes() -> list[Path]:
-    """The header folders of CUTLASS: those below CUTLASS_PATH, or else those of the pinned wheel.
+    """Return the header folders of CUTLASS: those below CUTLASS_PATH, else those of the pinned wheel.
 
     Raises:
         RuntimeError: CUTLASS_PATH holds no CUTLASS, or the wheel could not be fetched.
@@ -203,7 +204,7 @@ def _fetched_headers() -> Path:
 
 
 def _fetch_headers(top: Path) -> None:
-    """Unpack the headers of the pinned wheel into ``top``; a wheel with another hash is refused."""
+    """Unpack the headers of the pinned wheel into ``top``; refuse a wheel with another hash."""
     with TemporaryDirectory(dir=BUILD) as scratch:
         pinned = Path(scratch, "requirements.txt")
         pinned.write_text(f"{CUTLASS} --hash=sha256:{CUTLASS_SHA256}\n", encoding="utf-8")

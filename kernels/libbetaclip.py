@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Beside the package's modules: __file__ keeps the symlink betaclip/kernels.
-FOLDER = Path(__file__).parents[1] / "lib"
+FOLDER = Path(str(files("betaclip"))) / "lib"  # not beside this file: kernels/ may lie outside the package
 VERSION = 1  # BETACLIP_VERSION of the interface below, which is that of csrc/betaclip.h
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 

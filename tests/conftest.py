@@ -1,4 +1,4 @@
-"""Set-up of all tests: how many processes, Triton's interpreter where there is no GPU, the ``gpu`` marker, one seed."""
+"""Set up all tests: the number of processes, Triton's interpreter where there is no GPU, the ``gpu`` marker, a seed."""
 
 import ctypes
 import gc
@@ -15,20 +15,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so set before any is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
     torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """One process, whose output is seen at once, for tests that are named more exactly than by a folder, and where
-    they share a GPU; else one per core."""
-    folders = all(os.path.isdir(argument) for argument in config.args)
+    """One process per core if a folder is named; a single one, whose output is seen at once, for tests named by file
+    or by function, and for all where they share a GPU."""
+    folders = any(os.path.isdir(argument) for argument in config.args)
     return None if folders and not torch.cuda.is_available() else 0
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # the benchmarks collect garbage before every measurement, and need not look at all modules
+    gc.freeze()  # benchmarks collect garbage before each measurement; this spares them a walk over every module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +45,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Of PyTorch's operators, also where each process of the tests has one."""
+    """Give PyTorch two threads where each process of the tests has one."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -54,7 +54,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """csrc/betaclip.h on the CPU."""
+    """The interface of csrc/betaclip.h, compiled for the CPU."""
     from betaclip.kernels import libbetaclip as cuda
 
     if not (compiler := shutil.which("cc")):
@@ -67,7 +67,7 @@ def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The backend "cuda" for tensors of the CPU, in chunks so small that a few dozen rows have several."""
+    """Let the backend "cuda" serve CPU tensors, in chunks so small that a few dozen rows need several."""
     from betaclip.kernels import libbetaclip as cuda
     from betaclip.kernels.similarity import cuda_backend as similarity_cuda
 
@@ -81,14 +81,14 @@ def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest) -> None:
-    """The backend "cuda": on a GPU the real one, else its binding over the stand-in."""
+    """Provide the backend "cuda": the real one on a GPU, elsewhere its binding over the stand-in library."""
     if not torch.cuda.is_available():
         request.getfixturevalue("cuda_on_cpu")
 
 
 @pytest.fixture(autouse=True)
 def _skip_missing_backend(request: pytest.FixtureRequest) -> None:
-    """Skip a test of a backend that serves nothing on this machine, with the backend's own reasons."""
+    """Skip a test whose backend can serve nothing on this machine, and give the backend's own reasons."""
     from betaclip.env import OPERATIONS
 
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None

@@ -1,8 +1,10 @@
 """Run the CUDA kernels over small shapes under compute-sanitizer; needs a Hopper GPU and the CUDA toolkit.
 
-    python tests/sanitize.py            # memcheck, racecheck and synccheck, one after the other
+    python tools/sanitize.py                      # memcheck, racecheck and synccheck, one after the other
+    python tools/sanitize.py --tools racecheck    # one of them
+    python tools/sanitize.py --inside             # the kernels alone, in this process
 
-A kernel that waits for ever is the likeliest fault of a pipeline, so each tool has a limit of time.
+Each tool is stopped after 15 minutes, since the likeliest fault of a pipelined kernel is that it waits for ever.
 """
 
 import argparse
@@ -10,38 +12,36 @@ import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
-from betaclip.kernels.similarity.operators import (
-    BACKENDS,
-    logsumexp,
-    logsumexp_backward,
-    similarity_softplus,
-    softplus_with_gradients,
-)
+from betaclip.kernels.similarity.operators import similarity_logsumexp, similarity_softplus
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# n, m, d: less than a tile, one more than a tile, several with ragged ends, and the deepest.
+# n, m, d: less than a tile, one more than a tile, several with ragged ends, and the greatest depth.
 SHAPES = [(1, 1, 8), (129, 257, 72), (300, 700, 512), (513, 200, 1024)]
 LIMIT_S = 900
 
 
-def run_kernels() -> None:
-    """Every function of the library, with and without groups and bias, in both dtypes; scale 100 takes the fallback."""
-    for (n, m, d), dtype, grouped in itertools.product(SHAPES, (torch.bfloat16, torch.float16), (False, True)):
-        x, y = (torch.nn.functional.normalize(torch.randn(rows, d), dim=1).to("cuda", dtype) for rows in (n, m))
-        x_group, y_group = (
-            torch.randint(-1, 9, (rows,), dtype=torch.int32, device="cuda") if grouped else None for rows in (n, m)
-        )
-        bias = torch.tensor(-3.0, device="cuda") if grouped else None
-        for scale in (torch.tensor(value, device="cuda") for value in (10.0, 100.0)):
-            lse = logsumexp(x, y, scale, x_group, y_group, "cuda")
-            incoming = [torch.ones_like(statistic) for statistic in lse]
-            logsumexp_backward(x, y, scale, x_group, y_group, *lse, *incoming, True, True, "cuda")
-            similarity_softplus(x, y, scale, bias, x_group, y_group, backend="cuda")
-            softplus_with_gradients(x, y, scale, bias, x_group, y_group, incoming[0], True, True, "cuda")
+def run_kernels(device: str, shapes: Sequence[tuple[int, int, int]] = tuple(SHAPES)) -> int:
+    """Run each kernel in both dtypes, with and without image ids and bias, and return the number of cases.
+
+    At scale 10 a row's terms share one exponential; 100 takes the kernels' other path.
+    """
+    cases = list(itertools.product(shapes, (torch.bfloat16, torch.float16), (False, True), (10.0, 100.0)))
+    for (n, m, d), dtype, with_ids, scale_value in cases:
+        x, y = (F.normalize(torch.randn(rows, d, device=device), dim=1).to(dtype).requires_grad_() for rows in (n, m))
+        ids = [torch.randint(-1, 9, (rows,), device=device) if with_ids else None for rows in (n, m)]
+        scale = torch.tensor(scale_value, device=device, requires_grad=True)
+        bias = torch.tensor(-3.0, device=device, requires_grad=True) if with_ids else None
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, *ids, backend="cuda")
+        softplus = similarity_softplus(x, y, scale, bias, *ids, backend="cuda")
+        (lse_x.sum() + lse_y.sum() + softplus.sum()).backward()
+    if device == "cuda":
         torch.cuda.synchronize()
+    return len(cases)
 
 
 def main() -> None:
@@ -49,11 +49,11 @@ def main() -> None:
     parser.add_argument("--inside", action="store_true", help="run the kernels in this process, without a tool")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     arguments = parser.parse_args()
-    probe = torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
-    if reasons := BACKENDS["cuda"](probe, probe):
-        sys.exit(f"cuda: {'; '.join(reasons)}")
     if arguments.inside:
-        return run_kernels()
+        print(f"{run_kernels('cuda')} cases ran")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("no GPU: torch.cuda.is_available() is False")
     if not (sanitizer := shutil.which("compute-sanitizer")):
         sys.exit("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     for tool in arguments.tools:

@@ -1,7 +1,7 @@
 """What a run reports: one line per interval, metrics.jsonl, TensorBoard, Weights & Biases; and what must stop it."""
 
 import json
-import resource
+import math
 import sys
 import time
 from pathlib import Path
@@ -90,10 +90,14 @@ def finite_mean(column: Tensor) -> float:
     return float(column[column.isfinite()].double().mean())
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of the GPU, or of this process."""
+def peak_bytes(device: torch.device) -> float:
+    """The most memory in use so far: of the GPU, or of this process; NaN for a process on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,7 +1,6 @@
 """What decides whether the CUDA library is built, and how: with a stand-in for nvcc, in seconds."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from types import ModuleType
 import pytest
 from support.nvcc import commands, write_cutlass, write_nvcc
 from support.paths import ROOT
+from support.programs import load_program
 
 needs_ninja = pytest.mark.skipif(not shutil.which("ninja"), reason="ninja is not installed")
 
@@ -19,9 +19,7 @@ needs_ninja = pytest.mark.skipif(not shutil.which("ninja"), reason="ninja is not
 @pytest.fixture
 def build(tmp_path, monkeypatch) -> ModuleType:
     """csrc/build_library.py over a folder with two sources, on a machine without nvcc."""
-    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc" / "build_library.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program(ROOT / "csrc" / "build_library.py")
     sources = tmp_path / "a folder" / "csrc"
     sources.mkdir(parents=True)
     for name in ("first.cu", "second.cu"):

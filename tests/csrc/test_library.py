@@ -1,7 +1,6 @@
 """The CUDA library, as far as it can be judged without a GPU: its interface, its refusals and its machine code."""
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
+from support.programs import load_program
 
 from betaclip.kernels import libbetaclip as cuda
 
@@ -40,9 +40,7 @@ def run(*command, **options) -> str:
 @pytest.fixture(scope="module")
 def build_library():
     """csrc/build_library.py, where it has a compiler."""
-    spec = importlib.util.spec_from_file_location("build_library", CSRC / "build_library.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program(CSRC / "build_library.py")
     if reason := module.reason_not_to_build():
         pytest.skip(reason)
     return module

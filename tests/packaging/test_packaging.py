@@ -1,7 +1,6 @@
 """What gets installed and from where: wheel, sdist, checkout, and whose the name ``kernels`` is."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,16 +16,35 @@ from support.paths import ROOT
 
 import betaclip
 
-FILES = [file for folder in ("betaclip", "kernels") for file in (ROOT / folder).rglob("*.py")]
-SOURCES = {file.relative_to(ROOT).as_posix() for file in FILES}
+SOURCES = {
+    file.relative_to(ROOT).as_posix() for name in ("betaclip", "kernels") for file in (ROOT / name).rglob("*.py")
+}
+CONFIGS = {f"betaclip/configs/{file.name}" for file in (ROOT / "configs").glob("*.toml")}
+MODULES = {name if name.startswith("betaclip/") else f"betaclip/{name}" for name in SOURCES}
+PACKAGE = {*MODULES, *CONFIGS, "betaclip/py.typed", "betaclip/lib/build.json"}
 NOT_BUILT = {**os.environ, "BETACLIP_BUILD_CUDA": "0"}
-MODULES = {name if name.startswith("betaclip/") else f"betaclip/{name}" for name in SOURCES} | {"betaclip/py.typed"}
 PRINT_KERNELS = """
 import importlib.util
 spec = importlib.util.find_spec("kernels")
 print(spec and spec.origin, *(spec.submodule_search_locations if spec else ()), sep="\\n")
 """
 PRINT_LIBRARY = "from betaclip.kernels import libbetaclip; print(libbetaclip.status())"
+PRINT_CONFIGS = (
+    "from importlib.resources import files; print(*(f.name for f in (files('betaclip') / 'configs').iterdir()))"
+)
+IMPORT_EVERYTHING = """
+import sys
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))
+import importlib, pkgutil
+import betaclip
+modules = [module.name for module in pkgutil.walk_packages(betaclip.__path__, "betaclip.")]
+modules.remove("betaclip.__main__")
+for name in modules:
+    importlib.import_module(name)
+sys.path.insert(0, "csrc")
+import build_backend
+print(len(modules))
+"""
 PRINT_FILES = "import betaclip.env, betaclip.kernels.backends as b; print(betaclip.env.__file__, b.__file__, sep='\\n')"
 
 
@@ -37,36 +55,36 @@ def run(*command, **options):
     return done.stdout.splitlines()
 
 
-def project_files():
-    """The text files that are, or are about to be, under version control."""
-    listing = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    if shutil.which("git") is None or subprocess.run(listing, capture_output=True).returncode:
-        pytest.skip("needs a git checkout")
-    for name in run(*listing):
-        path = ROOT / name
-        if path.is_file() and b"\0" not in path.read_bytes():
-            yield name, path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What is built, copied, since building leaves files behind; betaclip/kernels is a text file as it is in a clone
+    without symbolic links."""
+    copy = tmp_path_factory.mktemp("clone")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("betaclip", "kernels", "csrc", "configs", "examples", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "lib")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    (copy / "betaclip" / "kernels").unlink()
+    (copy / "betaclip" / "kernels").write_text("../kernels")
+    return copy
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    """Built from a copy, since building leaves files behind that a later build would take up."""
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("sdist")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("betaclip", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, copy, cwd=out, env=NOT_BUILT)
+def sdist(clone, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, clone, cwd=out, env=NOT_BUILT)
     (archive,) = out.iterdir()
-    return archive, copy
+    return archive
 
 
-@pytest.fixture(scope="module", params=["checkout", "sdist"])
-def wheel(request, sdist, tmp_path_factory):
-    archive, copy = sdist
-    out = tmp_path_factory.mktemp("wheel")
-    source = archive if request.param == "sdist" else copy
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, source, cwd=out, env=NOT_BUILT)
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), NOT_BUILT)
+
+
+def build_wheel(source, out, environment):
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, source, cwd=out, env=environment)
     (file,) = out.iterdir()
     return file
 
@@ -89,21 +107,22 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as contents:
         names, metadata = set(contents.namelist()), contents.read(f"{information}/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"betaclip", information}
-    assert {name for name in names if name.startswith("betaclip/")} == {*MODULES, "betaclip/lib/build.json"}
+    assert {name for name in names if name.startswith("betaclip/")} == PACKAGE
     assert wheel.name.endswith("-py3-none-any.whl")
     assert f"{information}/licenses/LICENSE" in names
     assert f"\nVersion: {betaclip.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_sdist_holds_the_modules_as_files(sdist):
-    archive, copy = sdist
-    with tarfile.open(archive) as contents:
-        members = {member.name.split("/", 1)[-1]: member for member in contents.getmembers()}
-    assert members.keys() >= {*MODULES, "pyproject.toml", "setup.py", "README.md", "LICENSE"}
-    assert all(members[name].isfile() for name in MODULES)
-    sources = {file.relative_to(copy).as_posix() for file in (copy / "csrc").rglob("*.*") if file.suffix != ".pyc"}
-    assert sources and members.keys() >= sources
+def test_sdist_holds_what_runs(sdist, clone):
+    """Modules, CUDA sources, configurations, benchmarks and examples, and no test, which would need the repository."""
+    with tarfile.open(sdist) as contents:
+        members = {member.name.split("/", 1)[-1] for member in contents.getmembers() if member.isfile()}
+    folders = ("csrc", "configs", "examples", "benchmarks")
+    files = [file for folder in folders for file in (clone / folder).rglob("*.*") if file.is_file()]
+    assert members >= {*SOURCES, *(file.relative_to(clone).as_posix() for file in files)}
+    assert members >= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "benchmarks/captions.json"}
+    assert not [name for name in members if name.startswith("tests/") or name.endswith(".pyc")]
 
 
 def test_wheel_imports_in_a_clean_venv(wheel, clean_venv, tmp_path):
@@ -111,54 +130,64 @@ def test_wheel_imports_in_a_clean_venv(wheel, clean_venv, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site_packages, wheel)
     for file in run(python, "-I", "-c", PRINT_FILES, cwd=tmp_path):
         assert Path(file).is_relative_to(site_packages)
+    assert {f"betaclip/configs/{name}" for name in run(python, "-I", "-c", PRINT_CONFIGS, cwd=tmp_path)} == CONFIGS
 
 
 @pytest.fixture
-def with_library(sdist, stand_in_library, tmp_path):
-    """A checkout, and an environment whose nvcc makes the stand-in library."""
-    checkout = tmp_path / "checkout"
-    shutil.copytree(sdist[1], checkout, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info", "lib"))
+def with_library(stand_in_library, tmp_path):
+    """An environment whose nvcc makes the stand-in library."""
     nvcc = write_nvcc(tmp_path / "bin", library=stand_in_library._name)
     path = f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
     cutlass = str(write_cutlass(tmp_path / "cutlass"))
-    return checkout, {**os.environ, "PATH": path, "CUTLASS_PATH": cutlass, "BETACLIP_BUILD_CUDA": "1"}
+    return {**os.environ, "PATH": path, "CUTLASS_PATH": cutlass, "BETACLIP_BUILD_CUDA": "1"}
 
 
-def test_wheel_with_the_library(with_library, clean_venv, tmp_path):
-    checkout, environment = with_library
+def test_wheel_with_the_library(sdist, with_library, clean_venv, tmp_path):
     python, site_packages = clean_venv
-    out = tmp_path / "out"
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, checkout, cwd=tmp_path, env=environment)
-    (wheel,) = out.iterdir()
+    (tmp_path / "out").mkdir()
+    wheel = build_wheel(sdist, tmp_path / "out", with_library)
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"betaclip-{betaclip.__version__}-py3-none-{platform}.whl"
     with zipfile.ZipFile(wheel) as contents:
         names = {name for name in contents.namelist() if name.startswith("betaclip/")}
-    assert names == {*MODULES, "betaclip/lib/build.json", "betaclip/lib/libbetaclip.so"}
+    assert names == {*PACKAGE, "betaclip/lib/libbetaclip.so"}
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site_packages, wheel)
     library = site_packages / "betaclip" / "lib" / "libbetaclip.so"
     assert run(python, "-I", "-c", PRINT_LIBRARY, cwd=tmp_path) == [f"cpu, not yet run on hardware ({library})"]
 
 
-def test_editable_install_finds_the_library(with_library, clean_venv, tmp_path):
-    """And one without a library takes that of an earlier one away."""
-    checkout, environment = with_library
+def test_editable_install(clone, with_library, clean_venv, tmp_path):
+    """It finds kernels without the symbolic link, and its library; without one it takes an earlier one away."""
     python, _ = clean_venv
+    checkout = tmp_path / "checkout"
+    shutil.copytree(clone, checkout, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     library = checkout / "betaclip" / "lib" / "libbetaclip.so"
     missing = "none (betaclip was installed without its CUDA library: left out by BETACLIP_BUILD_CUDA=0)"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--editable", checkout]
     for variable, status in (("1", f"cpu, not yet run on hardware ({library})"), ("0", missing)):
-        run(*install, cwd=tmp_path, env=environment | {"BETACLIP_BUILD_CUDA": variable})
+        run(*install, cwd=tmp_path, env=with_library | {"BETACLIP_BUILD_CUDA": variable})
         assert run(python, "-I", "-c", PRINT_LIBRARY, cwd=tmp_path) == [status]
         assert library.exists() == (variable == "1")
-
-
-def test_uninstalled_checkout_imports(clean_venv):
-    python, _ = clean_venv
-    assert run(python, "-E", "-c", PRINT_FILES, cwd=ROOT) == [
-        str(ROOT / "betaclip" / "env.py"),
-        str(ROOT / "betaclip" / "kernels" / "backends.py"),
+    assert run(python, "-I", "-c", PRINT_FILES, cwd=tmp_path) == [
+        str(checkout / "betaclip" / "env.py"),
+        str(checkout / "kernels" / "backends.py"),
     ]
+    assert run(python, "-I", "-c", PRINT_KERNELS, cwd=tmp_path) == ["None"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_uninstalled_checkout_imports(links, clone, clean_venv):
+    python, _ = clean_venv
+    root = ROOT if links else clone
+    assert run(python, "-E", "-c", PRINT_FILES, cwd=root) == [
+        str(root / "betaclip" / "env.py"),
+        str(root / ("betaclip/kernels" if links else "kernels") / "backends.py"),
+    ]
+
+
+def test_imports_need_no_module_that_only_unix_has(clone):
+    (count,) = run(sys.executable, "-W", "ignore", "-c", IMPORT_EVERYTHING, cwd=ROOT)
+    assert int(count) > 50
 
 
 def test_kernels_is_a_directory_and_not_a_package():
@@ -167,7 +196,9 @@ def test_kernels_is_a_directory_and_not_a_package():
 
 
 def test_name_kernels_is_not_ours_elsewhere(tmp_path):
-    assert not [line for line in run(sys.executable, "-c", PRINT_KERNELS, cwd=tmp_path) if str(ROOT) in line]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    lines = run(sys.executable, "-c", PRINT_KERNELS, cwd=tmp_path, env=environment)
+    assert not [line for line in lines if str(ROOT) in line]
 
 
 def test_name_kernels_is_no_module_of_ours_in_the_root():
@@ -185,17 +216,3 @@ def test_an_installed_package_kernels_is_found(in_root, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "theirs")}
     origin, *_ = run(sys.executable, "-c", PRINT_KERNELS, cwd=ROOT if in_root else tmp_path, env=environment)
     assert origin == str(theirs)
-
-
-def test_version_is_written_once():
-    files = [ROOT / "pyproject.toml", ROOT / "setup.py", *(ROOT / name for name in SOURCES)]
-    literals = [file.relative_to(ROOT) for file in files if f'"{betaclip.__version__}"' in file.read_text("utf-8")]
-    assert literals == [Path("betaclip/__init__.py")]
-
-
-def test_no_file_names_a_machine_or_a_package_index():
-    machine_path = r"(?<![\w.~/$}-])/(?:home|root|Users|work|tmp|mnt|scratch)/"
-    package_index = r"py[p]i\.org|pythonhosted\.or[g]|download\.pytorch\.or[g]|--(?:extra-)?index-ur[l]|--find-link[s]"
-    pattern = re.compile(f"{machine_path}|{package_index}")
-    found = [(name, match.group()) for name, text in project_files() for match in pattern.finditer(text)]
-    assert found == []

@@ -1,0 +1,33 @@
+"""What ``.ci/run`` promises: README's own commands, lanes that exist, and a refusal of those that do not."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from support.paths import ROOT
+
+SCRIPT = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_commands_are_those_of_the_readme():
+    block = re.search(
+        r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    install, test = (re.search(f'^{name}="(.+)"$', SCRIPT, re.MULTILINE)[1] for name in ("install", "test"))
+    commands = [re.sub(r" +#.*", "", line) for line in block[1].splitlines()]
+    assert commands == [f"{install} && python benchmarks/loss_throughput.py", test]
+
+
+def test_lanes_name_tests_that_exist():
+    lanes = dict(re.findall(r"^(\w+)=\((tests/[^)]*)\)", SCRIPT, re.MULTILINE))
+    assert lanes.keys() == {"interpreter", "csrc", "packaging", "benchmarks"}
+    paths = [path for paths in lanes.values() for path in paths.split()]
+    assert len(paths) == len(set(paths)) and all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+def test_refuses_a_lane_that_is_none():
+    done = subprocess.run(["bash", ROOT / ".ci" / "run", "lint", "gpu"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("gpu is no lane: expected lint, unit, ")

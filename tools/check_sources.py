@@ -1,0 +1,59 @@
+"""Rules that the project's text files keep: no path of a machine, no package index, one literal of the version.
+
+    python tools/check_sources.py            # all files under version control, or about to be
+    python tools/check_sources.py FILE...    # these; as a pre-commit hook
+
+Prints each violation as ``file:line: text: rule`` and exits with 1 if there is any.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSION_FILE = "betaclip/__init__.py"
+RULES = {
+    "a path of one machine": r"(?<![\w.~/$}-])/(?:home|root|Users|work|tmp|mnt|scratch)/",
+    # The brackets keep the pattern from finding itself.
+    "a package index": r"(?:py[p]i|pythonhosted|download\.p[y]torch)\.org|--(?:extra-)?index-ur[l]|--find-link[s]",
+}
+
+
+def violations(name: str, text: str, version: str) -> Iterator[str]:
+    """Each violation in a file, by its name relative to the root."""
+    rules = dict(RULES)
+    if name in ("pyproject.toml", "setup.py") or (name.startswith(("betaclip/", "kernels/")) and name != VERSION_FILE):
+        rules[f"a second copy of the version; {VERSION_FILE} has it"] = f"[\"']{re.escape(version)}[\"']"
+    for number, line in enumerate(text.splitlines(), 1):
+        for rule, pattern in rules.items():
+            for match in re.finditer(pattern, line):
+                yield f"{name}:{number}: {match.group()}: {rule}"
+
+
+def version_of(root: Path) -> str:
+    (version,) = re.findall(r'^__version__ = "(.+)"$', (root / VERSION_FILE).read_text("utf-8"), flags=re.MULTILINE)
+    return str(version)
+
+
+def text_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Those of the files that are text, with their text; a link, and what is deleted, is none."""
+    for name in names:
+        path = root / name
+        if path.is_file() and not path.is_symlink() and b"\0" not in (content := path.read_bytes()):
+            yield name, content.decode("utf-8")
+
+
+def main(root: Path, names: list[str]) -> int:
+    if not names:
+        listing = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    version = version_of(root)
+    found = [line for name, text in text_files(root, names) for line in violations(name, text, version)]
+    print(*found, sep="\n", end="\n" if found else "")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(ROOT, sys.argv[1:]))
