@@ -48,7 +48,7 @@ def test_names_exist(page: str) -> None:
         assert exists(name), f"{page}: {name}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # which has old ones too
 def test_options_of_train_exist(page: str) -> None:
     options = {option for option, _ in fields(TrainConfig)}
     for option in _OPTION.findall(read(page)):
