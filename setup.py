@@ -44,7 +44,7 @@ class Build(build):
 
 
 class PlatformDistribution(Distribution):
-    """Platform-specific only if it holds the library, which depends on neither Python's nor torch's binary interface."""
+    """Platform-specific only if it holds the library, which depends on neither Python nor torch binaries."""
 
     def has_ext_modules(self) -> bool:
         return build_library.reason_not_to_build() is None

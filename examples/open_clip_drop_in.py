@@ -1,57 +1,39 @@
-"""betaclip's losses in open_clip's own model and training step. Random data, a tiny model, nothing to download."""
+"""β-CLIP's pooling and losses on a model of open_clip. Random data, a tiny model, nothing to download."""
 
 import open_clip
 import torch
+from torch import nn
+from toy import CONTEXT, VOCABULARY, train
 
-from betaclip import BetaCALLoss, ClipLoss
-
-B, K, L, VOCABULARY = 16, 3, 8, 100
-
-
-def open_clip_loss(model, images, texts):
-    """Before: images (B, 3, H, W), one text for each (B, L)."""
-    out = model(images, texts)
-    return open_clip.ClipLoss()(**out)
+from betaclip import BetaCALLoss, ClipLoss, TextConditionedPool
 
 
-def clip_loss(model, images, texts):
-    """After: the same loss without its (B, B) matrix."""
-    out = model(images, texts)
-    return ClipLoss()(*out.values())  # changed: return open_clip.ClipLoss()(**out)
+class BetaCLIPLoss(nn.Module):
+    """The loss of a batch of images (B, 3, H, W) with K texts each (B, K, L), of which the first is the caption."""
 
+    def __init__(self, clip, beta=0.5):
+        super().__init__()
+        clip.visual.output_tokens = True
+        self.clip = clip
+        self.pool = TextConditionedPool(clip.visual.output_dim, num_heads=8, identity=True)
+        self.clip_loss, self.beta_cal_loss = ClipLoss(), BetaCALLoss("ce", beta=beta)
 
-def beta_cal_loss(model, images, texts):
-    """After: β-CAL, K texts for each image (B, K, L)."""
-    image, text, logit_scale = model(images, texts.flatten(0, 1)).values()  # changed: out = model(images, texts)
-    # β-CLIP pools an image embedding per text. CLIP's one serves all K (stride 0), and β matters in form="bce" only.
-    # changed: return open_clip.ClipLoss()(**out)
-    return BetaCALLoss(beta=0.5)(image[:, None].expand(-1, K, -1), text.unflatten(0, (-1, K)), logit_scale)
+    def forward(self, images, texts):
+        image, tokens = self.clip.visual(images)  # (B, D) and (B, P, width): open_clip does not project the patches
+        patches = tokens @ self.clip.visual.proj  # (B, P, D)
+        text = self.clip.encode_text(texts.flatten(0, 1)).unflatten(0, texts.shape[:2])  # (B, K, D)
+        pooled = self.pool(patches, text)  # (B, K, D): the image as each of its texts sees it
+        global_loss = self.clip_loss(image, text[:, 0], self.clip.logit_scale.exp())
+        return global_loss + self.beta_cal_loss(pooled, text, self.pool.logit_scale.exp())
 
 
 def tiny_model():
-    torch.manual_seed(0)  # every run starts from the same weights
-    vision = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 2}
-    text = {"context_length": L, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2}
-    return open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text, output_dict=True)
-
-
-def main(steps=6):
+    """Random weights, the same in each call."""
     torch.manual_seed(0)
-    images, texts = torch.randn(B, 3, 32, 32), torch.randint(VOCABULARY - 1, (B, K, L))
-    texts[..., -1] = VOCABULARY - 1  # the end of a text, where its embedding is read
-    losses = {}
-    for step, batch in ((open_clip_loss, texts[:, 0]), (clip_loss, texts[:, 0]), (beta_cal_loss, texts)):
-        model, values = tiny_model(), losses.setdefault(step.__name__, [])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = step(model, images, batch)
-            loss.backward()
-            optimizer.step()
-            values.append(loss.item())
-        print(f"{step.__name__:18}", *(f"{value:.5f}" for value in values))
-    return losses
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2}
+    return open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
 
 
 if __name__ == "__main__":
-    main()
+    print(*(f"{value:.4f}" for value in train(BetaCLIPLoss(tiny_model()))))
