@@ -345,7 +345,7 @@ def test_wrapped_attention_is_refused(wrap, call):
     pool, (patches, queries) = block(), inputs()
     pool.attn = wrap(pool.attn)
     with pytest.raises(
-        NotImplementedError, match=r"attn has (a forward of its own|hooks).* Adapt attn.out_proj, mlp.c_fc"
+        NotImplementedError, match=r"Pool reads .* attn has (a forward|hooks).* Adapt attn.out_proj, mlp.c_fc"
     ):
         call(pool, patches, queries[0])
 
