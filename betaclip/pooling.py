@@ -93,7 +93,7 @@ class TextConditionedPool(nn.Module):
         self.backend = backend
         self.ln_1 = LayerNorm(embed_dim, **placed) if norm_inputs else None
         self.ln_1_kv = LayerNorm(embed_dim, **placed) if norm_inputs else None
-        # For its parameters, their names and their initialisation; attention_pool computes the attention.
+        # It has the parameters, their names and their initialisation; attention_pool computes the attention.
         self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, **placed)
         self.ln_2 = LayerNorm(embed_dim, **placed)
         c_fc, c_proj = nn.Linear(embed_dim, hidden, **placed), nn.Linear(hidden, embed_dim, **placed)

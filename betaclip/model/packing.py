@@ -123,8 +123,8 @@ def choose_buckets(lengths: Ints, max_buckets: int = MAX_BUCKETS, call_rows: int
     sizes, counts = np.unique(lengths, return_counts=True)
     before = np.concatenate(([0], counts.cumsum()))
     # cost[i, j] is that of one bucket of sizes i to j, best[j] that of all buckets up to size j.
-    texts = before[None, 1:] - before[:-1, None]
-    cost = np.where(texts > 0, texts * sizes + float(call_rows), np.inf)
+    num_texts = before[None, 1:] - before[:-1, None]
+    cost = np.where(num_texts > 0, num_texts * sizes + float(call_rows), np.inf)
     best, begins = cost[0], [np.zeros(len(sizes), np.int64)]
     for _ in range(max_buckets - 1):
         total = np.concatenate(([0.0], best[:-1]))[:, None] + cost

@@ -92,7 +92,7 @@ def test_texts_per_image(texts):
 @pytest.mark.parametrize("images", [0, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing(images, checkpointing):
-    """Without images, or without texts, a backward reaches every parameter, and finds nothing for the texts'."""
+    """Without images or texts, a backward still reaches every parameter, and unused ones get zeros."""
     beta_clip = model(gradient_checkpointing=checkpointing)
     out = beta_clip(pictures(images), RaggedTexts.of([[]] * images))
     assert out["pooled_embeds"].shape == (images, 0, 12)
@@ -104,7 +104,7 @@ def test_nothing(images, checkpointing):
 
 
 def test_empty_slots_of_a_chunk_without_texts():
-    """As in gradient caching, where all chunks of a batch have the same slots."""
+    """Gradient caching needs it, where all chunks of a batch have the same slots."""
     out = model()(pictures(2), RaggedTexts.of([[], []]), 4)
     assert out["pooled_embeds"].shape == (2, 4, 12) and not out["pooled_embeds"].any() and not out["mask"].any()
     sum(out[name].sum() for name in ("text_embeds", "pooled_embeds")).backward()
@@ -171,7 +171,7 @@ def test_rejects(texts, call, message):
         call(model(), texts)
 
 
-# Making models.
+# Making models
 
 
 def test_default_learns_scenes():
@@ -204,7 +204,7 @@ def test_names(monkeypatch):
 
 
 def test_checkpoint_of_a_model_with_openais_weights():
-    """Its configuration without ``pretrained`` makes the same towers."""
+    """The configuration makes the same towers again without ``pretrained``."""
     beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, quick_gelu=True))
     assert all(isinstance(block.mlp.gelu, QuickGELU) for block in beta_clip.clip.transformer.resblocks)
     assert beta_clip.config.quick_gelu
@@ -269,7 +269,7 @@ def test_towers_that_cannot_serve():
         create_model(ModelConfig(name=json.dumps(options)))
 
 
-# Wrappers.
+# Wrappers
 
 
 @pytest.fixture

@@ -205,11 +205,11 @@ def test_wrapped_attention_is_refused(wrap, layer):
         encode(clip, RaggedTexts.of(TEXTS["shared"]))
 
 
-# Sequences without padding: CUDA's kernel cannot run here, what surrounds it can.
+# Sequences without padding. CUDA's kernel cannot run here; a stand-in tests all that surrounds it.
 
 
 def attention_by_sequences(q, k, v, q_starts, k_starts, q_longest, k_longest, *, window_size):
-    """What torch.nn.attention.varlen.varlen_attn computes, a sequence at a time."""
+    """A stand-in for torch.nn.attention.varlen.varlen_attn that takes one sequence at a time."""
     assert q_starts.dtype == k_starts.dtype == torch.int32
     outs = []
     for (a, b), (c, d) in zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True):
@@ -301,7 +301,7 @@ def test_does_not_wait_for_the_gpu():
                 torch.cuda.set_sync_debug_mode("default")
 
 
-# Stretched positions.
+# Stretched positions
 
 
 @pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])

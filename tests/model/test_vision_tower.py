@@ -67,7 +67,7 @@ def test_matches_open_clip_and_the_value_path(towers):
 
 
 def test_open_clips_own_call_is_unchanged(towers):
-    """Of patches too, which take their own values only when β-CLIP asks for it."""
+    """This includes the patches, which take their own values only when β-CLIP asks for it."""
     reference, visual = towers
     pictures = images()
     visual.output_tokens = reference.output_tokens = True
