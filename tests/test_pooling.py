@@ -249,7 +249,7 @@ def test_autocast():
         mixed = pool(patches.to(torch.bfloat16), queries)
         scores = pool.score(patches, queries[0])
     assert out.dtype == mixed.dtype == torch.bfloat16 and scores.dtype == torch.float32
-    size = float(expected.abs().max())
+    size = float(expected.detach().abs().max())
     torch.testing.assert_close(out.float(), expected, atol=2e-2 * size, rtol=0)
     torch.testing.assert_close(mixed.float(), expected, atol=2e-2 * size, rtol=0)
     (dx,) = torch.autograd.grad(out.float().square().sum(), patches)
