@@ -58,15 +58,28 @@ class QuickGELU(nn.Module):
         return _QuickGELU.apply(x)[0]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(len(hooks) for hooks in kinds)
+
+
 def attention_not_supported_reasons(attn: nn.Module) -> list[str]:
     """Why reading the weights of an attention module differs from calling it; empty where it does not.
 
-    Modules here read ``attn.in_proj_weight`` and compute the attention themselves. A parametrization acts whenever the
-    weight is read. Adapters that wrap the module, other forwards and hooks act only when it is called.
+    The pooling block and the towers read ``attn.in_proj_weight`` and compute the attention themselves. A
+    parametrization acts whenever the weight is read. Adapters that wrap the module, other forwards and hooks act only
+    when it is called.
     """
     if type(attn).forward is not nn.MultiheadAttention.forward or "forward" in vars(attn):
         return [f"attn has a forward of its own ({type(attn).__name__}), which would never be called"]
-    hooks = (attn._forward_pre_hooks, attn._forward_hooks, attn._backward_pre_hooks, attn._backward_hooks)
-    if any(len(kind) for kind in hooks):
-        return ["attn has hooks, which would never be called"]
-    return []
+    return ["attn has hooks, which would never be called"] if has_hooks(attn) else []
+
+
+def check_attention(attn: nn.Module, reader: str) -> None:
+    """Raise NotImplementedError where ``reader`` would compute something else than ``attn`` does when called."""
+    if reasons := attention_not_supported_reasons(attn):
+        raise NotImplementedError(
+            f"{reader} reads the weights of attn, but {'; '.join(reasons)}. Adapt attn.out_proj, mlp.c_fc and "
+            "mlp.c_proj instead, or parametrize attn.in_proj_weight (torch.nn.utils.parametrize)"
+        )

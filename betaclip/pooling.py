@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, unit_rows
-from betaclip.layers import LayerNorm, QuickGELU, attention_not_supported_reasons
+from betaclip.layers import LayerNorm, QuickGELU, check_attention
 
 
 class _Operands(NamedTuple):
@@ -93,7 +93,7 @@ class TextConditionedPool(nn.Module):
         self.backend = backend
         self.ln_1 = LayerNorm(embed_dim, **placed) if norm_inputs else None
         self.ln_1_kv = LayerNorm(embed_dim, **placed) if norm_inputs else None
-        # For its parameters, their names and their initialisation; attention_pool computes the attention.
+        # It has the parameters, their names and their initialisation; attention_pool computes the attention.
         self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, **placed)
         self.ln_2 = LayerNorm(embed_dim, **placed)
         c_fc, c_proj = nn.Linear(embed_dim, hidden, **placed), nn.Linear(hidden, embed_dim, **placed)
@@ -259,11 +259,7 @@ class TextConditionedPool(nn.Module):
         self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None
     ) -> _Operands:
         """Check the arguments, normalise and project them."""
-        if reasons := attention_not_supported_reasons(self.attn):
-            raise NotImplementedError(
-                f"TextConditionedPool reads the weights of attn: {'; '.join(reasons)}. Adapt attn.out_proj, mlp.c_fc "
-                "and mlp.c_proj, or parametrize attn.in_proj_weight (torch.nn.utils.parametrize)"
-            )
+        check_attention(self.attn, "TextConditionedPool")
         in_weight, in_bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # once: a parametrization computes them
         _check(patches, queries, patch_mask, query_mask, in_weight)
         device = patches.device.type

@@ -1,14 +1,15 @@
-"""Models in the layout of the published β-CLIP checkpoints."""
+"""Load and save models in the layout of the published β-CLIP checkpoints."""
 
 import json
 from pathlib import Path
 
 from open_clip.model import CLIP
-from open_clip.transformer import LayerScale, QuickGELU
+from open_clip.transformer import LayerScale
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from betaclip.layers import QuickGELU
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.published_layout import from_published, is_published, open_clip_config, to_published
 from betaclip.model.text_tower import stretched
@@ -18,20 +19,36 @@ from betaclip.model.weights import read_weights
 def load_published(
     path: Path | str, *, head_width: int = 64, pool_heads: int = 8, allow_pickle: bool = False
 ) -> BetaCLIP:
-    """A model in the published layout, its sizes taken from the tensors. Its configuration makes the same model again.
+    """Load a model from the published layout, with its sizes taken from the tensors.
 
     Args:
-        path: a safetensors file, or one of ``torch.save``: :func:`betaclip.model.weights.read_weights`.
-        head_width: of the towers' attention heads, which no tensor shows.
-        pool_heads: heads of the pooling block, likewise.
-        allow_pickle: run whatever code a pickle holds. Only for files that you trust like a program.
+        path: a safetensors file, or one of ``torch.save`` (:func:`betaclip.model.weights.read_weights`).
+        head_width: width of the towers' attention heads, which no tensor shows.
+        pool_heads: number of heads of the pooling block, which no tensor shows either.
+        allow_pickle: also unpickle arbitrary objects, which runs whatever code the file holds. Set it only for files
+            that you trust as you would trust a program.
+
+    Returns:
+        The model, in float32 on the CPU. ``create_model(model.config)`` makes the same one with random weights.
 
     Raises:
-        ValueError: another layout, no weights, heads that do not divide the widths, or objects beyond tensors.
+        ValueError: the file has another layout, holds no weights or objects beyond tensors, or the heads do not divide
+            the widths.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from betaclip.model import ModelConfig, create_model
+        >>> from betaclip.published import load_published, save_published
+        >>> model = create_model(ModelConfig(context_length=248, quick_gelu=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_published(model, f"{folder}/model.safetensors")
+        ...     again = load_published(f"{folder}/model.safetensors", head_width=32)
+        >>> torch.equal(again.pool.mlp.c_fc.weight, model.pool.mlp.c_fc.weight)
+        True
     """
     state = read_weights(path, allow_pickle=allow_pickle)
     if not is_published(state):
-        raise ValueError(f"{path}: expected the published layout, with positional_embedding_res and "
+        raise ValueError(f"{path}: expected the published layout, which has positional_embedding_res and "
                          f"text_conditioned_patches_block.*; got {', '.join(sorted(state)[:8])} ...")  # fmt: skip
     towers = open_clip_config(state, head_width)
     config = ModelConfig(
@@ -47,25 +64,30 @@ def load_published(
 
 
 def save_published(model: BetaCLIP, path: Path | str) -> None:
-    """Write a model as a safetensors file of the published layout.
+    """Write a model in the published layout, as a safetensors file.
+
+    Args:
+        model: one with stretched positions and QuickGELU; :func:`load_published` has an example.
+        path: the file to write.
 
     Raises:
-        NotImplementedError: the layout cannot express the model; the message lists why.
+        NotImplementedError: the layout cannot express the model; the message lists every reason.
     """
-    reasons = _why_not(model.clip)
+    reasons = _not_supported_reasons(model.clip)
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
     save_file(to_published({name: value.detach().cpu() for name, value in model.state_dict().items()}), path)
 
 
-def _why_not(clip: nn.Module) -> list[str]:
+def _not_supported_reasons(clip: nn.Module) -> list[str]:
+    """Why the layout cannot express a model with these towers; empty if it can."""
     if not isinstance(clip, CLIP):
-        return [f"its towers are a {type(clip).__name__}, not a CLIP"]
+        return [f"its towers are of type {type(clip).__name__}, not CLIP"]
     reasons = []
     if not is_parametrized(clip, "positional_embedding"):
         reasons.append("its positions are not stretched")
     if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
-        reasons.append("its activation is not QuickGELU, which the layout takes for granted")
+        reasons.append("its activation is not QuickGELU, which the layout assumes")
     if any(isinstance(m, LayerScale) for m in clip.modules()):
         reasons.append("it has LayerScale")
     if isinstance(clip.visual.ln_pre, nn.Identity):

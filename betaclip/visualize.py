@@ -1,4 +1,4 @@
-"""``betaclip visualize``: where in a picture each text looks, as PNG."""
+"""``betaclip visualize``: draws which patches of a picture each text attends to."""
 
 import textwrap
 from collections.abc import Sequence
@@ -25,31 +25,31 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import initialized
 
-# Inches. A panel's area is that of a square of this side, whatever the picture's shape.
-PANEL, GAP, BAR, WIDEST = 2.6, 0.1, 1.0, 12.5
-LETTER, LINE = 0.08, 0.19  # of a title
-MOST_COLUMNS, MOST_LINES = 4, 3
-DRAWN = 1024  # pixels that a larger picture's longer side is drawn with
+# In inches. A panel has the area of a square with sides of PANEL, whatever the picture's shape.
+PANEL, GAP, BAR, MAX_WIDTH = 2.6, 0.1, 1.0, 12.5
+LETTER, LINE = 0.08, 0.19  # of a title: width of a letter, height of a line
+MAX_COLUMNS, MAX_TITLE_LINES = 4, 3
+MAX_PIXELS = 1024  # of the longer side of the picture that is drawn
 
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """Whose attention to draw, over what."""
+    """The model, the picture and the texts."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint, the folder of a run, or a file in the published layout."""
     image: tyro.conf.Positional[Path]
     """A picture of any shape; the model sees it squashed to a square."""
     texts: tyro.conf.Positional[tuple[str, ...]]
-    """One panel each."""
+    """The texts, with one panel each."""
     out: Path = Path("attention.png")
-    """The picture to write."""
+    """The file to write; its suffix gives the format."""
     device: str = "auto"
-    """auto takes a GPU if there is one."""
+    """cpu, cuda or auto, which takes a GPU if there is one."""
 
 
 def visualize(config: VisualizeConfig) -> None:
-    """Write the picture.
+    """Draw the attention of each text and write the figure.
 
     Raises:
         ConfigError: no texts, or a file that cannot be read or written.
@@ -74,7 +74,7 @@ def visualize(config: VisualizeConfig) -> None:
 
 
 def attention(model: BetaCLIP, tokenizer: Tokenizer, image: Image.Image, texts: Sequence[str]) -> Tensor:
-    """(K, height, width) the attention of K texts over the grid of patches: averaged over heads, sums of 1."""
+    """(K, height, width) attention weights of K texts over the grid of patches, averaged over heads. Each sums to 1."""
     with evaluating(model):
         _, patches = encode_images(model, [Squash(model.image_size)(image)])
         queries, _ = encode_slots(model, tokenizer, [texts])
@@ -89,18 +89,20 @@ def attention_figure(
     texts: Sequence[str],
     boxes: Sequence[Box] | None = None,
 ) -> Figure:
-    """The picture, and once more for each text with its attention over it, in the picture's own shape.
+    """Draw the picture, and once more for each text with the text's attention laid over it, in the picture's shape.
 
-    Attention is given as a multiple of what it would be if it were even: 1 is no preference. All panels share one
-    scale, from 0 to the largest of any of them, or to 2, so that a text without a preference looks like one.
+    Attention is a multiple of even attention, so 1 means no preference. All panels share one scale, from 0 to the
+    largest value or at least to 2, so that a text without a preference looks like one.
 
     Args:
-        image: RGB; or (H, W, 3) uint8.
+        model: a model in training or evaluation mode; it stays in that mode.
+        tokenizer: the tokenizer of the model's texts.
+        image: RGB, or (H, W, 3) uint8.
         texts: one or more.
-        boxes: to be drawn, of what each text names, in the picture's pixels.
+        boxes: for each text, the box of what it names, in the picture's pixels; drawn in its panel.
 
     Returns:
-        A figure without a canvas of any window system; ``savefig`` writes it.
+        A figure that needs no window system; ``savefig`` writes it.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     maps = attention(model, tokenizer, picture, texts)
@@ -111,7 +113,7 @@ def attention_figure(
     titles = [_wrapped(text, int(across / LETTER)) for text in texts]
     figure, axes, bar = _panels(["", *titles], across, down)
     small = picture.copy()
-    small.thumbnail((DRAWN, DRAWN))
+    small.thumbnail((MAX_PIXELS, MAX_PIXELS))
     extent = (0.0, float(width), float(height), 0.0)
     axes[0].imshow(small, extent=extent)
     for axis, title, weights in zip(axes[1:], titles, maps, strict=True):
@@ -124,15 +126,15 @@ def attention_figure(
 
 
 def _panels(titles: Sequence[str], across: float, down: float) -> tuple[Figure, list[Axes], Axes]:
-    """A figure with an empty panel below the room for each title, and a place for the bar of colours."""
-    columns = max(1, min(MOST_COLUMNS, len(titles), int((WIDEST - BAR) / (across + GAP))))
+    """A figure with an empty panel below the space of each title, and the axes of the colour bar."""
+    columns = max(1, min(MAX_COLUMNS, len(titles), int((MAX_WIDTH - BAR) / (across + GAP))))
     rows = [titles[i : i + columns] for i in range(0, len(titles), columns)]
     heads = [LINE * max(title.count("\n") + 1 for title in row) + GAP for row in rows]
     width, height = columns * (across + GAP) + GAP + BAR, sum(heads) + len(rows) * (down + GAP)
     figure = Figure((width, height), dpi=120)
 
     def place(x: float, y: float, w: float) -> Axes:
-        """``down`` inches high; x from the left and y from the top."""
+        """Axes ``w`` wide and ``down`` high, ``x`` from the left and ``y`` from the top, in inches."""
         return figure.add_axes((x / width, 1 - (y + down) / height, w / width, down / height))
 
     axes = []
@@ -149,7 +151,7 @@ def _panels(titles: Sequence[str], across: float, down: float) -> tuple[Figure, 
 def _overlay(
     axis: Axes, picture: Image.Image, weights: Tensor, top: float, extent: tuple[float, float, float, float]
 ) -> AxesImage:
-    """The picture in gray under the attention of its patches, smoothed; more opaque the more of it."""
+    """Draw the picture in gray, and over it the smoothed attention of its patches, more opaque where it is larger."""
     width, height = picture.size
     smooth = F.interpolate(weights[None, None], (height, width), mode="bicubic", align_corners=False)[0, 0]
     smooth = smooth.clamp(0, top)
@@ -159,4 +161,5 @@ def _overlay(
 
 
 def _wrapped(text: str, letters: int) -> str:
-    return "\n".join(textwrap.wrap(text, letters, max_lines=MOST_LINES, placeholder=" …"))
+    """The text in lines of at most so many letters, cut where it needs more than a title has."""
+    return "\n".join(textwrap.wrap(text, letters, max_lines=MAX_TITLE_LINES, placeholder=" …"))

@@ -1,4 +1,4 @@
-"""A small model of the published layout, with the released code's own outputs, losses and gradients."""
+"""A small model in the published layout, compared with the released code's outputs, losses and gradients."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ HEAD_WIDTH = 16  # 3 heads for vision, 2 for text
 
 
 def texts() -> RaggedTexts:
-    """A text is a row up to its end token, the largest; also of a row of padding, which is encoded as well."""
+    """Each text is a row up to its end token, the largest id; the released code also encodes rows of padding."""
     blocks = [OUTPUTS["in.text_tokens"], OUTPUTS["in.phrase_tokens"]]
     rows = [[row[: int(row.argmax()) + 1] for block in blocks for row in block[image]] for image in range(3)]
     return RaggedTexts.of(rows)
@@ -84,7 +84,7 @@ def test_round_trip(model, tmp_path):
 
 
 def test_every_tensor_has_its_place():
-    """Also where two have the same shape: a checkpoint of numbers that are all different."""
+    """The checkpoint's numbers all differ, so tensors of the same shape cannot be swapped unseen."""
     first = 0.0
     state = {}
     for name, tensor in load_file(CHECKPOINT).items():
@@ -102,7 +102,7 @@ def test_config_makes_the_model_again(model):
 
 
 def test_as_pretrained(model):
-    """By its file; the context and QuickGELU come with it."""
+    """A published file as ``pretrained`` brings QuickGELU; the configuration must have its context length."""
     config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(CHECKPOINT))
     again = create_model(config)
     assert again.config.quick_gelu
@@ -127,7 +127,7 @@ def test_pickles_only_if_asked(tmp_path):
 
 
 def test_input_norms(tmp_path):
-    """Of the pooling block, known by its tensors."""
+    """The pooling block has LayerNorms of its inputs where the file has their weights."""
     state = load_file(CHECKPOINT)
     for name in ("ln_1", "ln_1_kv"):
         state |= {f"text_conditioned_patches_block.{name}.{kind}": torch.rand(32) for kind in ("weight", "bias")}

@@ -1,58 +1,67 @@
-"""open_clip's transformer blocks as the towers here need them: other computations over the same modules.
+"""open_clip's transformer blocks, over the same modules, with the computations that the towers add."""
 
-A block becomes another kind by its ``__class__``: the kinds have no state of their own, so parameters, their names,
-hooks and wrappers stay, and a model of open_clip stays one.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from open_clip.transformer import QuickGELU as OpenClipQuickGELU
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-
-class _QuickGELU(torch.autograd.Function):
-    """silu(1.702 x) / 1.702, whose derivative is silu's at 1.702 x: one tensor kept, one pass back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        scaled = 1.702 * x
-        ctx.save_for_backward(scaled)
-        return F.silu(scaled).mul_(1 / 1.702)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+from betaclip.layers import QuickGELU, attention_not_supported_reasons, check_attention, has_hooks
 
 
-class LeanQuickGELU(QuickGELU):  # type: ignore[misc]
-    """open_clip's with half the passes over memory."""
+class Block(ResidualAttentionBlock):  # type: ignore[misc]
+    """A block that takes over the modules of an open_clip block.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)
+    Called with open_clip's arguments it computes what that block did; subclasses add arguments of their own. It stays
+    a ``ResidualAttentionBlock`` for code that looks for these, and its parameters keep their names.
+    """
+
+    def __init__(self, block: ResidualAttentionBlock) -> None:
+        nn.Module.__init__(self)  # open_clip's would make new modules
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        self.training = block.training
+        if type(self.mlp.gelu) is OpenClipQuickGELU:
+            self.mlp.gelu = QuickGELU().train(self.training)
+
+    def in_projection(self) -> tuple[Tensor, Tensor]:
+        """(3 W, W) weight and (3 W,) bias of queries, keys and values.
+
+        Raises:
+            NotImplementedError: ``attn`` is wrapped or has hooks.
+        """
+        check_attention(self.attn, "the tower")
+        return self.attn.in_proj_weight, self.attn.in_proj_bias
+
+    def add_attended(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream ``x`` after the attention's result and the MLP."""
+        x = x + self.ls_1(self.attn.out_proj(attended))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-def why_not_blocks(blocks: Iterable[nn.Module], tower: str) -> list[str]:
-    """Why the blocks of a tower cannot become others."""
+def blocks_not_supported_reasons(blocks: Iterable[Any], tower: str) -> list[str]:
+    """Why the blocks of a tower cannot be replaced; empty if they can."""
+    blocks = list(blocks)
     kinds = sorted({type(block).__name__ for block in blocks if type(block) is not ResidualAttentionBlock})
-    return [f"the {tower} tower has blocks of kind {kind}" for kind in kinds]
+    if kinds:
+        return [f"the {tower} tower has blocks of type {', '.join(kinds)}, not ResidualAttentionBlock"]
+    reasons = {f"the {tower} tower's {reason}" for b in blocks for reason in attention_not_supported_reasons(b.attn)}
+    if any(has_hooks(block) for block in blocks):
+        reasons.add(f"the {tower} tower's blocks have hooks; register them once the model is made")
+    return sorted(reasons)
 
 
-def adopt(blocks: Sequence[Any], kind: type[nn.Module], last: type[nn.Module]) -> None:
-    """Make them of a kind, and the last one of another."""
-    for block in blocks:
-        block.__class__ = kind
-        if type(block.mlp.gelu) is QuickGELU:
-            block.mlp.gelu.__class__ = LeanQuickGELU
-    blocks[-1].__class__ = last
+def replace_blocks(blocks: nn.ModuleList, kind: type[Block]) -> None:
+    """Replace each block, in place, by one of ``kind`` over the same modules."""
+    for i, block in enumerate(blocks):
+        blocks[i] = kind(block)
 
 
-def run(block: nn.Module, x: Tensor, checkpointing: bool, **options: Any) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, checkpointing: bool, **options: Any) -> Tensor:
+    """``block(x, **options)``, with ``checkpointing`` computed again in the backward."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, use_reentrant=False, **options)
     return block(x, **options)

@@ -1,4 +1,8 @@
-"""Causal self-attention of packed texts: from what the nodes of their tree project to, and back to the nodes."""
+"""Causal self-attention of packed texts.
+
+M nodes, R rows of attention, U distinct texts, W = heads · width of a head. Rows are gathered from the nodes' queries,
+keys and values; each node takes back the result of one of its rows.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,11 +14,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from betaclip.model.packing import Packing, Rows, to_device
+from betaclip.model.packing import Bucket, Packing, Rows, to_device
 
 
 class _Gather(torch.autograd.Function):
-    """(M, W) -> (R, W), whose backward gathers too: each node sums its rows in one order, without atomics."""
+    """Gather rows, (M, W) -> (R, W). In the backward each node sums its rows in a fixed order, without atomics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, node: Tensor, users: Tensor, starts: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """(R, W) -> (M, W), the rows at ``index``, no two of which are one."""
+    """Gather rows at unique indices: (R, W) -> (M, W)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -45,13 +49,13 @@ class _Pick(torch.autograd.Function):
 
 
 class _Heads(torch.autograd.Function):
-    """(R, parts, heads, width) of buckets (texts, tokens) -> each bucket's parts, (texts, heads, tokens, width).
+    """Split (R, parts, heads, width) into views (num_texts, heads, length, width), bucket by bucket and part by part.
 
-    They are views; in the backward their gradients are written side by side once, which autograd does in three passes.
+    The backward writes all their gradients into one tensor in one pass, where autograd takes three.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, buckets: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
         ctx.shape, ctx.buckets = rows.shape, buckets
         return _by_heads(rows, buckets)
 
@@ -64,8 +68,8 @@ class _Heads(torch.autograd.Function):
         return grad, None
 
 
-def _by_heads(rows: Tensor, buckets: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
-    pieces = rows.split([texts * tokens for texts, tokens in buckets])
+def _by_heads(rows: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
+    pieces = rows.split([bucket.num_texts * bucket.length for bucket in buckets])
     return tuple(
         part
         for piece, bucket in zip(pieces, buckets, strict=True)
@@ -74,29 +78,28 @@ def _by_heads(rows: Tensor, buckets: tuple[tuple[int, int], ...]) -> tuple[Tenso
 
 
 class PackedAttention(ABC):
-    """A batch's texts on the device, for the attention of all layers.
+    """The attention of one batch's texts, on the device, for all layers.
 
-    M nodes, R rows of attention, U distinct texts, W = heads · width of a head.
-    What depends on the lengths of texts stays out of ``torch.compile``, which would compile again for every batch.
+    ``torch.compile`` leaves out all that depends on the lengths of texts, or it would compile again for every batch.
     """
 
     def __init__(self, packing: Packing, rows: Rows, device: torch.device) -> None:
         self.rows = rows.to(device)
         self.ends = to_device(packing.ends, device)
 
-    def of_ends(self, x: Tensor) -> Tensor:
-        """(M, W) -> (U, W) of the texts' last tokens."""
+    def at_ends(self, x: Tensor) -> Tensor:
+        """Gather the texts' last tokens: (M, W) -> (U, W)."""
         return _Pick.apply(x, self.ends)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def causal(self, qkv: Tensor, heads: int) -> Tensor:
-        """(M, 3 W) -> (M, W)"""
+        """Causal attention of all nodes: (M, 3 W) queries, keys and values -> (M, W)."""
         rows = self._gather(qkv).unflatten(1, (3, heads, -1))
         return _Pick.apply(self._causal(rows).flatten(1), self.rows.row)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def last(self, q: Tensor, kv: Tensor, heads: int) -> Tensor:
-        """(U, W) queries of the texts' last tokens, (M, 2 W) -> (U, W)"""
+        """Attention of the last tokens to their texts: (U, W) queries, (M, 2 W) keys and values -> (U, W)."""
         rows = self._gather(kv).unflatten(1, (2, heads, -1))
         return self._last(q.unflatten(1, (heads, -1)), rows).flatten(1)
 
@@ -115,7 +118,7 @@ class PackedAttention(ABC):
 class Buckets(PackedAttention):
     """One fused attention per bucket of texts of similar length, for any device and dtype.
 
-    Padding comes last, where no token of the text looks.
+    Padding follows each text, where causal attention never looks.
     """
 
     def __init__(self, packing: Packing, device: torch.device) -> None:
@@ -136,9 +139,9 @@ class Buckets(PackedAttention):
     def _last(self, q: Tensor, rows: Tensor) -> Tensor:
         if not self.buckets:
             return q
-        texts = [texts for texts, _ in self.buckets]
+        counts = [bucket.num_texts for bucket in self.buckets]
         keys_values, outs = _Heads.apply(rows, self.buckets), []
-        for i, (query, lengths) in enumerate(zip(q.split(texts), self.lengths.split(texts), strict=True)):
+        for i, (query, lengths) in enumerate(zip(q.split(counts), self.lengths.split(counts), strict=True)):
             k, v = keys_values[2 * i : 2 * i + 2]
             exists = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
             outs.append(F.scaled_dot_product_attention(query[:, :, None], k, v, exists[:, None, None])[:, :, 0])
@@ -146,7 +149,7 @@ class Buckets(PackedAttention):
 
 
 class Sequences(PackedAttention):
-    """PyTorch's attention of sequences of any lengths, for CUDA in half precision. Nothing is padded."""
+    """PyTorch's variable-length attention, without padding, for CUDA in half precision."""
 
     def __init__(self, packing: Packing, device: torch.device) -> None:
         super().__init__(packing, packing.flat_rows, device)
@@ -166,14 +169,14 @@ class Sequences(PackedAttention):
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, q_longest: int, window: tuple[int, int]
     ) -> Tensor:
-        # Newer versions may prefer cuDNN, which has been reported slow here and once faulty.
+        # Newer PyTorch may prefer cuDNN, which has been reported to be slow here and once to be wrong.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out: Any = varlen_attn(q, k, v, q_starts, self.starts, q_longest, self.longest, window_size=window)
         return out
 
 
 def packed_attention(packing: Packing, device: torch.device, dtype: torch.dtype, head_width: int) -> PackedAttention:
-    """The fastest that can serve: sequences without padding where flash attention runs, else buckets."""
+    """Choose the faster attention: sequences without padding where flash attention runs, else buckets."""
     flash = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     half = dtype in (torch.float16, torch.bfloat16)
     if flash and half and head_width % 8 == 0 and head_width <= 256 and len(packing.lengths):

@@ -1,4 +1,7 @@
-"""Names and shapes of published β-CLIP checkpoints: timm's for vision; q, k and v apart, and two tables, for text."""
+"""The layout of published β-CLIP checkpoints, and conversion from and to it.
+
+It has timm's names in the vision tower; in the text tower, q, k and v apart and two tables of positions.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +13,7 @@ from torch import Tensor
 from betaclip.model.text_tower import FROZEN, unstretched
 
 _POOL = "text_conditioned_patches_block."
-# How published names begin, and open_clip's. The first that fits.
+# Prefixes of published names and of open_clip's; the first that fits counts.
 _BEGINNINGS = {
     "visual.cls_token": "visual.class_embedding",
     "visual.pos_embed": "visual.positional_embedding",
@@ -20,7 +23,7 @@ _BEGINNINGS = {
     "visual.blocks": "visual.transformer.resblocks",
     "image_projection": "visual.proj",
 }
-# The same within a block of the vision tower.
+# The same within the vision tower's blocks.
 _PARTS = {
     "norm1": "ln_1",
     "norm2": "ln_2",
@@ -32,17 +35,18 @@ _PARTS = {
 _VISION_BLOCK = re.compile(r"(visual\.transformer\.resblocks\.\d+\.)(.+)")
 _QUERY = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)q_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)in_proj_(weight|bias)")
-# The frozen table, whose first rows are used, and the trained one, whose others are.
+# The frozen table, whose first rows are used, and the trained one, whose other rows are.
 _TABLES = ("positional_embedding", "positional_embedding_res")
 _STRETCHED = "clip.parametrizations.positional_embedding."
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether tensors by name have the published layout."""
     return "positional_embedding_res" in state and f"{_POOL}logit_scale" in state
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a BetaCLIP from one in the published layout."""
+    """Convert the published layout to the state dict of a BetaCLIP with stretched positions."""
     rest, ours = dict(state), {}
     for name in state:
         if found := _QUERY.fullmatch(name):
@@ -68,7 +72,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published layout of the state of a BetaCLIP with stretched positions."""
+    """Convert the state dict of a BetaCLIP with stretched positions to the published layout."""
     rest = dict(state)
     original, frozen, unused = (rest.pop(_STRETCHED + name) for name in ("original", "0.frozen", "0.unused"))
     theirs = dict(zip(_TABLES, (frozen, torch.cat((unused, original))), strict=True))
@@ -91,7 +95,11 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, Any]:
-    """The configuration of open_clip's model whose towers have these sizes; heads are not among them.
+    """The open_clip configuration of towers with these sizes.
+
+    Args:
+        state: tensors of the published layout.
+        head_width: of the towers' attention heads, which no tensor shows.
 
     Raises:
         ValueError: a width is not divisible by ``head_width``.

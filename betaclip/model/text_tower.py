@@ -4,52 +4,57 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from betaclip.model.blocks import adopt, run, why_not_blocks
+from betaclip.layers import check_attention
+from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_blocks, run_block
 from betaclip.model.packed_attention import PackedAttention, packed_attention
 from betaclip.model.packing import Packing, to_device
 
-# Stretching keeps so many positions, and makes so many of each later one.
+# Stretching keeps the first FROZEN positions and makes STRETCH of each later one.
 FROZEN, STRETCH = 20, 4
 
 
-class PackedBlock(ResidualAttentionBlock):  # type: ignore[misc]
+class PackedBlock(Block):
     """A block that also takes packed texts."""
 
-    def forward(self, q_x: Tensor, *args: Any, texts: PackedAttention | None = None, **kwargs: Any) -> Tensor:
-        """(M, W) -> (M, W) of the nodes of ``texts``; without, as open_clip's."""
-        if texts is None:
+    @property
+    def head_width(self) -> int:
+        check_attention(self.attn, "the tower")
+        return self.attn.head_dim
+
+    def forward(
+        self,
+        q_x: Tensor,
+        *args: Any,
+        attention: PackedAttention | None = None,
+        ends_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(M, W) states of the nodes -> (M, W), or with ``ends_only`` (U, W) states of the texts' last tokens.
+
+        Args:
+            attention: of the packed texts. None: compute as open_clip does, with its other arguments.
+            ends_only: compute the result of the last tokens alone, which is all that the last block is asked for.
+        """
+        if attention is None:
             return super().forward(q_x, *args, **kwargs)
-        attn = self.attn
-        qkv = F.linear(self.ln_1(q_x), attn.in_proj_weight, attn.in_proj_bias)
-        x = q_x + self.ls_1(attn.out_proj(texts.causal(qkv, attn.num_heads)))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
-
-
-class LastPackedBlock(ResidualAttentionBlock):  # type: ignore[misc]
-    """The last block, of which packed texts want their last tokens only."""
-
-    def forward(self, q_x: Tensor, *args: Any, texts: PackedAttention | None = None, **kwargs: Any) -> Tensor:
-        """(M, W) -> (U, W) of the last tokens of ``texts``; without, as open_clip's."""
-        if texts is None:
-            return super().forward(q_x, *args, **kwargs)
-        attn, width = self.attn, q_x.shape[1]
-        normed = self.ln_1(q_x)
-        weight, bias = attn.in_proj_weight, attn.in_proj_bias
-        q = F.linear(texts.of_ends(normed), weight[:width], bias[:width])
+        (weight, bias), normed, heads = self.in_projection(), self.ln_1(q_x), self.attn.num_heads
+        if not ends_only:
+            return self.add_attended(q_x, attention.causal(F.linear(normed, weight, bias), heads))
+        width = q_x.shape[1]
+        q = F.linear(attention.at_ends(normed), weight[:width], bias[:width])
         kv = F.linear(normed, weight[width:], bias[width:])
-        x = texts.of_ends(q_x) + self.ls_1(attn.out_proj(texts.last(q, kv, attn.num_heads)))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
+        return self.add_attended(attention.at_ends(q_x), attention.last(q, kv, heads))
 
 
 class FrozenStart(nn.Module):
-    """Positions of which the first are frozen: a parametrization of the whole table by its later rows.
+    """A parametrization of a table of positions by its later rows, the trained ones; the first rows are frozen.
 
-    frozen: (L, W) the table as it was stretched; its first rows are used.
-    unused: (FROZEN, W) rows that the published layout has in the trained table, and nothing reads.
+    frozen: (L, W) the table after stretching, of which the first rows are used.
+    unused: (FROZEN, W) rows that the published layout keeps in its trained table and nothing reads.
     """
 
     frozen: Tensor
@@ -68,19 +73,20 @@ class FrozenStart(nn.Module):
 
 
 def stretched(length: int) -> int:
-    """Positions after stretching: 248 for 77."""
+    """Number of positions after stretching ``length``: 248 for 77."""
     return FROZEN + STRETCH * (length - FROZEN)
 
 
 def unstretched(length: int) -> int:
+    """Number of positions before stretching to ``length``."""
     return FROZEN + (length - FROZEN) // STRETCH
 
 
 def stretch_positions(clip: Any) -> None:
-    """Stretch the text positions of a model in place, and freeze the first.
+    """Stretch the text positions of a model in place, and freeze the first ones.
 
-    Those are kept; each later one is followed by three between it and the next, on the straight line, and the last one
-    by three beyond it.
+    The first FROZEN positions are kept. After each later one come three more, interpolated between it and the next;
+    after the last one come three extrapolated beyond it.
     """
     text = text_modules(clip)
     table = text.positional_embedding.detach()
@@ -96,12 +102,12 @@ def stretch_positions(clip: Any) -> None:
 
 
 def text_modules(clip: Any) -> Any:
-    """What holds the modules of the text tower: the model itself, or its ``text``."""
+    """The module that holds the text tower's modules: ``clip.text`` if there is one, else the model itself."""
     return getattr(clip, "text", clip)
 
 
-def why_not_text(clip: Any) -> list[str]:
-    """Why the text tower of an open_clip model cannot be packed."""
+def text_not_supported_reasons(clip: Any) -> list[str]:
+    """Why the text tower of an open_clip model cannot take packed texts; empty if it can."""
     text = text_modules(clip)
     if not (text is clip or isinstance(text, TextTransformer)):
         return [f"the text tower is a {type(text).__name__}, not open_clip's own"]
@@ -113,24 +119,25 @@ def why_not_text(clip: Any) -> list[str]:
         reasons.append("the text tower is not causal (no_causal_mask)")
     if getattr(text, "cls_emb", None) is not None:
         reasons.append("the text tower has a class token (embed_cls)")
-    return [*reasons, *why_not_blocks(text.transformer.resblocks, "text")]
+    return [*reasons, *blocks_not_supported_reasons(text.transformer.resblocks, "text")]
 
 
 def prepare_text(clip: Any) -> None:
-    adopt(text_modules(clip).transformer.resblocks, PackedBlock, LastPackedBlock)
+    """Replace the blocks of the text tower, in place, by :class:`PackedBlock`."""
+    replace_blocks(text_modules(clip).transformer.resblocks, PackedBlock)
 
 
 def encode_packed(clip: Any, packing: Packing, device: torch.device, checkpointing: bool) -> Tensor:
-    """(U, D) embeddings of the distinct texts at their last tokens: projected, not normalised."""
+    """Encode the distinct texts into (U, D) embeddings of their last tokens: projected, not normalised."""
     text = text_modules(clip)
-    blocks = text.transformer.resblocks
+    *blocks, last = text.transformer.resblocks
     tokens, positions = to_device(packing.tokens, device), to_device(packing.positions, device)
     x = text.token_embedding(tokens) + F.embedding(positions, text.positional_embedding)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-    texts = packed_attention(packing, device, dtype, blocks[0].attn.head_dim)
+    attention = packed_attention(packing, device, dtype, last.head_width)
     for block in blocks:
-        x = run(block, x, checkpointing, texts=texts)
-    x = text.ln_final(x)
+        x = run_block(block, x, checkpointing, attention=attention)
+    x = text.ln_final(run_block(last, x, checkpointing, attention=attention, ends_only=True))
     projection = text.text_projection
     if projection is None:
         return x

@@ -1,4 +1,4 @@
-"""Texts of a batch of images as the tokens that exist: one flat tensor, nothing padded."""
+"""The texts of a batch of images as one flat tensor of tokens, without padding."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,24 @@ from betaclip.model.packing import Packing, pack
 
 @dataclass(frozen=True)
 class RaggedTexts:
-    """N texts of B images, any number of texts per image and of tokens per text.
+    """N texts of B images, with any number of texts per image and of tokens per text.
 
-    All tensors are on the CPU, where the text tower plans its work; it moves what it needs.
+    All tensors stay on the CPU, where the text tower plans its work; it copies what it needs to the device.
 
-    tokens: (T,) int64, text after text, each from its start token to its end token inclusive.
-    lengths: (N,) int64 tokens of each text, at least 1.
-    image_index: (N,) int64 image of each text, sorted. An image's first text is its caption.
-    num_images: B; images without any text are legal.
+    Args:
+        tokens: (T,) int64, text after text, each from its start token to its end token inclusive.
+        lengths: (N,) int64 tokens of each text, at least 1.
+        image_index: (N,) int64 image of each text, sorted. An image's first text is its caption.
+        num_images: B; an image may have no text.
+
+    Raises:
+        ValueError: the tensors are malformed or disagree; the message names the one.
+
+    Example:
+        >>> from betaclip.model.texts import RaggedTexts
+        >>> texts = RaggedTexts.of([[[7, 1, 9], [7, 9]], [[7, 2, 9]]])  # two images, with two texts and one
+        >>> texts.counts.tolist(), texts.lengths.tolist()
+        ([2, 1], [3, 2, 3])
     """
 
     tokens: Tensor
@@ -29,7 +39,7 @@ class RaggedTexts:
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[Sequence[int] | Tensor]]) -> "RaggedTexts":
-        """From the token sequences of each image's texts."""
+        """Make them from the token sequences of each image's texts."""
         per_image = [[torch.as_tensor(t, dtype=torch.int64) for t in image] for image in texts]
         flat = [t for image in per_image for t in image]
         counts = torch.tensor([len(image) for image in per_image], dtype=torch.int64)
@@ -60,30 +70,35 @@ class RaggedTexts:
 
     @cached_property
     def packing(self) -> Packing:
-        """How the text tower computes these texts. Kept, also by pickle: a data worker can make it ahead."""
+        """The text tower's plan for these texts. It is cached and pickled, so a data worker can make it ahead."""
         return pack(self.tokens, self.lengths)
 
     @property
     def counts(self) -> Tensor:
-        """(B,) texts of each image."""
+        """(B,) number of texts of each image."""
         return torch.bincount(self.image_index, minlength=self.num_images)
 
     @property
     def max_texts_per_image(self) -> int:
-        """The largest number of texts of any image."""
+        """The largest number of texts that any image has."""
         return int(self.counts.max()) if self.num_images else 0
 
-    def slots(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """(B, K) text in each slot, 0 where there is none, and (B, K) bool whether there is one; K = ``width`` or the
-        largest number of texts of any image."""
-        width = self.max_texts_per_image if width is None else width
+    def slots(self, texts_per_image: int | None = None) -> tuple[Tensor, Tensor]:
+        """Lay the texts out as K slots per image.
+
+        Args:
+            texts_per_image: K; the largest number that any image has if None.
+
+        Returns:
+            (B, K) index of the text in each slot, 0 in empty slots; (B, K) bool, True where there is a text.
+        """
         counts = self.counts
-        place = torch.arange(width)
+        place = torch.arange(self.max_texts_per_image if texts_per_image is None else texts_per_image)
         valid = place < counts[:, None]
         return torch.where(valid, (counts.cumsum(0) - counts)[:, None] + place, 0), valid
 
     def of_images(self, begin: int, end: int) -> "RaggedTexts":
-        """The texts of images ``begin`` to ``end``, numbered from 0."""
+        """The texts of images ``begin`` to ``end`` (exclusive), which are numbered from 0 again."""
         first, last = (int(torch.searchsorted(self.image_index, i)) for i in (begin, end))
         token = torch.cat((self.lengths.new_zeros(1), self.lengths.cumsum(0)))
         return RaggedTexts(

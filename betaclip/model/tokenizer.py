@@ -1,4 +1,4 @@
-"""Text to token ids: open_clip's byte-pair encoding, without padding."""
+"""Texts to token ids by open_clip's byte-pair encoding, without padding."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,10 +11,20 @@ SOT, EOT = _BPE.sot_token_id, _BPE.eot_token_id
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The ids of a text from its start token to its end token, at most ``context_length``.
+    """Encodes a text as token ids, from the start token to the end token, as open_clip's ``SimpleTokenizer`` does.
 
-    They are those of open_clip's ``SimpleTokenizer`` up to the end token. A text that is too long loses its last words
-    and keeps its end token, from whose position the text's embedding is taken.
+    A text that is too long loses its last tokens and keeps its end token, whose state becomes the text's embedding.
+
+    Args:
+        context_length: the largest number of ids, at least 3.
+
+    Raises:
+        ValueError: ``context_length`` is below 3.
+
+    Example:
+        >>> from betaclip.model.tokenizer import Tokenizer
+        >>> Tokenizer()("a red mug")
+        [49406, 320, 736, 9722, 49407]
     """
 
     context_length: int = 77
@@ -25,19 +35,20 @@ class Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         ids = [i for word in _BPE.pat.findall(_clean(text)) for i in _ids(word)]
-        if EOT in ids:  # spelled out in the text: it ends there, as for open_clip's text tower
+        if EOT in ids:  # written out in the text, which then ends there for open_clip's text tower
             ids = ids[: ids.index(EOT)]
         return [SOT, *ids[: self.context_length - 2], EOT]
 
 
 def _clean(text: str) -> str:
-    """open_clip's cleaning, half of the time, repairs encodings and entities: plain text needs no repair."""
+    """Lower case, with encodings and entities repaired as open_clip does."""
+    # The repair would be half of the time that a text takes, and plain ASCII needs none.
     plain = text.isascii() and text.isprintable() and "&" not in text
     return text.lower() if plain else _BPE.clean_fn(text)
 
 
 @lru_cache(maxsize=1 << 16)
 def _ids(word: str) -> tuple[int, ...]:
-    """Ids of a cleaned word, most of what encoding a text costs."""
+    """Ids of a cleaned word, cached because they are most of the cost of a text."""
     characters = "".join(_BPE.byte_encoder[byte] for byte in word.encode())
     return tuple(_BPE.encoder[piece] for piece in _BPE.bpe(characters).split(" "))

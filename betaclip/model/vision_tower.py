@@ -1,46 +1,44 @@
 """The vision tower of an open_clip model, with patch embeddings as β-CLIP takes them from its last block."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from betaclip.model.blocks import adopt, run, why_not_blocks
+from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_blocks, run_block
 
 
-class VisionBlock(ResidualAttentionBlock):  # type: ignore[misc]
-    """A block without the detours of ``nn.MultiheadAttention``."""
+class VisionBlock(Block):
+    """A block that calls the fused attention directly, and in which patches may take their own values unmixed."""
 
-    def forward(self, q_x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(B, L, W) -> (B, L, W)"""
-        attn = self.attn
-        qkv = F.linear(self.ln_1(q_x), attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = q_x + self.ls_1(attn.out_proj(out))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
+    def forward(self, q_x: Tensor, *args: Any, attending: Literal["all", "cls"] | None = None, **kwargs: Any) -> Tensor:
+        """(B, 1 + P, W) -> (B, 1 + P, W)
 
+        Args:
+            attending: the tokens that attend. With ``"cls"`` each patch takes its own value instead, through the output
+                projection. None: compute as open_clip does, with its other arguments.
+        """
+        if attending is None:
+            return super().forward(q_x, *args, **kwargs)
+        (weight, bias), normed = self.in_projection(), self.ln_1(q_x)
+        if attending == "all":
+            q, k, v = F.linear(normed, weight, bias).chunk(3, dim=2)
+            return self.add_attended(q_x, self._attention(q, k, v))
+        width = q_x.shape[2]
+        q = F.linear(normed[:, :1], weight[:width], bias[:width])
+        k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=2)
+        return self.add_attended(q_x, torch.cat((self._attention(q, k, v), v[:, 1:]), dim=1))
 
-class LastVisionBlock(ResidualAttentionBlock):  # type: ignore[misc]
-    """The last block: CLS attends as usual, each patch takes its own value, unmixed."""
-
-    def forward(self, q_x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(B, 1 + P, W) -> (B, 1 + P, W)"""
-        attn, width = self.attn, q_x.shape[2]
-        normed = self.ln_1(q_x)
-        weight, bias = attn.in_proj_weight, attn.in_proj_bias
-        query = F.linear(normed[:, :1], weight[:width], bias[:width])
-        key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=2)
-        q, k, v = (t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        cls = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = q_x + self.ls_1(attn.out_proj(torch.cat((cls, value[:, 1:]), dim=1)))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, Q, W), (B, L, W), (B, L, W) -> (B, Q, W)"""
+        heads = (t.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
-def why_not_vision(clip: Any) -> list[str]:
-    """Why the vision tower of an open_clip model cannot give β-CLIP's patches."""
+def vision_not_supported_reasons(clip: Any) -> list[str]:
+    """Why the vision tower of an open_clip model cannot give β-CLIP's patches; empty if it can."""
     visual = clip.visual
     if not isinstance(visual, VisionTransformer):
         kind = type(visual).__name__
@@ -53,19 +51,22 @@ def why_not_vision(clip: Any) -> list[str]:
     if not isinstance(visual.patch_dropout, nn.Identity):
         reasons.append("the vision tower drops patches (patch_dropout)")
     if visual.image_size[0] != visual.image_size[1]:
-        reasons.append(f"images are not square but {visual.image_size}")
-    return [*reasons, *why_not_blocks(visual.transformer.resblocks, "vision")]
+        reasons.append(f"the vision tower's images are not square but {visual.image_size}")
+    return [*reasons, *blocks_not_supported_reasons(visual.transformer.resblocks, "vision")]
 
 
 def prepare_vision(clip: Any) -> None:
-    adopt(clip.visual.transformer.resblocks, VisionBlock, LastVisionBlock)
+    """Replace the blocks of the vision tower, in place, by :class:`VisionBlock`."""
+    replace_blocks(clip.visual.transformer.resblocks, VisionBlock)
 
 
 def encode_patches(visual: Any, images: Tensor, checkpointing: bool) -> Tensor:
-    """(B, 1 + P, D) of CLS and of the patches, row by row: projected, not normalised."""
+    """Encode images (B, 3, H, W) into (B, 1 + P, D): CLS, then the patches row by row; projected, not normalised."""
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     x = visual.ln_pre(torch.cat((cls, patches), dim=1) + visual.positional_embedding.to(patches.dtype))
-    for block in visual.transformer.resblocks:
-        x = run(block, x, checkpointing)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        x = run_block(block, x, checkpointing, attending="all")
+    x = run_block(last, x, checkpointing, attending="cls")
     return visual.ln_post(x) @ visual.proj

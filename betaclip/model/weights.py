@@ -1,4 +1,4 @@
-"""Reading files of weights: safely, and out of what training code wraps them in."""
+"""Reads files of weights safely, and unwraps what training code puts around them."""
 
 import pickle
 from collections.abc import Mapping
@@ -10,23 +10,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# What holds the weights in a dictionary of more, and what wrappers of modules put before every name.
+# Keys under which checkpoints hold the weights, and prefixes that wrappers of modules put before every name.
 _HOLDERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read_weights(path: Path | str, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, from a safetensors file or a file of ``torch.save``.
+    """Read weights from a safetensors file or a file of ``torch.save``.
 
-    They may lie in a dictionary with other training state (under "model", "state_dict", "model_state_dict", "module"),
-    and all names may begin as wrappers make them ("module.", "_orig_mod.", "model.").
+    The weights may lie in a dictionary with other training state (under "model", "state_dict", "model_state_dict" or
+    "module"), and all names may carry a wrapper's prefix ("module.", "_orig_mod." or "model.").
 
     Args:
-        allow_pickle: run whatever code a pickle holds. Only for files that you trust like a program.
+        path: the file.
+        allow_pickle: also unpickle arbitrary objects, which runs whatever code the file holds. Set it only for files
+            that you trust as you would trust a program.
+
+    Returns:
+        Tensors by name, on the CPU.
 
     Raises:
-        ValueError: the file holds more than tensors and plain values and ``allow_pickle`` is not set, or no weights, or
-            it cannot be read.
+        ValueError: the file cannot be read, holds no weights, or holds objects beyond tensors and plain values and
+            ``allow_pickle`` is not set.
     """
     state: Any = _read(Path(path), allow_pickle)
     while (inner := next((state[h] for h in _HOLDERS if isinstance(state.get(h), Mapping)), None)) is not None:
@@ -46,7 +51,7 @@ def _read(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        reason = "no file of torch.save, or one with objects beyond tensors and plain values"
+        reason = "expected a file of torch.save with nothing but tensors and plain values"
         advice = "If you trust it like a program, read it with allow_pickle=True: that runs whatever code it holds"
         raise ValueError(f"{path}: {reason}. {advice} ({str(error).splitlines()[0]})") from error
     except (SafetensorError, RuntimeError, EOFError) as error:

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from support.towers import END, START, clip_model, hierarchy, padded
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
-from betaclip.model.blocks import LeanQuickGELU
+from betaclip.layers import QuickGELU
+from betaclip.model import BetaCLIP, ModelConfig, create_model
 from betaclip.model.text_tower import PackedBlock
 from betaclip.model.texts import RaggedTexts
 
@@ -46,7 +45,7 @@ def texts() -> RaggedTexts:
 
 
 def test_forward(texts):
-    """Against the same made of parts, an image and a text at a time."""
+    """The truth is put together from parts, an image and a text at a time."""
     beta_clip = model()
     out = beta_clip(pictures(), texts)
     most = texts.max_texts_per_image
@@ -82,9 +81,9 @@ def test_encode_text_is_in_the_texts_order(texts):
     torch.testing.assert_close(beta_clip.encode_text(texts), beta_clip.clip.encode_text(padded(texts, 77)))
 
 
-def test_width(texts):
+def test_texts_per_image(texts):
     beta_clip = model()
-    narrow, wide = (beta_clip(pictures(), texts, width) for width in (None, texts.max_texts_per_image + 3))
+    narrow, wide = (beta_clip(pictures(), texts, k) for k in (None, texts.max_texts_per_image + 3))
     for name in ("text_embeds", "pooled_embeds", "mask"):
         torch.testing.assert_close(wide[name][:, : texts.max_texts_per_image], narrow[name])
         assert not wide[name][:, texts.max_texts_per_image :].any()
@@ -93,7 +92,7 @@ def test_width(texts):
 @pytest.mark.parametrize("images", [0, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing(images, checkpointing):
-    """Without images, or without texts, a backward reaches every parameter, and finds nothing for the texts'."""
+    """Without images or texts, a backward still reaches every parameter, and unused ones get zeros."""
     beta_clip = model(gradient_checkpointing=checkpointing)
     out = beta_clip(pictures(images), RaggedTexts.of([[]] * images))
     assert out["pooled_embeds"].shape == (images, 0, 12)
@@ -104,8 +103,8 @@ def test_nothing(images, checkpointing):
             assert not parameter.grad.any(), name
 
 
-def test_width_of_a_chunk_without_texts():
-    """As in gradient caching, where all chunks of a batch have the same slots."""
+def test_empty_slots_of_a_chunk_without_texts():
+    """Gradient caching needs it, where all chunks of a batch have the same slots."""
     out = model()(pictures(2), RaggedTexts.of([[], []]), 4)
     assert out["pooled_embeds"].shape == (2, 4, 12) and not out["pooled_embeds"].any() and not out["mask"].any()
     sum(out[name].sum() for name in ("text_embeds", "pooled_embeds")).backward()
@@ -160,7 +159,7 @@ def test_attributes():
     [
         (lambda m, t: m(pictures()[:, :, :16], t), r"images: expected \(B, 3, 24, 24\), got shape \(5, 3, 16, 24\)"),
         (lambda m, t: m(pictures(4), t), "texts: expected those of 4 images, got those of 5"),
-        (lambda m, t: m(pictures(), t, 2), "width: expected at least 8, the texts of one image, got 2"),
+        (lambda m, t: m(pictures(), t, 2), "texts_per_image: expected at least 8, as one image has, got 2"),
         (
             lambda m, t: m.encode_text(RaggedTexts.of([[[START, *[1] * 76, END]]])),
             "texts: expected at most 77 tokens in each, got 78",
@@ -172,7 +171,7 @@ def test_rejects(texts, call, message):
         call(model(), texts)
 
 
-# Making models.
+# Making models
 
 
 def test_default_learns_scenes():
@@ -183,7 +182,7 @@ def test_default_learns_scenes():
 
 
 def test_names(monkeypatch):
-    """What open_clip is asked for: QuickGELU with the weights that were trained with it, whatever the name says."""
+    """open_clip is asked for QuickGELU with the weights that were trained with it, whatever the name says."""
     asked = []
 
     def create(name: str, pretrained: str | None, force_quick_gelu: bool) -> nn.Module:
@@ -201,11 +200,11 @@ def test_names(monkeypatch):
     ]
     for beta_clip, (*_, quick) in zip(models, asked, strict=True):
         assert beta_clip.config.quick_gelu is quick
-        assert (type(beta_clip.clip.visual.transformer.resblocks[0].mlp.gelu) is LeanQuickGELU) is quick
+        assert (type(beta_clip.clip.visual.transformer.resblocks[0].mlp.gelu) is QuickGELU) is quick
 
 
 def test_checkpoint_of_a_model_with_openais_weights():
-    """Its configuration without ``pretrained`` makes the same towers."""
+    """The configuration makes the same towers again without ``pretrained``."""
     beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, quick_gelu=True))
     assert all(isinstance(block.mlp.gelu, QuickGELU) for block in beta_clip.clip.transformer.resblocks)
     assert beta_clip.config.quick_gelu
@@ -246,7 +245,7 @@ def test_our_files(tmp_path, suffix):
         ),
         (ModelConfig(name="{no"), ValueError, "name: expected JSON after an opening brace"),
         (ModelConfig(name="ViT-B-16", pretrained="opnai"), ValueError, "pretrained: expected a file, or one of openai"),
-        (ModelConfig(pretrained="openai"), ValueError, "pretrained: no file openai"),
+        (ModelConfig(pretrained="openai"), ValueError, "pretrained: openai is not a file, and custom models"),
         (ModelConfig(context_length=100), ValueError, "context_length: expected 77, or 248 .*, got 100"),
         (ModelConfig(name=TINY, pool_heads=5), ValueError, "num_heads: expected a divisor of embed_dim = 12, got 5"),
     ],
@@ -270,7 +269,7 @@ def test_towers_that_cannot_serve():
         create_model(ModelConfig(name=json.dumps(options)))
 
 
-# Wrappers.
+# Wrappers
 
 
 @pytest.fixture
@@ -290,7 +289,7 @@ def gradients(call: nn.Module, of: BetaCLIP, texts: RaggedTexts) -> dict[str, Te
 
 @pytest.mark.parametrize("stretch", [False, True])
 def test_data_parallel(one_rank, texts, stretch):
-    """Every parameter has its gradient in every step, or the second would raise."""
+    """Every parameter gets a gradient in every step, or the second step would raise."""
     beta_clip = model(context_length=248 if stretch else 77)
     expected = gradients(beta_clip, beta_clip, texts)
     wrapped = DistributedDataParallel(beta_clip)
@@ -301,7 +300,7 @@ def test_data_parallel(one_rank, texts, stretch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fully_sharded(one_rank, texts, checkpointing):
-    """Block by block, as their hooks see the packed texts pass."""
+    """Block by block: fully_shard's hooks see the packed texts pass."""
     beta_clip = model(context_length=248, gradient_checkpointing=checkpointing)
     expected = gradients(again := copy.deepcopy(beta_clip), again, texts)
     blocks = [*beta_clip.clip.visual.transformer.resblocks, *beta_clip.clip.transformer.resblocks]

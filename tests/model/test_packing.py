@@ -1,4 +1,4 @@
-"""The plan of packed texts: every distinct prefix once, every token of every text found, the fewest rows."""
+"""The plan of packed texts: each distinct prefix is one node, each text is found in the tree, rows are fewest."""
 
 import pickle
 import random
@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from betaclip.model import packing
-from betaclip.model.packing import MAX_BUCKETS, Rows, choose_buckets
+from betaclip.model.packing import MAX_BUCKETS, Packing, Rows, choose_buckets
 from betaclip.model.texts import RaggedTexts
 
 END = 70000  # beyond 16 bits
 
 
 def random_texts(seed: int, images: int = 7, words: int = 3, longest: int = 9) -> list[list[list[int]]]:
-    """Few words, so that many texts begin alike and some are the same; images without texts; texts of one token."""
+    """Texts of few words, so that many begin alike and some are equal; some have one token, some images none."""
     rng = random.Random(seed)
     return [
         [[*rng.choices(range(words), k=rng.randrange(longest)), END] for _ in range(rng.randrange(6))]
@@ -47,7 +46,7 @@ def flat(texts: list[list[list[int]]]) -> list[tuple[int, ...]]:
     return [tuple(text) for image in texts for text in image]
 
 
-def spelled(plan: packing.Packing, nodes: list[int]) -> list[tuple[int, int]]:
+def spelled(plan: Packing, nodes: list[int]) -> list[tuple[int, int]]:
     return list(zip(plan.positions[nodes].tolist(), plan.tokens[nodes].tolist(), strict=True))
 
 
@@ -65,7 +64,7 @@ def test_texts_are_found_in_the_tree(texts):
     assert len(paths) == len(set(flat(texts))) == len(plan.ends)
     assert plan.lengths.tolist() == sorted(plan.lengths.tolist())
     assert plan.ends.tolist() == [path[-1] for path in paths]
-    found = [spelled(plan, paths[which]) for which in plan.text.tolist()]
+    found = [spelled(plan, paths[which]) for which in plan.distinct.tolist()]
     assert found == [list(enumerate(text)) for text in flat(texts)]
 
 
@@ -89,7 +88,7 @@ def test_flat_rows(texts):
 def test_padded_rows(texts):
     """Bucket after bucket, text after text, each text's tokens first."""
     plan = RaggedTexts.of(texts).packing
-    assert sum(texts for texts, _ in plan.buckets) == len(plan.lengths)
+    assert sum(bucket.num_texts for bucket in plan.buckets) == len(plan.lengths)
     lengths, paths = iter(plan.lengths.tolist()), iter(plan.path.split(plan.lengths.tolist()))
     exists, row = [], 0
     for count, longest in plan.buckets:
@@ -101,30 +100,29 @@ def test_padded_rows(texts):
     check_rows(plan.padded_rows, len(plan.tokens), exists)
 
 
-def cost(lengths: list[int], ends: tuple[int, ...]) -> int:
-    return sum((j - i) * lengths[j - 1] + packing.BUCKET_ROWS for i, j in pairwise((0, *ends, len(lengths))))
+def cost(lengths: list[int], ends: tuple[int, ...], call_rows: int) -> int:
+    return sum((j - i) * lengths[j - 1] + call_rows for i, j in pairwise((0, *ends, len(lengths))))
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8])
-@pytest.mark.parametrize("bucket_rows", [0, 5, 64])
+@pytest.mark.parametrize("max_buckets", [1, 2, 3, 8])
+@pytest.mark.parametrize("call_rows", [0, 5, 64])
 @pytest.mark.parametrize("seed", range(4))
-def test_buckets_are_the_cheapest(monkeypatch, seed, bucket_rows, most):
-    """Against all ways to cut ten texts into at most so many buckets."""
-    monkeypatch.setattr(packing, "BUCKET_ROWS", bucket_rows)
-    monkeypatch.setattr(packing, "MAX_BUCKETS", most)
+def test_buckets_are_the_cheapest(seed, call_rows, max_buckets):
+    """Among all ways to cut ten texts into at most that many buckets."""
     rng = random.Random(seed)
     lengths = sorted(rng.choice([rng.randint(1, 7), rng.randint(1, 80)]) for _ in range(10))
-    chosen = choose_buckets(np.array(lengths))
-    assert 1 <= len(chosen) <= most
-    ends = np.cumsum([texts for texts, _ in chosen]).tolist()
+    chosen = choose_buckets(np.array(lengths), max_buckets, call_rows)
+    assert 1 <= len(chosen) <= max_buckets
+    ends = np.cumsum([bucket.num_texts for bucket in chosen]).tolist()
     assert ends[-1] == 10 and [longest for _, longest in chosen] == [lengths[end - 1] for end in ends]
-    best = min(cost(lengths, cuts) for some in range(most) for cuts in combinations(range(1, 10), some))
-    assert cost(lengths, tuple(ends[:-1])) == best
+    cuts = [cut for count in range(max_buckets) for cut in combinations(range(1, 10), count)]
+    best = min(cost(lengths, cut, call_rows) for cut in cuts)
+    assert cost(lengths, tuple(ends[:-1]), call_rows) == best
 
 
 def test_at_most_eight_buckets():
     chosen = choose_buckets(np.arange(1, 249))
-    assert len(chosen) == MAX_BUCKETS == 8 and sum(texts for texts, _ in chosen) == 248
+    assert len(chosen) == MAX_BUCKETS == 8 and sum(bucket.num_texts for bucket in chosen) == 248
 
 
 def test_plan_is_made_once_and_travels():

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
+from support.adapters import Adapter, hooked
 from support.towers import END, START, clip_model, gradients, hierarchy, padded
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip.model import packed_attention
@@ -20,8 +22,8 @@ from betaclip.model.text_tower import (
     stretch_positions,
     stretched,
     text_modules,
+    text_not_supported_reasons,
     unstretched,
-    why_not_text,
 )
 from betaclip.model.texts import RaggedTexts
 
@@ -47,13 +49,13 @@ TEXTS = {
 
 def tower(**options) -> nn.Module:
     clip = clip_model(**options).double()
-    assert not why_not_text(clip)
+    assert not text_not_supported_reasons(clip)
     prepare_text(clip)
     return clip
 
 
 def encode(clip: nn.Module, texts: RaggedTexts, checkpointing: bool = False) -> Tensor:
-    return encode_packed(clip, texts.packing, CPU, checkpointing)[texts.packing.text]
+    return encode_packed(clip, texts.packing, CPU, checkpointing)[texts.packing.distinct]
 
 
 def parameters(clip: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,10 +72,12 @@ def assert_same_gradients(clip: nn.Module, out: Tensor, expected: Tensor, tolera
         assert error <= tolerance * float(theirs.abs().max()), (name, error)
 
 
-@pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.parametrize("options", TOWERS)
+@pytest.mark.parametrize(
+    "options, texts",
+    [*((tower, "shared") for tower in TOWERS), *(("CLIP", texts) for texts in TEXTS if texts != "shared")],
+)
 def test_matches_padded(options, texts):
-    """open_clip's encode_text, of the same blocks, called as its own."""
+    """The truth is open_clip's encode_text over the same blocks."""
     clip, ragged = tower(**TOWERS[options]), RaggedTexts.of(TEXTS[texts])
     expected = clip.encode_text(padded(ragged, 77))
     out = encode(clip, ragged)
@@ -82,7 +86,7 @@ def test_matches_padded(options, texts):
 
 
 def test_blocks_stay_open_clips():
-    """Adopted blocks called as open_clip calls them give what they gave before."""
+    """Replaced blocks called as open_clip calls them give what the blocks gave before."""
     clip = clip_model(quick_gelu=True).double()
     tokens, names = padded(RaggedTexts.of(TEXTS["shared"]), 77), list(clip.state_dict())
     before = clip.encode_text(tokens)
@@ -149,7 +153,7 @@ def test_autocast():
 
 
 def test_work():
-    """Products are of nodes, not of slots; after the last attention there are end tokens only."""
+    """Products take nodes, not slots; after the last attention they take end tokens only."""
     clip = tower(kind=CLIP, text={"width": 24, "layers": 2})
     ragged = RaggedTexts.of(TEXTS["shared"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -181,11 +185,31 @@ def test_compile():
     assert 0 < compiled[0] <= compiled[1] == compiled[-1]
 
 
-# Sequences of any lengths: CUDA's kernel cannot run here, what surrounds it can.
+def test_parametrized_attention_acts():
+    clip, ragged = tower(kind=CLIP, text={"layers": 2}), RaggedTexts.of(TEXTS["shared"])
+    before = encode(clip, ragged)
+    for block in clip.transformer.resblocks:
+        parametrize.register_parametrization(block.attn, "in_proj_weight", nn.Tanh())
+    out = encode(clip, ragged)
+    assert not torch.allclose(out, before)
+    torch.testing.assert_close(out, clip.encode_text(padded(ragged, 77)), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [Adapter, hooked])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_wrapped_attention_is_refused(wrap, layer):
+    clip = tower(kind=CLIP, text={"layers": 2})
+    block = clip.transformer.resblocks[layer]
+    block.attn = wrap(block.attn)
+    with pytest.raises(NotImplementedError, match="the tower reads the weights of attn"):
+        encode(clip, RaggedTexts.of(TEXTS["shared"]))
+
+
+# Sequences without padding. CUDA's kernel cannot run here; a stand-in tests all that surrounds it.
 
 
 def attention_by_sequences(q, k, v, q_starts, k_starts, q_longest, k_longest, *, window_size):
-    """What torch.nn.attention.varlen.varlen_attn computes, a sequence at a time."""
+    """A stand-in for torch.nn.attention.varlen.varlen_attn that takes one sequence at a time."""
     assert q_starts.dtype == k_starts.dtype == torch.int32
     outs = []
     for (a, b), (c, d) in zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True):
@@ -249,7 +273,7 @@ def test_sequences_on_a_gpu(dtype):
     exact_grads = gradients(exact, list(named.values()))
     clip.float().cuda()
     named = parameters(clip)
-    text = ragged.packing.text.cuda()
+    text = ragged.packing.distinct.cuda()
     runs = (
         lambda: encode_packed(clip, ragged.packing, torch.device("cuda"), False)[text],
         lambda: clip.encode_text(padded(ragged, 77).cuda()),
@@ -277,7 +301,7 @@ def test_does_not_wait_for_the_gpu():
                 torch.cuda.set_sync_debug_mode("default")
 
 
-# Stretched positions.
+# Stretched positions
 
 
 @pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
@@ -310,7 +334,7 @@ def test_stretched_tower_matches_padded(kind):
 
 
 def test_first_positions_are_frozen():
-    """No gradient, no momentum, no weight decay: they are no part of any parameter."""
+    """No parameter holds them, so they have no gradient, momentum or weight decay."""
     clip = tower(kind=CLIP)
     stretch_positions(clip)
     before = clip.positional_embedding.detach().clone()
@@ -333,16 +357,16 @@ def test_first_positions_are_frozen():
         (dict(kind=CustomTextCLIP, text={"pool_type": "last"}), "the text tower's pool_type is 'last'"),
         (dict(kind=CLIP, text={"pool_type": "first"}), "the text tower's pool_type is 'first'"),
         (dict(kind=CustomTextCLIP, text={"embed_cls": True}), "the text tower has a class token (embed_cls)"),
-        (dict(kind=CLIP, text={"qk_norm": True}), "the text tower has blocks of kind CustomResidualAttentionBlock"),
+        (dict(kind=CLIP, text={"qk_norm": True}), "the text tower has blocks of type CustomResidualAttentionBlock"),
     ],
 )
-def test_why_not(options, reason):
-    (found,) = why_not_text(clip_model(**options))
+def test_not_supported(options, reason):
+    (found,) = text_not_supported_reasons(clip_model(**options))
     assert found.startswith(reason)
 
 
-def test_why_not_lists_all():
+def test_not_supported_lists_all():
     clip = clip_model(CustomTextCLIP, text={"no_causal_mask": True, "pool_type": "last", "scale_fc": True})
-    assert len(why_not_text(clip)) == 3
+    assert len(text_not_supported_reasons(clip)) == 3
     clip.text = nn.Linear(1, 1)
-    assert why_not_text(clip) == ["the text tower is a Linear, not open_clip's own"]
+    assert text_not_supported_reasons(clip) == ["the text tower is a Linear, not open_clip's own"]

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from open_clip.model import CLIP
+from support.adapters import Adapter, hooked
 from support.towers import clip_model, gradients
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from betaclip.model.vision_tower import encode_patches, prepare_vision, why_not_vision
+from betaclip.model.vision_tower import encode_patches, prepare_vision, vision_not_supported_reasons
 
 TOWERS = {
     "GELU": dict(),
@@ -22,12 +24,12 @@ TOWERS = {
 
 @pytest.fixture(params=TOWERS)
 def towers(request) -> tuple[nn.Module, nn.Module]:
-    """open_clip's own, and a copy of it with adopted blocks."""
+    """open_clip's own, and a copy of it with replaced blocks."""
     clip = clip_model(CLIP, **TOWERS[request.param]).double()
-    assert not why_not_vision(clip)
-    adopted = copy.deepcopy(clip)
-    prepare_vision(adopted)
-    return clip.visual, adopted.visual
+    assert not vision_not_supported_reasons(clip)
+    prepared = copy.deepcopy(clip)
+    prepare_vision(prepared)
+    return clip.visual, prepared.visual
 
 
 def images(count: int = 2) -> Tensor:
@@ -35,10 +37,7 @@ def images(count: int = 2) -> Tensor:
 
 
 def by_value_path(visual: nn.Module, pictures: Tensor) -> Tensor:
-    """(B, 1 + P, D): every token of the last block takes its own value; for patches, the published definition.
-
-    open_clip's blocks before; then each value is taken by the output projection alone.
-    """
+    """(B, 1 + P, D); each token takes its own value in the last block, as the published code defines it for patches."""
     x = visual._embeds(pictures)
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
@@ -67,15 +66,18 @@ def test_matches_open_clip_and_the_value_path(towers):
     assert_same_gradients(out, visual, expected, reference)
 
 
-def test_open_clips_own_call_still_works(towers):
+def test_open_clips_own_call_is_unchanged(towers):
+    """This includes the patches, which take their own values only when β-CLIP asks for it."""
     reference, visual = towers
     pictures = images()
-    torch.testing.assert_close(visual(pictures), reference(pictures), atol=1e-12, rtol=1e-12)
+    visual.output_tokens = reference.output_tokens = True
+    for ours, theirs in zip(visual(pictures), reference(pictures), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     assert list(visual.state_dict()) == list(reference.state_dict())
 
 
 def test_patches_are_row_by_row():
-    """A picture that differs in one patch gives others only there, where nothing mixes: with a single layer."""
+    """A single layer mixes no patches: pictures that differ in one patch give embeddings that differ in that one."""
     clip = clip_model(CLIP, vision={"layers": 1}).double()
     prepare_vision(clip)
     picture = images(1)
@@ -130,8 +132,33 @@ def test_compile():
     pictures = images()
     expected = encode_patches(clip.visual, pictures, False)
     for block in clip.visual.transformer.resblocks:
-        block.compile(backend="eager", fullgraph=True)
+        block.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(encode_patches(clip.visual, pictures, False), expected)
+
+
+def test_parametrized_attention_acts():
+    clip = clip_model(vision={"layers": 2}).double()
+    prepare_vision(clip)
+    pictures = images()
+    before = encode_patches(clip.visual, pictures, False)
+    for block in clip.visual.transformer.resblocks:
+        parametrize.register_parametrization(block.attn, "in_proj_weight", nn.Tanh())
+    out, plain = encode_patches(clip.visual, pictures, False), copy.deepcopy(clip.visual)
+    for block in plain.transformer.resblocks:
+        parametrize.remove_parametrizations(block.attn, "in_proj_weight")
+    torch.testing.assert_close(out, encode_patches(plain, pictures, False))
+    assert not torch.allclose(out, before)
+
+
+@pytest.mark.parametrize("wrap", [Adapter, hooked])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_wrapped_attention_is_refused(wrap, layer):
+    clip = clip_model(vision={"layers": 2}).double()
+    prepare_vision(clip)
+    block = clip.visual.transformer.resblocks[layer]
+    block.attn = wrap(block.attn)
+    with pytest.raises(NotImplementedError, match="the tower reads the weights of attn"):
+        encode_patches(clip.visual, images(), False)
 
 
 @pytest.mark.parametrize(
@@ -140,16 +167,16 @@ def test_compile():
         ({"attentional_pool": True, "attn_pooler_heads": 4}, "the vision tower pools by attention (attentional_pool)"),
         ({"pool_type": "avg"}, "the vision tower's pool_type is 'avg'"),
         ({"patch_dropout": 0.5}, "the vision tower drops patches (patch_dropout)"),
-        ({"image_size": (24, 32)}, "images are not square but (24, 32)"),
-        ({"scale_attn": True}, "the vision tower has blocks of kind CustomResidualAttentionBlock"),
+        ({"image_size": (24, 32)}, "the vision tower's images are not square but (24, 32)"),
+        ({"scale_attn": True}, "the vision tower has blocks of type CustomResidualAttentionBlock"),
         ({"layers": [1, 1, 1, 1], "image_size": 64}, "the vision tower is a ModifiedResNet"),
     ],
 )
-def test_why_not(vision, reason):
-    (found,) = why_not_vision(clip_model(vision=vision))
+def test_not_supported(vision, reason):
+    (found,) = vision_not_supported_reasons(clip_model(vision=vision))
     assert found.startswith(reason)
 
 
-def test_why_not_lists_all():
+def test_not_supported_lists_all():
     vision = {"pool_type": "avg", "patch_dropout": 0.5, "image_size": (24, 32), "qk_norm": True}
-    assert len(why_not_vision(clip_model(vision=vision))) == 4
+    assert len(vision_not_supported_reasons(clip_model(vision=vision))) == 4

@@ -10,7 +10,7 @@ from betaclip.data.batches import Bad, Batch, Draw, Example
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig
 from betaclip.model.texts import RaggedTexts
 
-# How to start processes: a fork needs no imports, but cannot backpropagate once autograd serves a GPU.
+# How to start processes: a fork needs no imports, but cannot backpropagate once autograd has used a GPU.
 START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
 
 IMAGE_SIZE = 16
@@ -33,7 +33,7 @@ def tiny_batch(images: int, seed: int = 0) -> Batch:
 
 
 class TinyDataset(Dataset[Example | Bad]):
-    """Noise. A draw of an index in ``bad`` is bad; one in ``poisoned`` has a picture that is not finite."""
+    """Pictures of noise. Indices in ``bad`` cannot be read; those in ``poisoned`` have an infinite pixel."""
 
     def __init__(self, length: int, bad: tuple[int, ...] = (), poisoned: tuple[int, ...] = ()) -> None:
         self.length, self.bad, self.poisoned = length, bad, poisoned

@@ -1,4 +1,4 @@
-"""Models of open_clip too small to learn anything, and texts for them in both forms."""
+"""open_clip models too small to learn anything, and texts for them, packed and padded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ START, END, VOCABULARY = 90, 91, 92
 
 
 def clip_model(kind: type[nn.Module] = CLIP, *, vision: Any = (), text: Any = (), **options: Any) -> Any:
-    """Sizes of which no two are the same. Norms, biases and layer scales are random too."""
+    """A model with random weights, norms, biases and layer scales, whose sizes all differ."""
     vision = {"image_size": 24, "patch_size": 8, "width": 40, "layers": 3, "head_width": 10} | dict(vision)
     text = {"context_length": 77, "vocab_size": VOCABULARY, "width": 24, "heads": 3, "layers": 3} | dict(text)
     model = kind(12, vision, text, **options)
@@ -24,7 +24,7 @@ def clip_model(kind: type[nn.Module] = CLIP, *, vision: Any = (), text: Any = ()
 
 
 def hierarchy(seed: int, images: int = 5, longest: int = 12) -> list[list[list[int]]]:
-    """Start, words, end; few words and a common opening, so that prefixes are shared; one image without texts."""
+    """Texts of few words between start and end token, so that they share prefixes; one image has no text."""
     generator = torch.Generator().manual_seed(seed)
 
     def text() -> list[int]:
@@ -33,7 +33,7 @@ def hierarchy(seed: int, images: int = 5, longest: int = 12) -> list[list[list[i
 
     texts = [[text() for _ in range(1 + 3 * i % 7)] for i in range(images)]
     texts[1] = []
-    texts[-1] = [*texts[0][:2], [END], *texts[-1]]  # texts of other images, and one of a single token
+    texts[-1] = [*texts[0][:2], [END], *texts[-1]]  # two that another image has too, and one of a single token
     return texts
 
 
@@ -45,6 +45,6 @@ def padded(texts: RaggedTexts, width: int) -> Tensor:
 
 
 def gradients(out: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Of a weighted sum, with the same weights for the same shape."""
+    """The gradients of a weighted sum of ``out``; outputs of the same shape have the same weights."""
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
     return list(torch.autograd.grad((out * weights).sum(), parameters))
