@@ -1,4 +1,4 @@
-"""One question of a choice benchmark: which of these texts describes this part of the image?"""
+"""Questions of a multiple-choice benchmark: which of these texts describes this part of the image?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Choice:
-    """image: a file, or (H, W, 3) uint8; box: (x0, y0, x1, y1) in its pixels; the model should prefer ``positive``."""
+    """One question; the right answer is ``positive``.
+
+    image: a file, or (H, W, 3) uint8. box: (x0, y0, x1, y1) in pixels of the image.
+    """
 
     image: Path | npt.NDArray[np.uint8]
     box: tuple[float, float, float, float]

@@ -1,4 +1,4 @@
-"""Reading images, and the published transforms: a random crop to train, resize and centre crop to evaluate."""
+"""Reads images, and turns them into tensors as published: a random crop to train, a central square to evaluate."""
 
 from pathlib import Path
 from typing import IO
@@ -16,14 +16,14 @@ _FACTOR, _SHIFT = 1 / (255 * _STD), _MEAN / _STD
 
 
 class UnreadableImageError(ValueError):
-    """An image is missing or broken; the message says how."""
+    """An image is missing or broken; the message says what is wrong with it."""
 
 
 def read_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The decoded RGB image of a path or a binary file.
 
     Raises:
-        UnreadableImageError: there is no such file, or it is no image, or only a part of one.
+        UnreadableImageError: the file is missing, is not an image, or is only a part of one.
     """
     try:
         with Image.open(source) as image:
@@ -41,20 +41,23 @@ def normalize(image: Image.Image | npt.NDArray[np.uint8]) -> Tensor:
 
 
 class TrainingTransform:
-    """A random part of the image, of 50 to 100 % of its area and up to 4:3 or 3:4, bicubic; a function of ``seed``."""
+    """A random part of the image, resized to a square: 50 to 100 % of its area, no longer than 4:3, bicubic.
+
+    The part is a function of ``seed``.
+    """
 
     def __init__(self, size: int) -> None:
         self.crop = RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        # Not torch.manual_seed, which would also set the state of CUDA's generators, and fork_rng not restore it.
+        # torch.manual_seed would also set the states of CUDA's generators, which this fork_rng does not restore.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return normalize(self.crop(image))
 
 
 class EvaluationTransform:
-    """The shorter side resized to ``size``, bicubic, and the central square."""
+    """The central square of the image, after its shorter side is resized to ``size``, bicubic."""
 
     def __init__(self, size: int) -> None:
         self.crop = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])

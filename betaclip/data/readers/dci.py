@@ -10,6 +10,8 @@ from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, 
 
 @dataclass(frozen=True, kw_only=True)
 class DCIOptions(RetrievalOptions):
+    """Settings of Densely Captioned Images."""
+
     dci: Path | None = None
     """Folder with annotations/ and photos/: retrieval."""
 

@@ -47,7 +47,7 @@ def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: unknown difficulty, or several files for it.
+        ValueError: there is no such difficulty, or there are several files for it.
     """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty: expected one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
@@ -61,13 +61,13 @@ def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
 
 
 def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
-    """Of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
+    """The choices of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
 
-    A row is bad if its image is not there, its box is empty, a text is missing, or it has no negatives.
+    A row is bad if its image is missing, its box is empty, or it lacks a text or negatives.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of neither form, or has no usable row.
+        ValueError: the file has neither form, or no usable row.
     """
     file, images = Path(file), Path(images)
     choices: list[Choice] = []
@@ -84,7 +84,7 @@ def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
 
 
 class _Record(NamedTuple):
-    """A row as it stands in the file, of whatever types."""
+    """A row as it stands in the file, with values of any type."""
 
     image: Any
     bbox: Any
@@ -101,7 +101,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
 def _of_line(line: bytes) -> _Record:
     row = parse_json(line)
     if not isinstance(row, dict):
-        raise BadRowError("no object")
+        raise BadRowError(f"expected an object, got {type(row).__name__}")
     positive = row.get("pos_expression")
     if isinstance(positive, list) and len(positive) == 1:
         positive = positive[0]
@@ -130,25 +130,25 @@ def _of_annotation(row: Any, images: dict[Any, Any], texts: dict[Any, Any]) -> _
 
 
 def _choice(record: _Record, images: Path) -> Choice:
-    """Checked.
+    """The choice in a row.
 
     Raises:
-        BadRowError: what is wrong.
+        BadRowError: the message says what is wrong with the row.
     """
     image, bbox, positive, negatives = record
     if not isinstance(image, str) or not image.strip("/"):
-        raise BadRowError(f"no image, but {image!r}")
-    path = images / image.lstrip("/")  # FG-CLIP's begin with one
+        raise BadRowError(f"image: expected a path, got {image!r}")
+    path = images / image.lstrip("/")  # the paths of FG-CLIP's files begin with a slash
     if not path.is_file():
-        raise BadRowError(f"no such image: {path}")
+        raise BadRowError(f"image: {path} is not a file")
     if not isinstance(positive, str) or not positive.strip():
-        raise BadRowError(f"no positive text, but {positive!r}")
+        raise BadRowError(f"positive: expected a text, got {positive!r}")
     if not isinstance(negatives, list) or not negatives or not all(isinstance(n, str) and n.strip() for n in negatives):
-        raise BadRowError(f"no negative texts, but {negatives!r}")
+        raise BadRowError(f"negatives: expected texts, got {negatives!r}")
     numbers = isinstance(bbox, list) and all(isinstance(value, int | float) and isfinite(value) for value in bbox)
     if not numbers or len(bbox) != 4:
-        raise BadRowError(f"no box, but {bbox!r}")
+        raise BadRowError(f"box: expected four numbers, got {bbox!r}")
     x, y, width, height = bbox
     if not (width > 0 and height > 0):
-        raise BadRowError(f"an empty box: {bbox}")
+        raise BadRowError(f"box: expected a width and a height above 0, got {bbox}")
     return Choice(path, (x, y, x + width, y + height), positive, tuple(negatives))

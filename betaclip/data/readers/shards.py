@@ -1,4 +1,4 @@
-"""Pictures and captions in tar shards, read in sequence by the webdataset library: for storage that is slow to seek.
+"""Pictures and captions in tar shards, read in sequence with the webdataset library, for storage that seeks slowly.
 
 A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.txt``, or ``KEY.json`` with
 a "caption" or with ShareGPT4V's "conversations".
@@ -45,19 +45,26 @@ def expand_shards(shards: str) -> list[str]:
 
 
 class ShardDataset(IterableDataset[Example | Bad]):
-    """The samples of all shards in an order that the seed and the epoch decide, split over ranks and their workers.
+    """The samples of all shards, in an order that the seed and the epoch decide, split over ranks and their workers.
 
     Without ``epoch_samples`` an epoch is one pass: the shards are permuted and dealt out, and every sample is seen once
-    over all ranks and workers. Ranks that were dealt more samples then have more batches, which no training step that
-    ranks take together survives. With ``epoch_samples``, every worker draws shards from all of them, with replacement,
-    until it has its part of so many samples: as many on every rank, and some samples more often than others.
+    over all ranks and workers. Some ranks may then have more batches than others, so that they cannot train together.
+    With ``epoch_samples`` every worker draws shards, with replacement, until it has its part of so many samples: all
+    ranks have as many, and some samples come more often than others.
 
-    A shard that cannot be read, or a part of one, is one ``Bad``. Example by example the same as a map-style dataset;
-    all that is random about a sample follows from its name, the seed and the epoch (and with replacement from which
-    worker draws it when), so that a pass has the same examples whatever the number of ranks and workers.
+    A shard that cannot be read, or a part of one, is one ``Bad``. All that is random about a sample follows from its
+    name, the seed and the epoch, so that a pass has the same examples whatever the number of ranks and workers. With
+    replacement it also follows from which worker draws the sample, and when.
 
-    shuffle: samples in each worker's buffer, undecoded, of which it draws the next; 0 keeps a shard's order.
-    rank, ranks: this process among those of the run.
+    Args:
+        shards: files or addresses (:func:`expand_shards`).
+        make: makes the example of a sample.
+        shuffle: how many samples, undecoded, a worker holds to draw the next from; 0 keeps the order of a shard.
+        epoch_samples: samples of an epoch, over all ranks.
+        rank, ranks: this process among those of the run.
+
+    Raises:
+        ValueError: there are fewer shards than ranks.
     """
 
     def __init__(
@@ -76,21 +83,23 @@ class ShardDataset(IterableDataset[Example | Bad]):
         self.shards, self.make = list(shards), make
         self.seed, self.shuffle, self.epoch_samples = seed, shuffle, epoch_samples
         self.rank, self.ranks = rank, ranks
-        # Epoch, batches that this rank has had of it, their size: shared, so that persistent workers see them too.
+        # The epoch, and how many batches of which size this rank has had of it; shared with persistent workers.
         self.position = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int, batches: int = 0, batch_size: int = 0) -> None:
-        """Call before each epoch; with ``batches``, to go on after that many batches of ``batch_size``.
+        """Start an epoch at the next iteration; with ``batches``, continue after that many batches of ``batch_size``.
 
-        What they had is read again, but not decoded. The rest is what it would have been as long as the numbers of
-        ranks and of workers and the batch size are the same, and no worker had come to its end.
+        Their samples are read again, but not decoded. The rest is the same as without the interruption if the numbers
+        of ranks and workers and the batch size are, and if no worker had come to its end.
         """
         self.position.copy_(torch.tensor((epoch, batches, batch_size)))
 
     def batches_per_epoch(self, batch_size: int, workers: int) -> int:
-        """Whole batches of a rank in an epoch of ``epoch_samples``."""
+        """How many whole batches a rank has in an epoch of ``epoch_samples``."""
         if self.epoch_samples is None:
-            raise ValueError("epoch_samples: expected a number, got None: a pass has as many samples as it finds")
+            raise ValueError(
+                "epoch_samples: expected a number, got None; the samples of a pass are not counted beforehand"
+            )
         workers = max(workers, 1)
         return self.epoch_samples // (self.ranks * workers) // batch_size * workers
 
@@ -113,7 +122,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, batches, batch_size = self.position.tolist()
-        # The loader asks its first worker first: that one goes on as the one whose turn it was.
+        # The loader asks its first worker first, so that one takes the place of the worker whose turn it was.
         worker = (worker + batches) % workers
         had = (batches - worker + workers - 1) // workers * batch_size
         end = None if self.epoch_samples is None else self.epoch_samples // (self.ranks * workers)
@@ -122,7 +131,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
             yield sample if isinstance(sample, Bad) else self._example(sample, epoch, turn)
 
     def _samples(self, epoch: int, worker: int, workers: int) -> Iterator[dict[str, Any] | Bad]:
-        """What this worker has of an epoch, undecoded."""
+        """This worker's samples of an epoch, undecoded."""
         if self.epoch_samples is None:
             order = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
             mine: Iterator[str] = iter(order[self.rank :: self.ranks][worker::workers])
@@ -144,13 +153,15 @@ class ShardDataset(IterableDataset[Example | Bad]):
             caption = _caption(sample)
         except BadRowError as error:
             return Bad(path, str(error))
-        name = path[len(sample["__url__"].rpartition("/")[0]) :]  # wherever the shards are
+        name = path[len(sample["__url__"].rpartition("/")[0]) :]  # does not depend on the folder
         digest = blake2b(f"{self.seed} {epoch} {name} {turn}".encode(), digest_size=8).digest()
         return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions(CaptionOptions):
+    """Settings of tar shards."""
+
     shards: str | None = None
     """shards: a pattern such as "shards-{0000..0099}.tar"."""
     epoch_samples: int | None = at_least(1, None)
@@ -175,7 +186,7 @@ class ShardOptions(CaptionOptions):
 
 
 def captions_of_shard(shard: str) -> Iterator[str | None]:
-    """The caption of each sample; None if it has none, and for what cannot be read."""
+    """The caption of each sample, or None if it has none or cannot be read."""
     for sample in _read(shard, only=(".json", ".txt")):
         if isinstance(sample, Bad):
             _log.warning("%s: %s", sample.path, sample.reason)
@@ -188,7 +199,7 @@ def captions_of_shard(shard: str) -> Iterator[str | None]:
 
 
 def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] | Bad]:
-    """The samples of a shard, then what was wrong with it. only: endings of the files to read."""
+    """The samples of a shard, then a Bad if something was wrong with it. only: the endings of the files to read."""
     faults: list[Bad] = []
 
     def note(error: Exception) -> bool:

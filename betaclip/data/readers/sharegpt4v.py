@@ -15,7 +15,7 @@ TEST_ROWS = 1000  # the first rows are the test set SV-1k
 
 
 class ShareGPT4V(Dataset[Example | Bad]):
-    """Row ``draw.index`` of the training or test rows, whose picture is ``root / row["image"]``.
+    """The training or the test rows of annotations, whose pictures are ``root / row["image"]``.
 
     Raises:
         ValueError: the split has no rows.
@@ -35,8 +35,8 @@ class ShareGPT4V(Dataset[Example | Bad]):
         self.rows = rows[test_rows:] if split == "train" else rows[:test_rows]
         if not self.rows:
             raise ValueError(
-                f"annotations: no rows of {annotations.path} are left to {split}: it has {len(annotations)}, of which "
-                f"the first {test_rows} are for testing"
+                f"annotations: {annotations.path} has no rows to {split} on: it has {len(annotations)} rows, and the "
+                f"first {test_rows} are for testing"
             )
 
     def __len__(self) -> int:
@@ -54,6 +54,8 @@ class ShareGPT4V(Dataset[Example | Bad]):
 
 @dataclass(frozen=True, kw_only=True)
 class ShareGPT4VOptions(CaptionOptions):
+    """Settings of ShareGPT4V's training rows."""
+
     root: Path | None = None
     """sharegpt4v: the folder that the annotations' image paths start from."""
     annotations: Path | None = None
@@ -73,6 +75,8 @@ class ShareGPT4VOptions(CaptionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ShareGPT4V1kOptions(RetrievalOptions):
+    """Settings of ShareGPT4V-1k."""
+
     sharegpt4v: Path | None = None
     """Annotations of ShareGPT4V, of which the first 1000 rows are taken: retrieval."""
     sharegpt4v_images: Path | None = None
@@ -85,7 +89,12 @@ class ShareGPT4V1kOptions(RetrievalOptions):
 
 
 def sharegpt4v_1k(annotations: str | Path, root: str | Path, rows: int = TEST_ROWS) -> RetrievalSet:
-    """ShareGPT4V-1k: the first rows of the published annotations, whose pictures are ``root / row["image"]``."""
+    """ShareGPT4V-1k: the first rows of the published annotations, whose pictures are ``root / row["image"]``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no row has a caption and a picture.
+    """
     source = Annotations(annotations)
     pairs, missing = [], []
     for row in range(min(rows, len(source))):

@@ -18,7 +18,7 @@ _MARK = np.float32(0.35)
 
 
 def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
-    """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1): the pixels that it covers by half or more."""
+    """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1) around the pixels that it half covers."""
     canvas = _background(layout, size)
     boxes = [_draw_thing(canvas, thing) for thing in layout.things]
     return np.rint(canvas).astype(np.uint8), boxes

@@ -51,7 +51,7 @@ def test_splits(root):
 
 
 def test_published_split(root):
-    with pytest.raises(ValueError, match=r"left to train: it has 8, of which the first 1000 are for testing"):
+    with pytest.raises(ValueError, match=r"has no rows to train on: it has 8 rows, and the first 1000 are for testing"):
         dataset(root)
     assert len(dataset(root, split="test")) == 8
 
