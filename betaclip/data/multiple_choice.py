@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from betaclip.data.batches import Bad
 
 
 @dataclass(frozen=True)
@@ -20,3 +23,27 @@ class Choice:
     box: tuple[float, float, float, float]
     positive: str
     negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChoiceSet:
+    """The questions that were read from a source, and the rows that cannot be used.
+
+    Raises:
+        ValueError: there are no questions.
+    """
+
+    source: str
+    choices: list[Choice]
+    bad: list[Bad]
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            first = f"; the first: {self.bad[0].path}: {self.bad[0].reason}" if self.bad else ""
+            raise ValueError(f"{self.source} has no usable row{first}")
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)

@@ -9,8 +9,8 @@ import tyro
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.batches import Bad
+from betaclip.data.multiple_choice import ChoiceSet
 from betaclip.data.readers import fg_ovd
-from betaclip.data.readers.fg_ovd import FGOVD
 from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RETRIEVAL_SETS, RetrievalConfig
 from betaclip.data.transforms import EvaluationTransform
@@ -56,7 +56,7 @@ class Sets:
     """What was read of the sets that a configuration names; choices by difficulty."""
 
     retrieval: list[RetrievalSet]
-    choices: dict[str, FGOVD]
+    choices: dict[str, ChoiceSet]
 
     @property
     def bad(self) -> list[list[Bad]]:
@@ -143,7 +143,7 @@ def evaluate_sets(
     return results
 
 
-def _choices(config: EvaluateConfig, folder: Path) -> dict[str, FGOVD]:
+def _choices(config: EvaluateConfig, folder: Path) -> dict[str, ChoiceSet]:
     found = {}
     for difficulty in fg_ovd.DIFFICULTIES:
         try:

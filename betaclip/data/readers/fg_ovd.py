@@ -10,14 +10,13 @@ Two forms of file are read, both on images of COCO 2017:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from betaclip.data.batches import Bad
-from betaclip.data.multiple_choice import Choice
+from betaclip.data.multiple_choice import Choice, ChoiceSet
 from betaclip.data.readers.annotations import BadRowError, parse_json
 
 DIFFICULTIES = {
@@ -26,20 +25,6 @@ DIFFICULTIES = {
     "easy": "3_attributes",
     "trivial": "shuffle_negatives",
 }
-
-
-@dataclass(frozen=True)
-class FGOVD:
-    """The choices of one difficulty, and what could not be used of its file."""
-
-    choices: list[Choice]
-    bad: list[Bad]
-
-    def __iter__(self) -> Iterator[Choice]:
-        return iter(self.choices)
-
-    def __len__(self) -> int:
-        return len(self.choices)
 
 
 def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
@@ -60,7 +45,7 @@ def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
     return found[0]
 
 
-def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
+def load_fg_ovd(file: str | Path, images: str | Path) -> ChoiceSet:
     """The choices of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
 
     A row is bad if its image is missing, its box is empty, or it lacks a text or negatives.
@@ -77,10 +62,7 @@ def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
             choices.append(_choice(record(), images))
         except BadRowError as error:
             bad.append(Bad(where, str(error)))
-    if not choices:
-        first = f"; the first: {bad[0].path}: {bad[0].reason}" if bad else ""
-        raise ValueError(f"fg_ovd: {file} has no usable row{first}")
-    return FGOVD(choices, bad)
+    return ChoiceSet(f"fg_ovd: {file}", choices, bad)
 
 
 class _Record(NamedTuple):

@@ -1,16 +1,12 @@
 """Shards: every sample once over ranks and workers, an order that is the seed's, going on, and bad shards."""
 
-import io
-import json
 import shutil
-import tarfile
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.shards import picture, sample, write_shard
 from torch.utils.data import DataLoader
 
 from betaclip.data.batches import Bad, Example, collate
@@ -21,32 +17,6 @@ from betaclip.data.prepare import PrepareConfig, prepare
 from betaclip.data.readers.shards import ShardDataset, captions_of_shard, expand_shards
 
 SHARDS, SAMPLES = 6, 4
-
-
-def picture(color=0):
-    file = io.BytesIO()
-    noise = np.random.default_rng(color).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_shard(path, files):
-    with tarfile.open(path, "w") as shard:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            shard.addfile(info, io.BytesIO(content))
-    return str(path)
-
-
-def sample(key, caption, form):
-    conversations = {"conversations": [{"value": "?"}, {"value": caption}]}
-    text = {
-        "txt": caption.encode(),
-        "json": json.dumps({"caption": caption}).encode(),
-        "share.json": json.dumps(conversations).encode(),
-    }[form]
-    return [(f"{key}.jpg", picture(key)), (f"{key}.{form.removeprefix('share.')}", text)]
 
 
 @pytest.fixture
