@@ -1,13 +1,15 @@
 """Pictures and captions in tar shards, read in sequence with the webdataset library, for storage that seeks slowly.
 
-A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.txt``, or ``KEY.json`` with
-a "caption" or with ShareGPT4V's "conversations".
+A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.json`` with a "caption" or
+with ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
 """
 
 import io
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -19,7 +21,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from betaclip.data.batches import Bad, Batch, Example, collate
 from betaclip.data.dataset_options import at_least
@@ -27,6 +29,7 @@ from betaclip.data.example_maker import CaptionOptions, ExampleMaker
 from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_META = re.compile(r"__[^/]*__($|/)")  # files about the shard, by webdataset's convention
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +151,8 @@ class ShardDataset(IterableDataset[Example | Bad]):
         path = f"{sample['__url__']}/{sample['__key__']}"
         picture = next((sample[suffix] for suffix in _PICTURES if suffix in sample), None)
         if picture is None:
-            return Bad(path, f"no picture ({', '.join(_PICTURES)})")
+            endings = ", ".join(name for name in sample if not name.startswith("__"))
+            return Bad(path, f"no picture ({', '.join(_PICTURES)}); after the first dot the files end in {endings}")
         try:
             caption = _caption(sample)
         except BadRowError as error:
@@ -208,26 +212,81 @@ def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] 
         return True  # go on
 
     samples = 0
-    try:
-        with gopen(shard) as stream:
-            source = [{"url": shard, "stream": stream}]
-            files = tar_file_expander(source, note, lambda name: name.lower().endswith(only), eof_value=None)
-            for sample in group_by_keys(files, handler=note):
-                samples += 1
-                yield sample
-    except OSError as error:
-        note(error)
+    for sample in group_by_keys(_files(shard, only, note), handler=note):
+        samples += 1
+        yield sample
     yield from faults[:1]
     if not samples and not faults:
         yield Bad(shard, "a shard without samples")
 
 
+def _files(shard: str, only: tuple[str, ...], note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The files of a shard in the form that ``group_by_keys`` takes, up to the first fault."""
+    tar, member = None, None
+    try:
+        with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+            for member in tar:
+                if member.isreg() and not _META.match(member.name) and member.name.lower().endswith(only):
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a regular file
+                    yield {"fname": member.name, "data": content.read(), "__url__": shard}
+                tar.members = []  # type: ignore[attr-defined]  # or it would hold all headers
+            _check_end(tar.fileobj)
+    except DamagedShardError as error:
+        note(error)
+    except Exception as error:  # decompressors raise whatever a broken file leads them to
+        where = f" in {member.name}, byte {member.offset}" if member else ""
+        note(type(error)(f"{error}{where}") if isinstance(error, tarfile.TarError) else error)
+
+
+class DamagedShardError(tarfile.TarError):
+    """A shard has a damaged header, or does not end as an archive ends."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. Where one cannot be read, tarfile takes the archive to end; this raises."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        offset = archive.fileobj.tell()
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the first of the zero blocks
+            raise
+        except tarfile.HeaderError as error:
+            if archive.fileobj.tell() < offset + tarfile.BLOCKSIZE:
+                raise DamagedShardError(f"cut off at byte {offset}, before the zero blocks that end it") from error
+            raise DamagedShardError(f"damaged header at byte {offset}: {error}") from error
+
+
+def _check_end(stream: Any) -> None:
+    """Raise if, after the first zero block, there is not a second one, or anything else than zeros."""
+    begin = stream.tell()
+    end = begin
+    while block := stream.read(1 << 16):
+        if block.strip(b"\0"):
+            at = end + len(block) - len(block.lstrip(b"\0"))
+            raise DamagedShardError(f"zero block at byte {begin - tarfile.BLOCKSIZE}, but more data at byte {at}")
+        end += len(block)
+    if end - begin < tarfile.BLOCKSIZE:
+        raise DamagedShardError(f"cut off at byte {end}, before the second of the zero blocks that end it")
+
+
 def _caption(sample: dict[str, Any]) -> str:
+    """The caption in KEY.json or, if that has none, in KEY.txt.
+
+    Raises:
+        BadRowError: neither has one.
+    """
+    fault = BadRowError("no caption (json, txt)")
     if "json" in sample:
-        row = parse_json(sample["json"])
-        if not isinstance(row, dict) or "caption" not in row:
+        try:
+            row = parse_json(sample["json"])
+            if isinstance(row, dict) and "caption" in row:
+                return checked_caption(row["caption"])
             return caption_of(row)
-        return checked_caption(row["caption"])
+        except BadRowError as error:
+            fault = error
     if "txt" in sample:
         return checked_caption(sample["txt"].decode(errors="replace"))
-    raise BadRowError("no caption (json, txt)")
+    raise fault
