@@ -34,6 +34,8 @@ class PrepareConfig:
     """A spaCy model, or word lists, which need no model and are coarser."""
     spacy_model: str | None = None
     """Name or folder; by default the first English model that is installed."""
+    allow_commands: bool = False
+    """Also take shards whose addresses run commands, such as "pipe:ssh HOST cat shard.tar"."""
     workers: int = os.cpu_count() or 1
     """Processes; one where the system cannot fork."""
     part_rows: int = 10_000
@@ -74,7 +76,7 @@ class _Work:
         self.parts: list[Any]
         if config.annotations.endswith(".tar"):
             self.annotations = None
-            self.parts = expand_shards(config.annotations)
+            self.parts = expand_shards(config.annotations, allow_commands=config.allow_commands)
             self.identity: list[Any] = list(self.parts)
         else:
             self.annotations = Annotations(config.annotations)

@@ -150,7 +150,9 @@ def _choices(config: EvaluateConfig, folder: Path) -> dict[str, ChoiceSet]:
             file = fg_ovd.fg_ovd_file(folder, difficulty)
         except FileNotFoundError:
             continue
-        found[difficulty] = fg_ovd.load_fg_ovd(file, config.fg_ovd_images or folder)
+        found[difficulty] = fg_ovd.load_fg_ovd(
+            file, config.fg_ovd_images or folder, allow_outside_root=config.allow_outside_root
+        )
     if not found:
         raise FileNotFoundError(f"fg_ovd: {folder} has no file of any difficulty")
     return found

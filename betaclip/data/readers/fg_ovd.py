@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from betaclip.data.batches import Bad
 from betaclip.data.multiple_choice import Choice, ChoiceSet
 from betaclip.data.readers.annotations import BadRowError, parse_json
+from betaclip.data.readers.paths import picture_path
 
 DIFFICULTIES = {
     "hard": "1_attributes",
@@ -45,7 +46,7 @@ def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
     return found[0]
 
 
-def load_fg_ovd(file: str | Path, images: str | Path) -> ChoiceSet:
+def load_fg_ovd(file: str | Path, images: str | Path, *, allow_outside_root: bool = False) -> ChoiceSet:
     """The choices of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
 
     A row is bad if its image is missing, its box is empty, or it lacks a text or negatives.
@@ -59,7 +60,7 @@ def load_fg_ovd(file: str | Path, images: str | Path) -> ChoiceSet:
     bad: list[Bad] = []
     for where, record in _lines(file) if file.suffix == ".jsonl" else _annotations(file):
         try:
-            choices.append(_choice(record(), images))
+            choices.append(_choice(record(), images, allow_outside_root))
         except BadRowError as error:
             bad.append(Bad(where, str(error)))
     return ChoiceSet(f"fg_ovd: {file}", choices, bad)
@@ -111,7 +112,7 @@ def _of_annotation(row: Any, images: dict[Any, Any], texts: dict[Any, Any]) -> _
         raise BadRowError(f"{type(error).__name__}: {error}") from error
 
 
-def _choice(record: _Record, images: Path) -> Choice:
+def _choice(record: _Record, images: Path, allow_outside_root: bool) -> Choice:
     """The choice in a row.
 
     Raises:
@@ -120,7 +121,8 @@ def _choice(record: _Record, images: Path) -> Choice:
     image, bbox, positive, negatives = record
     if not isinstance(image, str) or not image.strip("/"):
         raise BadRowError(f"image: expected a path, got {image!r}")
-    path = images / image.lstrip("/")  # the paths of FG-CLIP's files begin with a slash
+    # The paths in FG-CLIP's files begin with a slash, which means the folder.
+    path = picture_path(images, image.lstrip("/"), allow_outside_root)
     if not path.is_file():
         raise BadRowError(f"image: {path} is not a file")
     if not isinstance(positive, str) or not positive.strip():

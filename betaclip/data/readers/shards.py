@@ -15,6 +15,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import webdataset as wds
@@ -31,16 +32,24 @@ from betaclip.data.readers.annotations import BadRowError, caption_of, checked_c
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _META = re.compile(r"__[^/]*__($|/)")  # files about the shard, by webdataset's convention
 
+# Some versions of webdataset put addresses into a shell's command, between quotes, which these characters cannot end.
+_SAFE_ADDRESS = re.compile(r"[\w:/?#@&+,=.~%-]+", re.ASCII)
+
 _log = logging.getLogger(__name__)
 
 
-def expand_shards(shards: str) -> list[str]:
+def expand_shards(shards: str, *, allow_commands: bool = False) -> list[str]:
     """The files or addresses of a pattern such as ``shards-{0000..0099}.tar``; ``::`` stands between patterns.
 
     Raises:
         FileNotFoundError: some of the files are missing.
+        ValueError: an address is a command, or could hide one, and ``allow_commands`` is not set.
     """
     found = list(expand_urls(shards))
+    for shard in found if not allow_commands else ():
+        scheme = urlparse(shard).scheme
+        if scheme == "pipe" or (scheme not in ("", "file") and not _SAFE_ADDRESS.fullmatch(shard)):
+            raise ValueError(f"shards: {shard!r} is a command, or may hide one; allow_commands would run it")
     missing = [shard for shard in found if ":" not in shard and not Path(shard).is_file()]
     if missing:
         raise FileNotFoundError(f"shards: {len(missing)} of {len(found)} are not files; the first: {missing[0]}")
@@ -168,6 +177,8 @@ class ShardOptions(CaptionOptions):
 
     shards: str | None = None
     """shards: a pattern such as "shards-{0000..0099}.tar"."""
+    allow_commands: bool = False
+    """shards: also take addresses that run commands, such as "pipe:ssh HOST cat shard.tar"."""
     epoch_samples: int | None = at_least(1, None)
     """shards: samples of an epoch, over all ranks; training needs it."""
     shuffle: int = at_least(0, 500)
@@ -179,7 +190,7 @@ class ShardOptions(CaptionOptions):
         if self.shards is None:
             raise ValueError("shards: kind 'shards' needs a pattern of files")
         return ShardDataset(
-            expand_shards(self.shards),
+            expand_shards(self.shards, allow_commands=self.allow_commands),
             self.example_maker(image_size, context_length),
             seed=seed,
             shuffle=self.shuffle,

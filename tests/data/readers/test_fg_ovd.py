@@ -72,6 +72,8 @@ def test_lines_form(tmp_path, images, expected):
         ({"img_path": None}, "image: expected a path, got None"),
         ({"img_path": "/"}, "image: expected a path, got '/'"),
         ({"img_path": "train2017/3.jpg"}, "image: .*train2017/3.jpg is not a file"),
+        ({"img_path": "../coco/train2017/000000000001.jpg"}, "image '../coco/.*' is outside the folder"),
+        ({"img_path": "//../coco/train2017/000000000001.jpg"}, "image '../coco/.*' is outside the folder"),
         ({"pos_expression": []}, r"positive: expected a text, got \[\]"),
         ({"pos_expression": ["a", "b"]}, "positive: expected a text, got"),
         ({"neg_expression": []}, r"negatives: expected texts, got \[\]"),

@@ -265,6 +265,27 @@ def test_keys_with_dots_are_explained(tmp_path):
     assert bad.reason == "no picture (jpg, jpeg, png, webp); after the first dot the files end in 5.jpg, 5.txt"
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:cat {folder}/0000.tar", "PIPE:cat {folder}/0000.tar", "{folder}/0000.tar::pipe:cat x.tar",
+        "http://host/x.tar'; touch {folder}/hacked; '", "s3://bucket/$(touch x).tar", "https://host/`touch x`.tar",
+        "hf://a/b c.tar", "gs://bucket/a\nb.tar", "pipe:cat {{a,b}}.tar",
+    ],
+)  # fmt: skip
+def test_commands_are_refused(shards, tmp_path, address):
+    with pytest.raises(ValueError, match=r"shards: .* is a command, or may hide one; allow_commands would run it"):
+        expand_shards(address.format(folder=tmp_path))
+
+
+def test_commands_can_be_allowed(shards, tmp_path):
+    (address,) = expand_shards(f"pipe:cat {tmp_path}/0000.tar", allow_commands=True)
+    assert sorted(keys(dataset([address], shuffle=0))) == list(range(SAMPLES))
+    assert expand_shards("https://host:80/a/x-{00..01}.tar?key=a%20b&c=d") == [
+        f"https://host:80/a/x-0{i}.tar?key=a%20b&c=d" for i in range(2)
+    ]
+
+
 def test_rejects(shards, tmp_path):
     with pytest.raises(ValueError, match="shards: expected at least one for each of 7 ranks, got 6"):
         dataset(shards, ranks=7)

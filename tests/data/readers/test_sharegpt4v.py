@@ -64,6 +64,24 @@ def test_bad_data(root):
     assert empty == Bad(f"{root / 'captions.json'}, row 8", "empty caption, of image images/7.png")
 
 
+def test_pictures_elsewhere(root):
+    """Neither to train nor to evaluate on, unless they are allowed."""
+    inside = root / "images"
+    rows = [
+        {"image": name, "conversations": [{}, {"value": "A cat sits on a mat."}]}
+        for name in ("0.png", "../images/1.png", str(inside / "2.png"))
+    ]
+    (root / "captions.json").write_text(json.dumps(rows))
+    for allowed in (False, True):
+        maker = ExampleMaker(8, 77, PhrasesOnTheFly(RuleExtractor()))
+        data = ShareGPT4V(Annotations(root / "captions.json"), inside, maker, test_rows=0, allow_outside_root=allowed)
+        found = sharegpt4v_1k(root / "captions.json", inside, allow_outside_root=allowed)
+        bad = [data[Draw(i, 0)] for i in range(3) if isinstance(data[Draw(i, 0)], Bad)]
+        assert len(bad) == len(found.missing) == (0 if allowed else 2)
+        for one in (*bad, *found.missing):
+            assert "is outside the folder of the pictures" in one.reason
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader(root, workers):
     data = dataset(root, test_rows=1)
