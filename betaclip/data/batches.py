@@ -1,8 +1,8 @@
-"""Examples, batches of them, and what to do about those that cannot be read.
+"""Examples, batches of them, and what happens to those that cannot be read.
 
-A dataset maps a :class:`Draw` to an :class:`Example`, or to a :class:`Bad` with the reason: bad data are found in
-worker processes, where raising would end the epoch. ``collate`` leaves them out of the batch and hands them on, and the
-training loop gives them to its :class:`BadData`, which reports them and stops the run when there are too many.
+A data set maps a :class:`Draw` to an :class:`Example`, or to a :class:`Bad` with the reason: bad data are found in
+worker processes, where an exception would end the epoch. ``collate`` leaves them out of the batch and hands them on;
+the training loop gives them to its :class:`BadData`, which reports them and stops the run when there are too many.
 """
 
 import logging
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from betaclip.model.texts import RaggedTexts
 
-CAPTION, SENTENCE, PHRASE = range(3)  # levels of texts
+CAPTION, SENTENCE, PHRASE = range(3)  # the levels of an example's texts
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a sampler yields: the example ``index``, with all that is random about it a function of ``seed`` alone, so
-    that neither the number of workers nor their order changes an example."""
+    """What a sampler yields: the number of an example, and the seed of all that is random about it.
+
+    Neither the number of workers nor their order changes an example.
+    """
 
     index: int
     seed: int
@@ -30,8 +32,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Example:
-    """image: (3, H, W) float32, normalised. texts: the caption, then sentences, then phrases; tokens: their ids;
-    levels: 0, 1 or 2 of each. path: where the image is from, for messages."""
+    """A picture with its texts.
+
+    image: (3, H, W) float32, normalised. texts: the caption, then sentences, then phrases. tokens: the ids of each.
+    levels: CAPTION, SENTENCE or PHRASE, for each text. path: where the picture is from, for messages.
+    """
 
     image: Tensor
     texts: list[str]
@@ -42,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Bad:
-    """An example that cannot be read, and why."""
+    """An example that cannot be read, and the reason."""
 
     path: str
     reason: str
@@ -52,8 +57,8 @@ class Bad:
 class Batch:
     """B images with their texts.
 
-    images: (B, 3, H, W) float32. texts: on the CPU wherever the images are. paths: of the B images. bad: what is
-    missing from the batch because it could not be read.
+    images: (B, 3, H, W) float32. texts: always on the CPU. paths: where the B images are from. bad: the examples that
+    are missing from the batch because they could not be read.
     """
 
     images: Tensor
@@ -66,16 +71,16 @@ class Batch:
         return Batch(self.images[begin:end], self.texts.of_images(begin, end), self.paths[begin:end], [])
 
     def to(self, device: torch.device | str) -> "Batch":
-        """With the images on ``device``; asynchronously if they are pinned."""
+        """The batch with its images on ``device``; the copy is asynchronous if they are pinned."""
         return replace(self, images=self.images.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """With the images in page-locked memory; ``DataLoader(pin_memory=True)`` calls it."""
+        """The batch with its images in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
         return replace(self, images=self.images.pin_memory())
 
 
 def collate(examples: Sequence[Example | Bad]) -> Batch:
-    """The batch of those examples that could be read. If none could, its images are (0, 3, 0, 0)."""
+    """The batch of the examples that could be read. If none could, its images are (0, 3, 0, 0)."""
     good = [example for example in examples if isinstance(example, Example)]
     return Batch(
         torch.stack([example.image for example in good]) if good else torch.empty(0, 3, 0, 0),
@@ -90,28 +95,25 @@ class BadDataError(RuntimeError):
 
 
 class BadData:
-    """Counts what could not be read, logs each path once with its reason, and stops beyond a limit.
+    """Logs each path that could not be read once, with its reason, and stops the run when there are too many.
 
-    limit: how many different paths may be bad; a path that is drawn again counts once. ``reasons`` maps each to why,
-    ``skipped`` is the number of draws that were lost.
+    limit: how many different paths may be bad. ``reasons`` maps each of those so far to its reason.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.reasons: dict[str, str] = {}
-        self.skipped = 0
 
     def add(self, bad: Iterable[Bad]) -> None:
-        """Count and log.
+        """Log the new paths and count them.
 
         Raises:
             BadDataError: more than ``limit`` paths are bad; the message lists the first of them.
         """
         for one in bad:
-            self.skipped += 1
             if one.path not in self.reasons:
                 self.reasons[one.path] = one.reason
                 _log.warning("skipped %s: %s", one.path, one.reason)
         if len(self.reasons) > self.limit:
             first = "".join(f"\n  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
-            raise BadDataError(f"{len(self.reasons)} could not be read, more than the {self.limit} allowed:{first}")
+            raise BadDataError(f"{len(self.reasons)} could not be read, but bad_limit is {self.limit}:{first}")

@@ -42,9 +42,9 @@ class ExampleMaker:
         self.sentences, self.max_phrases, self.max_phrase_tokens = sentences, max_phrases, max_phrase_tokens
 
     def __call__(self, source: Path | IO[bytes], path: str, caption: str, seed: int) -> Example | Bad:
-        """The example of the picture in ``source``, which messages call ``path``; ``seed`` decides all that is random.
+        """The example of the picture in ``source``, or a Bad if it is broken or its caption has no words or no phrases.
 
-        Bad: the picture cannot be read, or the caption has no words or no phrases.
+        path: what messages call the picture. seed: decides all that is random.
         """
         try:
             texts, levels = hierarchy(
@@ -56,7 +56,7 @@ class ExampleMaker:
                 fits=lambda phrase: len(self.tokenizer(phrase)) - 2 <= self.max_phrase_tokens,
             )
         except UnknownSentenceError as error:
-            return Bad(path, f"{error}: betaclip prepare was run with other captions")
+            return Bad(path, f"{error}: the file was prepared from other captions; run betaclip prepare on these")
         if not texts:
             return Bad(path, "empty caption")
         if self.max_phrases and PHRASE not in levels:
@@ -71,7 +71,7 @@ class ExampleMaker:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions(DatasetOptions):
-    """What data sets of pictures with captions have in common."""
+    """The settings that data sets of pictures with captions share."""
 
     phrases: Path | None = None
     """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""

@@ -1,4 +1,4 @@
-"""Caption to hierarchy of texts: the caption, its sentences, its phrases."""
+"""Makes the hierarchy of a caption: the caption itself, its sentences, their phrases."""
 
 import random
 from collections import defaultdict
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE
 from betaclip.data.phrases.spans import NOUN, Phrase
 
-_LONGEST_RUN = 50  # words; captioners get stuck on a clause or a sentence, hardly on more
+_MAX_CLAUSE = 50  # words; captioners get stuck on a clause or a sentence, hardly on anything longer
 
 
 def clean(caption: str) -> str:
-    """On one line, each blank single, and of a run of the same words (``a dog, a dog, a dog``) only the last."""
+    """The caption on one line, with single blanks, and repeated words (``a dog, a dog, a dog``) only once."""
     kept: list[str] = []
     keys: list[str] = []
-    places: defaultdict[str, list[int]] = defaultdict(list)  # of each key in keys
+    places: defaultdict[str, list[int]] = defaultdict(list)  # where each key is in keys
     for word in caption.split():
         key = word.rstrip(".,;:") or word  # ``a dog, a dog.`` is a run too
         places[key].append(len(keys))
@@ -29,10 +29,13 @@ def clean(caption: str) -> str:
 
 
 def _repeated(keys: list[str], places: list[int]) -> int:
-    """The smallest number of last words that repeat the words before them, or 0. places: of the last word."""
+    """How many of the last words repeat the words before them, the fewest that do; or 0.
+
+    places: where the last word is in ``keys``.
+    """
     for place in reversed(places[:-1]):
         length = places[-1] - place
-        if length > min(_LONGEST_RUN, len(keys) // 2):
+        if length > min(_MAX_CLAUSE, len(keys) // 2):
             break
         if keys[-length:] == keys[-2 * length : -length]:
             return length
@@ -53,19 +56,21 @@ def hierarchy(
     max_phrases: int = 30,
     fits: Callable[[str], bool] = lambda phrase: True,
 ) -> tuple[list[str], list[int]]:
-    """Texts of a caption and their levels (0 caption, 1 sentence, 2 phrase): at most 1 + sentences + max_phrases.
+    """The texts of a caption and their levels, CAPTION, SENTENCE or PHRASE.
 
-    The sentences are sampled without replacement and stay in their order; all are taken if there are not more. The text
-    of level 0 is these sentences joined by ``". "``; unlike in the published code a sentence has lost its own full
-    stop, so that the joint is never ``".."``. The phrases are those of the sampled sentences.
+    Sentences are sampled without replacement and keep their order; if there are too few, all are taken. The first text
+    is these sentences joined by ``". "``. Unlike in the published code, a sentence has lost its own full stop, so that
+    two are never joined by ``".."``. The phrases are those of the sampled sentences.
 
     Args:
-        phrases: of a sentence.
-        rng: draws the sentences, nothing else.
-        fits: whether a phrase is short enough.
+        phrases: gives the phrases of a sentence.
+        rng: samples the sentences, and nothing else.
+        sentences: how many to sample.
+        max_phrases: how many phrases to keep at most.
+        fits: tells whether a phrase is short enough.
 
     Returns:
-        ([], []) if the caption has no words.
+        At most 1 + sentences + max_phrases texts, and none if the caption has no words.
     """
     parts = split_sentences(clean(caption))
     if len(parts) > sentences:
@@ -78,7 +83,7 @@ def hierarchy(
 
 
 def distinct_phrases(phrases: Iterable[Phrase], max_phrases: int) -> list[str]:
-    """Each phrase once, whatever its case; noun phrases before the others, so that a limit drops the others first."""
+    """Each phrase once, whatever its case, and noun phrases first, so that they are the last that the limit drops."""
     distinct: dict[str, Phrase] = {}
     for phrase in phrases:
         distinct.setdefault(phrase.text.lower(), phrase)

@@ -1,4 +1,4 @@
-"""``betaclip prepare``: the phrases of all sentences of all captions, once, into one file."""
+"""``betaclip prepare``: extracts the phrases of all sentences of all captions, once, into one file."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from betaclip.errors import ConfigError
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to extract phrases from, and how."""
+    """The captions to extract phrases from, and how."""
 
     annotations: str
     """ShareGPT4V's JSON or JSON lines, or tar shards ("shards-{0000..0099}.tar")."""
@@ -34,17 +34,19 @@ class PrepareConfig:
     """A spaCy model, or word lists, which need no model and are coarser."""
     spacy_model: str | None = None
     """Name or folder; by default the first English model that is installed."""
+    allow_commands: bool = False
+    """Also take shards whose addresses run commands, such as "pipe:ssh HOST cat shard.tar"."""
     workers: int = os.cpu_count() or 1
     """Processes; one where the system cannot fork."""
     part_rows: int = 10_000
-    """Captions of a part; what is lost when the work is interrupted is the parts under way."""
+    """Captions of a part; an interruption loses the parts under way."""
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write the file; an interrupted call goes on where it was, with the finished parts in the folder ``OUT.parts``.
+    """Write the file. An interrupted call continues from the finished parts, which lie in the folder ``OUT.parts``.
 
     Raises:
-        ConfigError: the captions or the spaCy model are not there, or the folder has parts of other work.
+        ConfigError: the captions or the spaCy model are missing, or the folder holds parts of other work.
     """
     folder = Path(f"{config.out}.parts")
     try:
@@ -74,7 +76,7 @@ class _Work:
         self.parts: list[Any]
         if config.annotations.endswith(".tar"):
             self.annotations = None
-            self.parts = expand_shards(config.annotations)
+            self.parts = expand_shards(config.annotations, allow_commands=config.allow_commands)
             self.identity: list[Any] = list(self.parts)
         else:
             self.annotations = Annotations(config.annotations)
@@ -84,7 +86,7 @@ class _Work:
             self.identity = [str(self.annotations.path.resolve()), stat.st_size, stat.st_mtime_ns]
 
     def captions(self, number: int) -> Iterator[str | None]:
-        """Of a part; None for each unusable row."""
+        """The captions of a part, with None for each unusable row."""
         if self.annotations is None:
             yield from captions_of_shard(self.parts[number])
             return
@@ -101,7 +103,7 @@ def _map(config: PrepareConfig, work: _Work, extractor: Extractor, jobs: list[tu
     if workers <= 1 or "fork" not in get_all_start_methods():
         yield from (_extract(work, extractor, number, file) for number, file in jobs)
         return
-    # Forked, so that a spaCy model is loaded once; nothing here has started threads that the fork would miss.
+    # A fork shares the loaded spaCy model; no threads have been started that it would lack.
     with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (work, extractor)) as pool:
         yield from pool.map(_extract_in_worker, jobs)
 
@@ -135,10 +137,10 @@ def _extract_in_worker(job: tuple[int, Path]) -> Path:
 
 
 def _claim(folder: Path, about: dict[str, Any]) -> None:
-    """Make the folder of parts, or check that it is of the same work."""
+    """Create the folder of parts, or check that its parts belong to this work."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "about.json"
     if not file.exists():
         file.write_text(json.dumps(about))
     elif json.loads(file.read_text()) != about:
-        raise ValueError(f"out: {folder} has parts of other captions or of another extractor; delete it, or them")
+        raise ValueError(f"out: {folder} holds parts of other captions or of other settings; delete the folder")

@@ -66,14 +66,17 @@ class Squash:
 
 
 def read_pictures(
-    sources: Iterable[Source], transform: Transform, depth: int
+    sources: Iterable[Source], transform: Transform, depth: int, *, upright: bool = True
 ) -> Iterator[tuple[Tensor, tuple[int, int]] | None]:
-    """Of each source the (3, S, S) picture and the width and height that it had; None, and a line in the log, for what
-    cannot be read. Threads are up to ``depth`` pictures ahead."""
+    """The (3, S, S) picture of each source with the width and height that it had; None, and a line in the log, if it
+    cannot be read. Threads read up to ``depth`` pictures ahead.
+
+    upright: turn pictures as their EXIF orientation says; not where boxes count pixels as they are stored.
+    """
 
     def read(source: Source) -> tuple[Tensor, tuple[int, int]] | Bad:
         try:
-            image = read_image(source) if isinstance(source, Path) else Image.fromarray(source)
+            image = read_image(source, upright=upright) if isinstance(source, Path) else Image.fromarray(source)
         except UnreadableImageError as error:
             return Bad(str(source), str(error))
         return transform(image), image.size

@@ -9,8 +9,8 @@ import tyro
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.batches import Bad
+from betaclip.data.multiple_choice import ChoiceSet
 from betaclip.data.readers import fg_ovd
-from betaclip.data.readers.fg_ovd import FGOVD
 from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RETRIEVAL_SETS, RetrievalConfig
 from betaclip.data.transforms import EvaluationTransform
@@ -56,7 +56,7 @@ class Sets:
     """What was read of the sets that a configuration names; choices by difficulty."""
 
     retrieval: list[RetrievalSet]
-    choices: dict[str, FGOVD]
+    choices: dict[str, ChoiceSet]
 
     @property
     def bad(self) -> list[list[Bad]]:
@@ -143,14 +143,16 @@ def evaluate_sets(
     return results
 
 
-def _choices(config: EvaluateConfig, folder: Path) -> dict[str, FGOVD]:
+def _choices(config: EvaluateConfig, folder: Path) -> dict[str, ChoiceSet]:
     found = {}
     for difficulty in fg_ovd.DIFFICULTIES:
         try:
             file = fg_ovd.fg_ovd_file(folder, difficulty)
         except FileNotFoundError:
             continue
-        found[difficulty] = fg_ovd.load_fg_ovd(file, config.fg_ovd_images or folder)
+        found[difficulty] = fg_ovd.load_fg_ovd(
+            file, config.fg_ovd_images or folder, allow_outside_root=config.allow_outside_root
+        )
     if not found:
         raise FileNotFoundError(f"fg_ovd: {folder} has no file of any difficulty")
     return found

@@ -101,4 +101,6 @@ def test_cache_of_other_captions():
         raise UnknownSentenceError("phrases does not know it")
 
     bad = ExampleMaker(16, 77, unknown)(io.BytesIO(picture()), "a.jpg", CAPTION, 0)
-    assert bad == Bad("a.jpg", "phrases does not know it: betaclip prepare was run with other captions")
+    assert bad == Bad(
+        "a.jpg", "phrases does not know it: the file was prepared from other captions; run betaclip prepare on these"
+    )

@@ -85,7 +85,9 @@ def test_rejects_parts_of_other_work(annotations, tmp_path, monkeypatch, change)
         monkeypatch.setattr(RuleExtractor, "name", "rules 0")
     else:
         settings = replace(settings, part_rows=6)
-    with pytest.raises(ConfigError, match=r"out: .*phrases.parts has parts of other captions or of another extractor"):
+    with pytest.raises(
+        ConfigError, match=r"out: .*phrases.parts holds parts of other captions or of other settings; delete the folder"
+    ):
         prepare.prepare(settings)
 
 

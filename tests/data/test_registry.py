@@ -2,12 +2,12 @@
 
 import io
 import json
-import tarfile
 from dataclasses import fields, replace
 
 import pytest
 from PIL import Image
 from support.files import touch
+from support.shards import write_shard
 
 from betaclip.data.batches import Bad, Draw
 from betaclip.data.phrases import extraction
@@ -66,11 +66,7 @@ def test_without_a_spacy_model(sharegpt4v, monkeypatch):
 
 
 def test_shards(tmp_path, picture):
-    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
-        for name, data in (("x.png", picture), ("x.txt", CAPTION.encode())):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    write_shard(tmp_path / "shard-0.tar", [("x.png", picture), ("x.txt", CAPTION.encode())])
     config = DataConfig(
         kind="shards",
         shards=str(tmp_path / "shard-{0..0}.tar"),

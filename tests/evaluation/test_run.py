@@ -131,7 +131,7 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     printed = capsys.readouterr().out
     assert "urban1k        CLS" in printed and "fg_ovd  hard" in printed and "Pointing" in printed
     # What is left out is named, each with its reason.
-    for name in ("5.png: OSError", "4.png: a picture without a caption", "none.png", "annotation 3: no such image"):
+    for name in ("5.png: OSError", "4.png: a picture without a caption", "none.png", "annotation 3: image: "):
         assert name in caplog.text
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.shards import sample, write_shard
 from support.tiny import TinyDataset
-from test_shards import sample, write_shard
 
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError

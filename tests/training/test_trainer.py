@@ -212,9 +212,9 @@ def test_skips_what_is_not_finite(tmp_path, monkeypatch):
 def test_bad_data(tmp_path, monkeypatch):
     put_tiny(monkeypatch.setattr, TinyDataset(14, bad=(3, 8)))
     run = train(config(tmp_path, steps=8))  # two epochs
-    assert run.bad.skipped == 4 and run.bad.reasons == {"picture 3": "torn", "picture 8": "torn"}
+    assert run.bad.reasons == {"picture 3": "torn", "picture 8": "torn"}
     settings = config(tmp_path, "limited")
-    with pytest.raises(BadDataError, match="2 could not be read, more than the 1 allowed"):
+    with pytest.raises(BadDataError, match="2 could not be read, but bad_limit is 1"):
         train(replace(settings, data=DataConfig(bad_limit=1)))
 
 

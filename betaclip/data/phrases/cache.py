@@ -1,8 +1,7 @@
-"""Phrases extracted once, in one file that all workers of a machine share, and phrases extracted on the fly.
+"""Gives the phrases of a sentence: from a file that all workers of a machine share, or by extracting them on the fly.
 
-The file holds, for each distinct sentence, a hash of its text and the spans of its phrases as characters of it. A
-caption's phrases are those of the sentences that were sampled from it, so that is all there is to know. The file is
-mapped into memory, not read:
+The file holds a hash of each distinct sentence and the spans of its phrases. That is enough, because a caption's
+phrases are those of the sentences that were sampled from it. The file is mapped into memory, not read:
 
     header    512 bytes: "betaclip phrases", then JSON {version, extractor, sentences, spans}, then blanks
     keys      sentences x uint64, sorted: BLAKE2b of the sentence's UTF-8
@@ -31,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class UnknownSentenceError(LookupError):
-    """A cache of phrases does not know a sentence: it was made from other captions."""
+    """A cache of phrases lacks a sentence: it was made from other captions."""
 
 
 def key_of(sentence: str) -> int:
@@ -43,7 +42,7 @@ class PhraseCache:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is another kind of file, or not whole.
+        ValueError: the file is not a cache of phrases, or not whole.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,9 +75,10 @@ class PhraseCache:
         return len(self.keys)
 
     def __call__(self, sentence: str) -> list[Phrase]:
-        """
+        """The phrases of a sentence.
+
         Raises:
-            UnknownSentenceError: there is no such sentence.
+            UnknownSentenceError: the file lacks the sentence.
         """
         key = np.uint64(key_of(sentence))
         row = int(np.searchsorted(self.keys, key))
@@ -89,7 +89,7 @@ class PhraseCache:
 
 
 class PhrasesOnTheFly:
-    """The phrases of a sentence, by an extractor."""
+    """The phrases of a sentence, extracted when they are asked for."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
@@ -113,7 +113,7 @@ def open_phrases(path: str | Path | None, extractor_name: ExtractorName = "spacy
 
 
 def pack(sentences: Sequence[str], spans: Iterable[Sequence[Span]]) -> dict[str, npt.NDArray[np.generic]]:
-    """keys (N,), counts (N,) and spans of N sentences, in their order."""
+    """The arrays of a part of a cache: keys (N,), counts (N,) and spans, in the order of the N sentences."""
     rows = [list(row) for row in spans]
     return {
         "keys": np.array([key_of(sentence) for sentence in sentences], np.uint64),
@@ -123,9 +123,10 @@ def pack(sentences: Sequence[str], spans: Iterable[Sequence[Span]]) -> dict[str,
 
 
 def write_cache(path: str | Path, extractor: str, parts: Iterable[dict[str, npt.NDArray[np.generic]]]) -> int:
-    """Write the file that PhraseCache reads, from parts that ``pack`` made; the number of distinct sentences.
+    """Write the file that PhraseCache reads, from parts that ``pack`` made. It appears under its name when it is whole.
 
-    The file appears under its name when it is whole.
+    Returns:
+        The number of distinct sentences.
     """
     columns = list(parts)
     keys, counts, spans = (np.concatenate([part[name] for part in columns]) for name in ("keys", "counts", "spans"))

@@ -45,7 +45,7 @@ def find_spans(sentence: str) -> list[Span]:
 
 
 def tag(words: list[str]) -> list[int]:
-    """The class of each lower-case word of a sentence, in one pass from the left."""
+    """The class of each lower-case word of a sentence; a word's class may depend on those before it."""
     tags = [_closed_class(word) for word in words]
     for i, word in enumerate(words):
         previous, before = (words[i - 1], tags[i - 1]) if i else ("", _MARK)
@@ -175,7 +175,7 @@ def _is_predicate(words: list[str], tags: list[int], begin: int) -> bool:
 
 
 def _spatial_end(i: int, words: list[str], chunks: dict[int, int]) -> int | None:
-    """Where the spatial phrase ends that begins with word i, or None."""
+    """The end of the spatial phrase that begins with word ``i``, or None. chunks: the end of each noun phrase."""
     if words[i] in lists.BEFORE_TO and words[i + 1 : i + 2] == ["to"]:
         return chunks.get(i + 2)
     end = chunks.get(i + 1)

@@ -1,4 +1,4 @@
-"""Phrases by spaCy's parse of a sentence."""
+"""Finds phrases in spaCy's parse of a sentence."""
 
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -10,7 +10,7 @@ from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB,
 
 
 class SpacyExtractor:
-    """With the tagger and the parser of an installed spaCy model."""
+    """Finds phrases with the tagger and the parser of a spaCy model, given by its name or folder."""
 
     def __init__(self, model: str) -> None:
         import spacy
@@ -28,14 +28,14 @@ class SpacyExtractor:
 
 
 def find_spans(doc: Any) -> list[Span]:
-    """Of a ``spacy.tokens.Doc`` with parts of speech and dependencies:
+    """The phrases of a ``spacy.tokens.Doc`` that has parts of speech and dependencies:
 
-    * noun chunks, but for pronouns, extended by a spatial phrase that follows and belongs to them:
+    * noun chunks, but no pronouns, extended by a spatial phrase that follows and belongs to them:
       ``a red mug on the left of the sink``;
     * spatial phrases: ``on the left side of the street``, ``next to the window``, ``behind the sofa``;
     * a verb and the preposition or particle after it: ``leaning against``, ``picks up``.
 
-    Of overlapping ones the longest is kept.
+    The longest of overlapping phrases is kept.
     """
     chunks = {chunk.start: chunk for chunk in doc.noun_chunks if chunk.root.pos_ != "PRON"}
     spatial = {token.i: end for token in doc if (end := _spatial_end(token, chunks)) is not None}
@@ -54,7 +54,7 @@ def find_spans(doc: Any) -> list[Span]:
 
 
 def _spatial_end(token: Any, chunks: dict[int, Any]) -> int | None:
-    """Where the spatial phrase ends that begins with ``token``, or None. ``chunks``: by their first token."""
+    """The end of the spatial phrase that begins with ``token``, or None. chunks: noun chunks by their first token."""
     doc, place = token.doc, token.i + 1
     if token.lower_ in lists.BEFORE_TO and place < len(doc) and doc[place].lower_ == "to":
         chunk = chunks.get(place + 1)

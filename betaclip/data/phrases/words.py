@@ -1,11 +1,11 @@
-"""Lists of English words for the phrases of captions."""
+"""Lists of English words by which phrases of captions are found."""
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words for the picture rather than for what is in it. The published list is not known to us.
+# Words for the picture rather than for its content. The published list is not known to us.
 BLACKLIST = _words(
     "image photo photograph picture snapshot scene view viewer composition background foreground atmosphere mood "
     "overall"
@@ -25,7 +25,7 @@ SPATIAL_PREPOSITIONS = _words(
 PLACE_PREPOSITIONS = SPATIAL_PREPOSITIONS | _words("at by from in into on onto to")
 BEFORE_TO = _words("next close adjacent opposite")  # "next to the window"
 
-# What follows is for the extractor without a tagger: closed classes of words.
+# Closed classes of words, for the extractor without a tagger.
 DETERMINERS = _words(
     "a an the this these those his her its their my our your some any each every several many few no both another "
     "various numerous multiple countless all most half one two three four five six seven eight nine ten eleven twelve "
@@ -51,7 +51,7 @@ NOT_ADVERBS = _words(
     "bubbly woolly hilly chilly lily supply italy july oily scaly prickly"
 )
 
-# Verbs of captions that are hardly ever nouns there, and those that often are.
+# Verbs that captions use: first those that are hardly ever nouns there, then those that often are.
 VERBS = _words(
     "accentuate accompany add adorn allow appear arrange attach attract blend bring build captivate capture carry "
     "cast catch celebrate chase chat clean climb complement connect consist contain continue convey create decorate "

@@ -5,19 +5,22 @@ from pathlib import Path
 
 from betaclip.data.batches import Bad
 from betaclip.data.readers.annotations import BadRowError, parse_json
+from betaclip.data.readers.paths import picture_path
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, check_folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class DCIOptions(RetrievalOptions):
+    """Settings of Densely Captioned Images."""
+
     dci: Path | None = None
     """Folder with annotations/ and photos/: retrieval."""
 
     def read(self) -> RetrievalSet | None:
-        return None if self.dci is None else dci(self.dci)
+        return None if self.dci is None else dci(self.dci, allow_outside_root=self.allow_outside_root)
 
 
-def dci(root: str | Path) -> RetrievalSet:
+def dci(root: str | Path, *, allow_outside_root: bool = False) -> RetrievalSet:
     """The folder ``densely_captioned_images``: ``annotations/*.json``, each with "image" (the name of a file in
     ``photos/``), "short_caption" and "extra_caption".
 
@@ -41,8 +44,14 @@ def dci(root: str | Path) -> RetrievalSet:
         caption = "\n".join(text.strip() for text in (short, extra) if isinstance(text, str) and text.strip())
         if not isinstance(image, str) or not caption:
             missing.append(Bad(str(file), 'no "image", or neither "short_caption" nor "extra_caption"'))
-        elif not (photos / image).is_file():
-            missing.append(Bad(str(photos / image), "a caption without a picture"))
+            continue
+        try:
+            path = picture_path(photos, image, allow_outside_root)
+        except BadRowError as error:
+            missing.append(Bad(str(file), str(error)))
+            continue
+        if path.is_file():
+            pairs.append((path, caption))
         else:
-            pairs.append((photos / image, caption))
+            missing.append(Bad(str(path), "a caption without a picture"))
     return RetrievalSet("dci", pairs, missing)

@@ -10,15 +10,15 @@ Two forms of file are read, both on images of COCO 2017:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from betaclip.data.batches import Bad
-from betaclip.data.multiple_choice import Choice
+from betaclip.data.multiple_choice import Choice, ChoiceSet
 from betaclip.data.readers.annotations import BadRowError, parse_json
+from betaclip.data.readers.paths import picture_path
 
 DIFFICULTIES = {
     "hard": "1_attributes",
@@ -28,26 +28,12 @@ DIFFICULTIES = {
 }
 
 
-@dataclass(frozen=True)
-class FGOVD:
-    """The choices of one difficulty, and what could not be used of its file."""
-
-    choices: list[Choice]
-    bad: list[Bad]
-
-    def __iter__(self) -> Iterator[Choice]:
-        return iter(self.choices)
-
-    def __len__(self) -> int:
-        return len(self.choices)
-
-
 def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
     """The file of a difficulty (hard, medium, easy, trivial) in a folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: unknown difficulty, or several files for it.
+        ValueError: there is no such difficulty, or there are several files for it.
     """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty: expected one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
@@ -60,31 +46,28 @@ def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
     return found[0]
 
 
-def load_fg_ovd(file: str | Path, images: str | Path) -> FGOVD:
-    """Of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
+def load_fg_ovd(file: str | Path, images: str | Path, *, allow_outside_root: bool = False) -> ChoiceSet:
+    """The choices of one file, in either form; ``images`` is the folder that holds ``train2017`` and ``val2017``.
 
-    A row is bad if its image is not there, its box is empty, a text is missing, or it has no negatives.
+    A row is bad if its image is missing, its box is empty, or it lacks a text or negatives.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of neither form, or has no usable row.
+        ValueError: the file has neither form, or no usable row.
     """
     file, images = Path(file), Path(images)
     choices: list[Choice] = []
     bad: list[Bad] = []
     for where, record in _lines(file) if file.suffix == ".jsonl" else _annotations(file):
         try:
-            choices.append(_choice(record(), images))
+            choices.append(_choice(record(), images, allow_outside_root))
         except BadRowError as error:
             bad.append(Bad(where, str(error)))
-    if not choices:
-        first = f"; the first: {bad[0].path}: {bad[0].reason}" if bad else ""
-        raise ValueError(f"fg_ovd: {file} has no usable row{first}")
-    return FGOVD(choices, bad)
+    return ChoiceSet(f"fg_ovd: {file}", choices, bad)
 
 
 class _Record(NamedTuple):
-    """A row as it stands in the file, of whatever types."""
+    """A row as it stands in the file, with values of any type."""
 
     image: Any
     bbox: Any
@@ -101,7 +84,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
 def _of_line(line: bytes) -> _Record:
     row = parse_json(line)
     if not isinstance(row, dict):
-        raise BadRowError("no object")
+        raise BadRowError(f"expected an object, got {type(row).__name__}")
     positive = row.get("pos_expression")
     if isinstance(positive, list) and len(positive) == 1:
         positive = positive[0]
@@ -129,26 +112,27 @@ def _of_annotation(row: Any, images: dict[Any, Any], texts: dict[Any, Any]) -> _
         raise BadRowError(f"{type(error).__name__}: {error}") from error
 
 
-def _choice(record: _Record, images: Path) -> Choice:
-    """Checked.
+def _choice(record: _Record, images: Path, allow_outside_root: bool) -> Choice:
+    """The choice in a row.
 
     Raises:
-        BadRowError: what is wrong.
+        BadRowError: the message says what is wrong with the row.
     """
     image, bbox, positive, negatives = record
     if not isinstance(image, str) or not image.strip("/"):
-        raise BadRowError(f"no image, but {image!r}")
-    path = images / image.lstrip("/")  # FG-CLIP's begin with one
+        raise BadRowError(f"image: expected a path, got {image!r}")
+    # The paths in FG-CLIP's files begin with a slash, which means the folder.
+    path = picture_path(images, image.lstrip("/"), allow_outside_root)
     if not path.is_file():
-        raise BadRowError(f"no such image: {path}")
+        raise BadRowError(f"image: {path} is not a file")
     if not isinstance(positive, str) or not positive.strip():
-        raise BadRowError(f"no positive text, but {positive!r}")
+        raise BadRowError(f"positive: expected a text, got {positive!r}")
     if not isinstance(negatives, list) or not negatives or not all(isinstance(n, str) and n.strip() for n in negatives):
-        raise BadRowError(f"no negative texts, but {negatives!r}")
+        raise BadRowError(f"negatives: expected texts, got {negatives!r}")
     numbers = isinstance(bbox, list) and all(isinstance(value, int | float) and isfinite(value) for value in bbox)
     if not numbers or len(bbox) != 4:
-        raise BadRowError(f"no box, but {bbox!r}")
+        raise BadRowError(f"box: expected four numbers, got {bbox!r}")
     x, y, width, height = bbox
     if not (width > 0 and height > 0):
-        raise BadRowError(f"an empty box: {bbox}")
+        raise BadRowError(f"box: expected a width and a height above 0, got {bbox}")
     return Choice(path, (x, y, x + width, y + height), positive, tuple(negatives))

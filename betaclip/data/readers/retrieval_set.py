@@ -36,6 +36,9 @@ class RetrievalSet:
 class RetrievalOptions(ABC):
     """Where one retrieval set lies. ``betaclip.data.registry`` lists them and makes options of their fields."""
 
+    allow_outside_root: bool = False
+    """Also read pictures whose paths are absolute or leave the folder of their set."""
+
     @abstractmethod
     def read(self) -> RetrievalSet | None:
         """The set, or None if it is not asked for.

@@ -1,25 +1,28 @@
-"""Pictures and captions in tar shards, read in sequence by the webdataset library: for storage that is slow to seek.
+"""Pictures and captions in tar shards, read in sequence with the webdataset library, for storage that seeks slowly.
 
-A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.txt``, or ``KEY.json`` with
-a "caption" or with ShareGPT4V's "conversations".
+A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.json`` with a "caption" or
+with ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
 """
 
 import io
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from betaclip.data.batches import Bad, Batch, Example, collate
 from betaclip.data.dataset_options import at_least
@@ -27,17 +30,26 @@ from betaclip.data.example_maker import CaptionOptions, ExampleMaker
 from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_META = re.compile(r"__[^/]*__($|/)")  # files about the shard, by webdataset's convention
+
+# Some versions of webdataset put addresses into a shell's command, between quotes, which these characters cannot end.
+_SAFE_ADDRESS = re.compile(r"[\w:/?#@&+,=.~%-]+", re.ASCII)
 
 _log = logging.getLogger(__name__)
 
 
-def expand_shards(shards: str) -> list[str]:
+def expand_shards(shards: str, *, allow_commands: bool = False) -> list[str]:
     """The files or addresses of a pattern such as ``shards-{0000..0099}.tar``; ``::`` stands between patterns.
 
     Raises:
         FileNotFoundError: some of the files are missing.
+        ValueError: an address is a command, or could hide one, and ``allow_commands`` is not set.
     """
     found = list(expand_urls(shards))
+    for shard in found if not allow_commands else ():
+        scheme = urlparse(shard).scheme
+        if scheme == "pipe" or (scheme not in ("", "file") and not _SAFE_ADDRESS.fullmatch(shard)):
+            raise ValueError(f"shards: {shard!r} is a command, or may hide one; allow_commands would run it")
     missing = [shard for shard in found if ":" not in shard and not Path(shard).is_file()]
     if missing:
         raise FileNotFoundError(f"shards: {len(missing)} of {len(found)} are not files; the first: {missing[0]}")
@@ -45,19 +57,26 @@ def expand_shards(shards: str) -> list[str]:
 
 
 class ShardDataset(IterableDataset[Example | Bad]):
-    """The samples of all shards in an order that the seed and the epoch decide, split over ranks and their workers.
+    """The samples of all shards, in an order that the seed and the epoch decide, split over ranks and their workers.
 
     Without ``epoch_samples`` an epoch is one pass: the shards are permuted and dealt out, and every sample is seen once
-    over all ranks and workers. Ranks that were dealt more samples then have more batches, which no training step that
-    ranks take together survives. With ``epoch_samples``, every worker draws shards from all of them, with replacement,
-    until it has its part of so many samples: as many on every rank, and some samples more often than others.
+    over all ranks and workers. Some ranks may then have more batches than others, so that they cannot train together.
+    With ``epoch_samples`` every worker draws shards, with replacement, until it has its part of so many samples: all
+    ranks have as many, and some samples come more often than others.
 
-    A shard that cannot be read, or a part of one, is one ``Bad``. Example by example the same as a map-style dataset;
-    all that is random about a sample follows from its name, the seed and the epoch (and with replacement from which
-    worker draws it when), so that a pass has the same examples whatever the number of ranks and workers.
+    A shard that cannot be read, or a part of one, is one ``Bad``. All that is random about a sample follows from its
+    name, the seed and the epoch, so that a pass has the same examples whatever the number of ranks and workers. With
+    replacement it also follows from which worker draws the sample, and when.
 
-    shuffle: samples in each worker's buffer, undecoded, of which it draws the next; 0 keeps a shard's order.
-    rank, ranks: this process among those of the run.
+    Args:
+        shards: files or addresses (:func:`expand_shards`).
+        make: makes the example of a sample.
+        shuffle: how many samples, undecoded, a worker holds to draw the next from; 0 keeps the order of a shard.
+        epoch_samples: samples of an epoch, over all ranks.
+        rank, ranks: this process among those of the run.
+
+    Raises:
+        ValueError: there are fewer shards than ranks.
     """
 
     def __init__(
@@ -76,21 +95,23 @@ class ShardDataset(IterableDataset[Example | Bad]):
         self.shards, self.make = list(shards), make
         self.seed, self.shuffle, self.epoch_samples = seed, shuffle, epoch_samples
         self.rank, self.ranks = rank, ranks
-        # Epoch, batches that this rank has had of it, their size: shared, so that persistent workers see them too.
+        # The epoch, and how many batches of which size this rank has had of it; shared with persistent workers.
         self.position = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int, batches: int = 0, batch_size: int = 0) -> None:
-        """Call before each epoch; with ``batches``, to go on after that many batches of ``batch_size``.
+        """Start an epoch at the next iteration; with ``batches``, continue after that many batches of ``batch_size``.
 
-        What they had is read again, but not decoded. The rest is what it would have been as long as the numbers of
-        ranks and of workers and the batch size are the same, and no worker had come to its end.
+        Their samples are read again, but not decoded. The rest is the same as without the interruption if the numbers
+        of ranks and workers and the batch size are, and if no worker had come to its end.
         """
         self.position.copy_(torch.tensor((epoch, batches, batch_size)))
 
     def batches_per_epoch(self, batch_size: int, workers: int) -> int:
-        """Whole batches of a rank in an epoch of ``epoch_samples``."""
+        """How many whole batches a rank has in an epoch of ``epoch_samples``."""
         if self.epoch_samples is None:
-            raise ValueError("epoch_samples: expected a number, got None: a pass has as many samples as it finds")
+            raise ValueError(
+                "epoch_samples: expected a number, got None; the samples of a pass are not counted beforehand"
+            )
         workers = max(workers, 1)
         return self.epoch_samples // (self.ranks * workers) // batch_size * workers
 
@@ -113,7 +134,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, batches, batch_size = self.position.tolist()
-        # The loader asks its first worker first: that one goes on as the one whose turn it was.
+        # The loader asks its first worker first, so that one takes the place of the worker whose turn it was.
         worker = (worker + batches) % workers
         had = (batches - worker + workers - 1) // workers * batch_size
         end = None if self.epoch_samples is None else self.epoch_samples // (self.ranks * workers)
@@ -122,7 +143,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
             yield sample if isinstance(sample, Bad) else self._example(sample, epoch, turn)
 
     def _samples(self, epoch: int, worker: int, workers: int) -> Iterator[dict[str, Any] | Bad]:
-        """What this worker has of an epoch, undecoded."""
+        """This worker's samples of an epoch, undecoded."""
         if self.epoch_samples is None:
             order = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
             mine: Iterator[str] = iter(order[self.rank :: self.ranks][worker::workers])
@@ -139,20 +160,25 @@ class ShardDataset(IterableDataset[Example | Bad]):
         path = f"{sample['__url__']}/{sample['__key__']}"
         picture = next((sample[suffix] for suffix in _PICTURES if suffix in sample), None)
         if picture is None:
-            return Bad(path, f"no picture ({', '.join(_PICTURES)})")
+            endings = ", ".join(name for name in sample if not name.startswith("__"))
+            return Bad(path, f"no picture ({', '.join(_PICTURES)}); after the first dot the files end in {endings}")
         try:
             caption = _caption(sample)
         except BadRowError as error:
             return Bad(path, str(error))
-        name = path[len(sample["__url__"].rpartition("/")[0]) :]  # wherever the shards are
+        name = path[len(sample["__url__"].rpartition("/")[0]) :]  # does not depend on the folder
         digest = blake2b(f"{self.seed} {epoch} {name} {turn}".encode(), digest_size=8).digest()
         return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions(CaptionOptions):
+    """Settings of tar shards."""
+
     shards: str | None = None
     """shards: a pattern such as "shards-{0000..0099}.tar"."""
+    allow_commands: bool = False
+    """shards: also take addresses that run commands, such as "pipe:ssh HOST cat shard.tar"."""
     epoch_samples: int | None = at_least(1, None)
     """shards: samples of an epoch, over all ranks; training needs it."""
     shuffle: int = at_least(0, 500)
@@ -164,7 +190,7 @@ class ShardOptions(CaptionOptions):
         if self.shards is None:
             raise ValueError("shards: kind 'shards' needs a pattern of files")
         return ShardDataset(
-            expand_shards(self.shards),
+            expand_shards(self.shards, allow_commands=self.allow_commands),
             self.example_maker(image_size, context_length),
             seed=seed,
             shuffle=self.shuffle,
@@ -175,7 +201,7 @@ class ShardOptions(CaptionOptions):
 
 
 def captions_of_shard(shard: str) -> Iterator[str | None]:
-    """The caption of each sample; None if it has none, and for what cannot be read."""
+    """The caption of each sample, or None if it has none or cannot be read."""
     for sample in _read(shard, only=(".json", ".txt")):
         if isinstance(sample, Bad):
             _log.warning("%s: %s", sample.path, sample.reason)
@@ -188,7 +214,7 @@ def captions_of_shard(shard: str) -> Iterator[str | None]:
 
 
 def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] | Bad]:
-    """The samples of a shard, then what was wrong with it. only: endings of the files to read."""
+    """The samples of a shard, then a Bad if something was wrong with it. only: the endings of the files to read."""
     faults: list[Bad] = []
 
     def note(error: Exception) -> bool:
@@ -197,26 +223,81 @@ def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] 
         return True  # go on
 
     samples = 0
-    try:
-        with gopen(shard) as stream:
-            source = [{"url": shard, "stream": stream}]
-            files = tar_file_expander(source, note, lambda name: name.lower().endswith(only), eof_value=None)
-            for sample in group_by_keys(files, handler=note):
-                samples += 1
-                yield sample
-    except OSError as error:
-        note(error)
+    for sample in group_by_keys(_files(shard, only, note), handler=note):
+        samples += 1
+        yield sample
     yield from faults[:1]
     if not samples and not faults:
         yield Bad(shard, "a shard without samples")
 
 
+def _files(shard: str, only: tuple[str, ...], note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The files of a shard in the form that ``group_by_keys`` takes, up to the first fault."""
+    tar, member = None, None
+    try:
+        with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+            for member in tar:
+                if member.isreg() and not _META.match(member.name) and member.name.lower().endswith(only):
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a regular file
+                    yield {"fname": member.name, "data": content.read(), "__url__": shard}
+                tar.members = []  # type: ignore[attr-defined]  # or it would hold all headers
+            _check_end(tar.fileobj)
+    except DamagedShardError as error:
+        note(error)
+    except Exception as error:  # decompressors raise whatever a broken file leads them to
+        where = f" in {member.name}, byte {member.offset}" if member else ""
+        note(type(error)(f"{error}{where}") if isinstance(error, tarfile.TarError) else error)
+
+
+class DamagedShardError(tarfile.TarError):
+    """A shard has a damaged header, or does not end as an archive ends."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. Where one cannot be read, tarfile takes the archive to end; this raises."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        offset = archive.fileobj.tell()
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the first of the zero blocks
+            raise
+        except tarfile.HeaderError as error:
+            if archive.fileobj.tell() < offset + tarfile.BLOCKSIZE:
+                raise DamagedShardError(f"cut off at byte {offset}, before the zero blocks that end it") from error
+            raise DamagedShardError(f"damaged header at byte {offset}: {error}") from error
+
+
+def _check_end(stream: Any) -> None:
+    """Raise if, after the first zero block, there is not a second one, or anything else than zeros."""
+    begin = stream.tell()
+    end = begin
+    while block := stream.read(1 << 16):
+        if block.strip(b"\0"):
+            at = end + len(block) - len(block.lstrip(b"\0"))
+            raise DamagedShardError(f"zero block at byte {begin - tarfile.BLOCKSIZE}, but more data at byte {at}")
+        end += len(block)
+    if end - begin < tarfile.BLOCKSIZE:
+        raise DamagedShardError(f"cut off at byte {end}, before the second of the zero blocks that end it")
+
+
 def _caption(sample: dict[str, Any]) -> str:
+    """The caption in KEY.json or, if that has none, in KEY.txt.
+
+    Raises:
+        BadRowError: neither has one.
+    """
+    fault = BadRowError("no caption (json, txt)")
     if "json" in sample:
-        row = parse_json(sample["json"])
-        if not isinstance(row, dict) or "caption" not in row:
+        try:
+            row = parse_json(sample["json"])
+            if isinstance(row, dict) and "caption" in row:
+                return checked_caption(row["caption"])
             return caption_of(row)
-        return checked_caption(row["caption"])
+        except BadRowError as error:
+            fault = error
     if "txt" in sample:
         return checked_caption(sample["txt"].decode(errors="replace"))
-    raise BadRowError("no caption (json, txt)")
+    raise fault

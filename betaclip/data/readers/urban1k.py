@@ -11,6 +11,8 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class Urban1KOptions(RetrievalOptions):
+    """Settings of Urban1K."""
+
     urban1k: Path | None = None
     """Folder with image/ and caption/: retrieval."""
 

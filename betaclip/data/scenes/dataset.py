@@ -1,7 +1,7 @@
 """Rendered scenes: pictures of several things, with texts that are true of them and the boxes of what they name.
 
-A scene is a function of its split, seed and number, the same in every process and on every machine. There are enough of
-them never to meet one twice, and nothing to download.
+A scene is a function of its split, seed and number, the same in every process and on every machine. Nothing needs to be
+downloaded, and there are so many scenes that none is seen twice.
 """
 
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ MOST_NEGATIVES = 10
 
 @dataclass(frozen=True)
 class Scene:
-    """image: (size, size, 3) uint8. caption: the sentences, joined.
+    """A picture and what is true of it.
 
-    Each phrase is true of the things in ``named`` alone, by their numbers in the layout: of one thing, or of two for a
-    relation ("a red star above a ring"). ``boxes`` has the box (x0, y0, x1, y1) in pixels around all that the phrase
-    names, ``thing_boxes`` that of each thing.
+    image: (size, size, 3) uint8. caption: the sentences, joined. phrases: each names one thing, or two for a relation
+    ("a red star above a ring"). boxes: the box (x0, y0, x1, y1) in pixels around all that a phrase names.
+    thing_boxes: the box of each thing of the layout.
     """
 
     image: npt.NDArray[np.uint8]
@@ -41,13 +41,12 @@ class Scene:
     sentences: list[str]
     phrases: list[str]
     boxes: list[Box]
-    named: list[tuple[int, ...]]
     layout: Layout
     thing_boxes: list[Box]
 
 
 def scene(seed: int, index: int, size: int = 72, split: str = TRAIN) -> Scene:
-    """Scene ``index`` of a split, whose scenes have nothing to do with those of the other, whatever the seeds."""
+    """Scene ``index`` of a split; the two splits are independent, whatever the seeds."""
     rng = Random(f"{split}/{seed}/{index}")
     layout = random_layout(rng)
     sentences, phrases = describe(layout, rng)
@@ -58,7 +57,6 @@ def scene(seed: int, index: int, size: int = 72, split: str = TRAIN) -> Scene:
         sentences,
         [phrase.text for phrase in phrases],
         [_around([boxes[i] for i in phrase.things]) for phrase in phrases],
-        [phrase.things for phrase in phrases],
         layout,
         boxes,
     )
@@ -70,7 +68,7 @@ def _around(boxes: list[Box]) -> Box:
 
 
 class SceneChoice(NamedTuple):
-    """A thing of a scene, by its box, with the text that is true of it and, by difficulty, texts that are not."""
+    """The box of a thing in a scene, the text that is true of it and, by difficulty, texts that are not."""
 
     scene: Scene
     box: Box
@@ -79,10 +77,10 @@ class SceneChoice(NamedTuple):
 
 
 def choices(seed: int, count: int, size: int = 72) -> Iterator[SceneChoice]:
-    """Of each of ``count`` test scenes one thing, with 10 negatives per difficulty, as FG-OVD has them.
+    """One thing of each of ``count`` test scenes, with 10 negatives per difficulty, as in FG-OVD.
 
-    A negative has other values of one (hard), two (medium), three (easy) or all four attributes (trivial). Which ones
-    takes turns.
+    A negative has other values of one (hard), two (medium), three (easy) or all four attributes (trivial); all
+    combinations of attributes take turns.
     """
     for index in range(count):
         rng = Random(f"choices/{seed}/{index}")
@@ -97,7 +95,7 @@ def choices(seed: int, count: int, size: int = 72) -> Iterator[SceneChoice]:
 
 
 def _others(kind: Kind, wrong: int, rng: Random) -> Iterator[Kind]:
-    """All kinds that differ in ``wrong`` attributes, at random, but every set of attributes in turn."""
+    """All kinds that differ in ``wrong`` attributes, in random order; the sets of attributes take turns."""
     groups = []
     for fields in combinations(range(4), wrong):
         values = ([v for v in ATTRIBUTES[f] if v != kind[f]] if f in fields else [kind[f]] for f in range(4))
@@ -108,7 +106,7 @@ def _others(kind: Kind, wrong: int, rng: Random) -> Iterator[Kind]:
 
 
 class ScenesDataset(Dataset[Example]):
-    """``count`` scenes, not cropped, or texts would become untrue; a draw's seed has nothing to decide."""
+    """``count`` scenes, uncropped so that their texts stay true; nothing about them depends on a draw's seed."""
 
     def __init__(self, count: int, seed: int, size: int, tokenizer: Tokenizer, split: str = TRAIN) -> None:
         self.count, self.seed, self.size, self.tokenizer, self.split = count, seed, size, tokenizer, split
@@ -130,6 +128,8 @@ class ScenesDataset(Dataset[Example]):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions(DatasetOptions):
+    """Settings of rendered scenes."""
+
     scenes: int = at_least(1, 32_000)
     """scenes: their number in an epoch."""
     scenes_seed: int = 0

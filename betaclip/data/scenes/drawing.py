@@ -1,4 +1,7 @@
-"""Draws the layout of a scene: every pixel takes the share of it that a shape covers, from the distance to its edge."""
+"""Draws the layout of a scene.
+
+A shape covers a share of each pixel, which follows from the pixel's distance to the shape's edge.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,12 +12,13 @@ Array = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 
 _PERIOD = 0.078  # of stripes and dots, as a share of the picture
-# Share of a thing's brightness that is left in its marks: darker than any background, they leave its outline whole.
+# How bright a thing's stripes and dots are, as a share of its own brightness: darker than any background, so that its
+# outline stays whole.
 _MARK = np.float32(0.35)
 
 
 def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
-    """(size, size, 3) picture, and of each thing the box (x0, y0, x1, y1) of the pixels that it half covers or more."""
+    """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1) around the pixels that it half covers."""
     canvas = _background(layout, size)
     boxes = [_draw_thing(canvas, thing) for thing in layout.things]
     return np.rint(canvas).astype(np.uint8), boxes
@@ -35,12 +39,12 @@ def _background(layout: Layout, size: int) -> Array:
 
 
 def _draw_thing(canvas: Array, thing: Thing) -> Box:
-    """Onto the canvas; the thing's box."""
+    """Draw a thing onto the canvas; returns its box."""
     size = len(canvas)
     reach = thing.radius * size + 1
     x0, y0 = (max(0, int(centre * size - reach)) for centre in (thing.x, thing.y))
     x1, y1 = (min(size, int(centre * size + reach) + 1) for centre in (thing.x, thing.y))
-    # From the thing's centre to those of the pixels, in pixels, turned with the thing.
+    # Vectors from the thing's centre to the centres of the pixels, in pixels, turned with the thing.
     x = np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - thing.x * size)
     y = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - thing.y * size))[:, None]
     cosine, sine = (np.float32(value) for value in thing.angle)
@@ -59,12 +63,12 @@ def _draw_thing(canvas: Array, thing: Thing) -> Box:
 
 
 def _below(distance: Array) -> Array:
-    """Share of each pixel where the distance, in pixels, is below 0."""
+    """The share of each pixel in which the distance, in pixels, is below 0."""
     return np.minimum(np.maximum(np.float32(0.5) - distance, 0), 1)
 
 
 def _marked(pattern: str, x: Array, y: Array, period: np.float32) -> Array:
-    """Share of each pixel that has the pattern's second colour."""
+    """The share of each pixel that has the pattern's second colour."""
     if pattern == "striped":
         return _below(_to_band((x + y) * np.float32(0.5**0.5), period))
     across, down = (np.abs(v / period - np.floor(v / period) - np.float32(0.5)) * period for v in (x, y))
@@ -72,12 +76,12 @@ def _marked(pattern: str, x: Array, y: Array, period: np.float32) -> Array:
 
 
 def _to_band(position: Array, period: np.float32) -> Array:
-    """Distance to the bands that fill half of every period, negative within."""
+    """The distance to the bands that fill half of every period, negative inside them."""
     return (np.abs(position / period - np.floor(position / period) - np.float32(0.5)) - np.float32(0.25)) * period
 
 
-# Distance to the edge, in radii, negative inside; right near the edge, which is all that drawing needs. A shape lies
-# within the unit circle; y points downwards.
+# Each of these gives the distance to a shape's edge, in radii, negative inside, and exact only near the edge, where
+# drawing needs it. Shapes lie within the unit circle; y points downwards.
 
 
 def _circle(x: Array, y: Array) -> Array:
@@ -94,13 +98,13 @@ def _triangle(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Folding the plane twice turns the nearest of five points upwards.
+    # Two reflections bring each place to the star's upper point.
     x, y = np.abs(x), -y
     across, down = np.float32(0.809017), np.float32(0.587785)
     for side in (across, -across):
         beyond = np.float32(2) * np.maximum(side * x - down * y, np.float32(0))
         x, y = x - beyond * side, y + beyond * down
-    # From a point, at (0, 1), to the notch beside it.
+    # The edge runs from that point, at (0, 1), to the notch beside it.
     return np.abs(x) * np.float32(0.86) + (y - np.float32(1)) * np.float32(0.51)
 
 

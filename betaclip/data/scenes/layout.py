@@ -1,6 +1,6 @@
-"""What is in a rendered scene and where: chosen at random, before anything is drawn or described.
+"""Chooses at random what is in a rendered scene, and where, before anything is drawn or described.
 
-Lengths are shares of the picture's side, x to the right and y downwards.
+Lengths are shares of the picture's side; x points to the right and y downwards.
 """
 
 import math
@@ -10,19 +10,18 @@ from typing import NamedTuple
 
 SIZES = {"small": (0.085, 0.095), "large": (0.14, 0.15)}  # radii
 PATTERNS = ("plain", "striped", "dotted")
-# Few colours, since they are what a model learns first: in a batch many things have the same, so that it must look at
-# the rest as well.
+# Models learn colours first. There are few, so that many things in a batch share one and must be told apart by more.
 COLOURS = {"red": (214, 40, 40), "yellow": (250, 215, 40), "blue": (35, 90, 220)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUNDS = {"light gray": (205, 207, 211), "light green": (190, 226, 190)}
 TEXTURES = ("plain", "shaded")
 MOST_THINGS = 3
 
-_JITTER = 0.015  # of a thing's centre around that of its cell; nothing leaves the picture or touches another
+_JITTER = 0.015  # how far a thing may be from the centre of its cell; things neither touch nor leave the picture
 
 
 class Kind(NamedTuple):
-    """The attributes of a thing, in the order of English adjectives."""
+    """What a thing looks like; the fields are in the order of English adjectives."""
 
     size: str
     pattern: str
@@ -30,13 +29,16 @@ class Kind(NamedTuple):
     shape: str
 
 
-ATTRIBUTES = (tuple(SIZES), PATTERNS, tuple(COLOURS), SHAPES)  # all values of the fields of Kind
+ATTRIBUTES = (tuple(SIZES), PATTERNS, tuple(COLOURS), SHAPES)  # the values of each field of Kind
 
 
 @dataclass(frozen=True)
 class Thing:
-    """cell: column + 3 * row of the third of the picture that the centre (x, y) lies in; angle: (cosine, sine) of a
-    small rotation; rgb: its colour, which varies a little."""
+    """A thing and where it is.
+
+    cell: column + 3 * row, on a grid of 3 × 3, of the centre (x, y). angle: (cosine, sine) of a small rotation.
+    rgb: its colour, which varies a little around that of its kind.
+    """
 
     kind: Kind
     cell: int
@@ -49,7 +51,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Two or three things of different kinds, in different cells; slope: of the background's shade, if it has one."""
+    """Two or three things of different kinds, in different cells, on a background.
+
+    slope: how the background's shade changes to the right and downwards, if its texture is shaded.
+    """
 
     background: str
     texture: str
@@ -67,8 +72,8 @@ def random_layout(rng: Random) -> Layout:
 
 
 def _random_kinds(rng: Random, count: int) -> list[Kind]:
-    """Different ones. In two of five cases a kind takes another's shape or colour, so that one attribute does not tell
-    them apart."""
+    """Different kinds. In two of five cases one takes another's shape or colour, so that a single attribute does not
+    always tell them apart."""
     kinds: list[Kind] = []
     while len(kinds) < count:
         kind = Kind(*map(rng.choice, ATTRIBUTES))
@@ -83,7 +88,7 @@ def _random_kinds(rng: Random, count: int) -> list[Kind]:
 def _thing(rng: Random, kind: Kind, cell: int) -> Thing:
     x, y = ((third + 0.5) / 3 + rng.uniform(-_JITTER, _JITTER) for third in (cell % 3, cell // 3))
     turn = rng.uniform(-0.2, 0.2)
-    # Rounded, so that no platform's libm shows in the picture.
+    # Rounded, so that the picture does not depend on the platform's libm.
     angle = (round(math.cos(turn), 6), round(math.sin(turn), 6))
     red, green, blue = (min(255.0, max(0.0, value + rng.uniform(-12, 12))) for value in COLOURS[kind.colour])
     return Thing(kind, cell, x, y, rng.uniform(*SIZES[kind.size]), angle, (red, green, blue))

@@ -1,6 +1,6 @@
-"""Describes the layout of a scene: sentences that are true of it, and phrases each of which is true of one thing only.
+"""Describes the layout of a scene by sentences that are true of it, and by phrases each of which fits one thing only.
 
-A set of attributes is a bit mask over the fields of ``Kind``; a thing is named by a set that no other thing shares.
+A set of attributes is a bit mask over the fields of ``Kind``. A thing is named by a set that no other thing shares.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from betaclip.data.scenes.layout import Kind, Layout, Thing
 SIZE, PATTERN, COLOUR, SHAPE = (1 << field for field in range(4))
 ALL = SIZE | PATTERN | COLOUR | SHAPE
 
-# Where a thing is, from the narrowest words on, and the cells of which they are true.
+# Words for places, the narrowest first, and the cells of which they are true.
 PLACES = {
     "in the upper left": (0,),
     "in the upper right": (2,),
@@ -29,18 +29,18 @@ ANYWHERE = tuple(range(9))
 _PLACES_OF = tuple(tuple(words for words, cells in PLACES.items() if cell in cells) for cell in range(9))
 _NUMBERS = ("no", "one", "two", "three")
 _SETS = tuple(s for s in range(1, ALL + 1) if s.bit_count() <= 2)  # enough to tell one of three things
-_CLEAR = 0.2  # how much farther in one direction is enough for "above" or "left of"
+_CLEAR = 0.2  # things are "above" or "left of" one another if their centres are at least so far apart that way
 
 
 class Phrase(NamedTuple):
-    """things: the numbers of the one or two things that it names."""
+    """A text and the numbers of the one or two things that it names."""
 
     text: str
     things: tuple[int, ...]
 
 
 def noun(kind: Kind, attributes: int = ALL, colour_first: bool = False) -> str:
-    """``large striped red triangle``, or less of it."""
+    """``large striped red triangle``, or the part of it that the attributes select."""
     words = [word for field, word in enumerate(kind) if attributes & 1 << field]
     if colour_first and attributes & PATTERN and attributes & COLOUR:
         at = words.index(kind.pattern)
@@ -53,7 +53,7 @@ def indefinite(phrase: str) -> str:
 
 
 def relation(a: Thing, b: Thing) -> str | None:
-    """Where ``a`` is from ``b``, by the direction in which they differ more; None if that is not clear."""
+    """Where ``a`` lies from ``b``, in the direction in which they are farther apart; None if that is not clear."""
     across, down = a.x - b.x, a.y - b.y
     if max(abs(across), abs(down)) < _CLEAR:
         return None
@@ -71,12 +71,12 @@ def describe(layout: Layout, rng: Random) -> tuple[list[str], list[Phrase]]:
 class _Writer:
     def __init__(self, layout: Layout, rng: Random) -> None:
         self._layout, self._rng = layout, rng
-        # The attributes that each two things share.
+        # The set of attributes that each pair of things shares.
         kinds = [thing.kind for thing in layout.things]
         self._shared = [[sum(1 << f for f in range(4) if a[f] == b[f]) for b in kinds] for a in kinds]
 
     def sentences(self) -> list[str]:
-        """Of all things, each once and in order; then how they compare."""
+        """What each thing is and where, in their order; then how two of them compare."""
         count, rng = len(self._layout.things), self._rng
         texts = [self._opening(), self._placed(0)]
         for i in range(1, count):
@@ -101,13 +101,13 @@ class _Writer:
         )
 
     def _placed(self, i: int) -> str:
-        """A thing and its place."""
+        """Say what a thing is and its place."""
         thing = self._layout.things[i]
         name, place = indefinite(self._full(thing)), _PLACES_OF[thing.cell][0]
         return self._rng.choice((f"{name} is {place}", f"{name} sits {place}", f"{place} is {name}"))
 
     def _related(self, i: int) -> str | None:
-        """A thing and where it is from one that was mentioned before, if that is clear."""
+        """Say what a thing is and where it lies from one that was mentioned before, if that is clear."""
         things, rng = self._layout.things, self._rng
         name = indefinite(self._full(things[i]))
         j = rng.randrange(i)
@@ -120,7 +120,7 @@ class _Writer:
         return f"{name} is {_long(where)} the {noun(things[j].kind, self._short(j))}"
 
     def _compared(self) -> str | None:
-        """Two things that were both mentioned, if there is something to say."""
+        """Compare two things, if there is something to say."""
         things, rng = self._layout.things, self._rng
         i, j = rng.sample(range(len(things)), 2)
         a, b = (noun(things[k].kind, self._short(k)) for k in (i, j))
@@ -157,7 +157,7 @@ class _Writer:
         return noun(thing.kind, ALL, self._rng.random() < 0.3)
 
     def _reference(self, i: int) -> str:
-        """A thing by few attributes, or by its place and fewer."""
+        """Refer to a thing by one or two attributes, or by its place and attributes that are enough there."""
         thing, rng = self._layout.things[i], self._rng
         if rng.random() < 0.5:
             return f"the {noun(thing.kind, self._short(i))}"
@@ -165,14 +165,14 @@ class _Writer:
         return f"the {noun(thing.kind, self._short(i, PLACES[place]))} {place}"
 
     def _short(self, i: int, cells: tuple[int, ...] = ANYWHERE) -> int:
-        """A set of one or two attributes that no other thing in ``cells`` has."""
+        """A set of one or two attributes that sets the thing apart from all others in ``cells``."""
         others = (j for j, thing in enumerate(self._layout.things) if j != i and thing.cell in cells)
         return self._rng.choice(_distinguishing(tuple(self._shared[i][j] for j in others)))
 
 
 @lru_cache(maxsize=1 << 16)
 def _distinguishing(shared: tuple[int, ...]) -> tuple[int, ...]:
-    """The sets of one or two attributes that are part of none of these, of which there are two at most."""
+    """The sets of one or two attributes that are part of none of these sets, of which there are at most two."""
     return tuple(s for s in _SETS if all(s & other != s for other in shared))
 
 

@@ -90,7 +90,7 @@ def choice_accuracy(
     totals = torch.zeros(len(number), 5, dtype=torch.float64, device=device)
     with evaluating(model):
         sources = (picture for _, pictures in plan for picture in pictures.values())
-        found = read_pictures(sources, Squash(model.image_size), 2 * batch_size)
+        found = read_pictures(sources, Squash(model.image_size), 2 * batch_size, upright=False)
         for some, pictures in plan:
             read = dict(zip(pictures, islice(found, len(pictures)), strict=True))
             good = {key: picture for key, picture in read.items() if picture is not None}

@@ -16,6 +16,7 @@ def test_dci(tmp_path):
         "c": {"image": "sa_3.jpg", "short_caption": "Gone.", "extra_caption": ""},
         "d": {"image": "sa_1.jpg", "short_caption": "", "extra_caption": None},
         "e": ["sa_1.jpg"],
+        "g": {"image": "../photos/sa_1.jpg", "short_caption": "A pump."},
     }
     for name, row in rows.items():
         touch(tmp_path / "annotations" / f"{name}.json", json.dumps(row).encode())
@@ -29,6 +30,7 @@ def test_dci(tmp_path):
         ("d.json", 'no "image", or neith'),
         ("e.json", 'no "image", or neith'),
         ("f.json", "not JSON: Expecting "),
+        ("g.json", "image '../photos/sa_"),
     ]
 
 

@@ -69,19 +69,21 @@ def test_lines_form(tmp_path, images, expected):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"img_path": None}, "no image, but None"),
-        ({"img_path": "/"}, "no image, but '/'"),
-        ({"img_path": "train2017/3.jpg"}, "no such image: .*train2017/3.jpg"),
-        ({"pos_expression": []}, r"no positive text, but \[\]"),
-        ({"pos_expression": ["a", "b"]}, "no positive text, but"),
-        ({"neg_expression": []}, r"no negative texts, but \[\]"),
-        ({"neg_expression": ["a", " "]}, "no negative texts, but"),
-        ({"neg_expression": None}, "no negative texts, but None"),
-        ({"bbox": [1, 2, 3]}, "no box, but"),
-        ({"bbox": [1, 2, 3, "4"]}, "no box, but"),
-        ({"bbox": [float("nan"), 2, 3, 4]}, "no box, but"),
-        ({"bbox": None}, "no box, but None"),
-        ({"bbox": [1, 2, 0, 4]}, "an empty box"),
+        ({"img_path": None}, "image: expected a path, got None"),
+        ({"img_path": "/"}, "image: expected a path, got '/'"),
+        ({"img_path": "train2017/3.jpg"}, "image: .*train2017/3.jpg is not a file"),
+        ({"img_path": "../coco/train2017/000000000001.jpg"}, "image '../coco/.*' is outside the folder"),
+        ({"img_path": "//../coco/train2017/000000000001.jpg"}, "image '../coco/.*' is outside the folder"),
+        ({"pos_expression": []}, r"positive: expected a text, got \[\]"),
+        ({"pos_expression": ["a", "b"]}, "positive: expected a text, got"),
+        ({"neg_expression": []}, r"negatives: expected texts, got \[\]"),
+        ({"neg_expression": ["a", " "]}, "negatives: expected texts, got"),
+        ({"neg_expression": None}, "negatives: expected texts, got None"),
+        ({"bbox": [1, 2, 3]}, "box: expected four numbers, got"),
+        ({"bbox": [1, 2, 3, "4"]}, "box: expected four numbers, got"),
+        ({"bbox": [float("nan"), 2, 3, 4]}, "box: expected four numbers, got"),
+        ({"bbox": None}, "box: expected four numbers, got None"),
+        ({"bbox": [1, 2, 0, 4]}, "box: expected a width and a height above 0"),
     ],
 )
 def test_bad_lines(tmp_path, images, expected, change, reason):
@@ -98,10 +100,10 @@ def test_bad_lines(tmp_path, images, expected, change, reason):
     [
         ({"category_id": 99}, "KeyError: 99"),
         ({"neg_category_ids": [101, 99]}, "KeyError: 99"),
-        ({"neg_category_ids": []}, "no negative texts"),
+        ({"neg_category_ids": []}, "negatives: expected texts"),
         ({"image_id": 1}, "KeyError: 1"),
-        ({"image_id": 78}, "no such image"),
-        ({"bbox": [1, 1, -2, 3]}, "an empty box"),
+        ({"image_id": 78}, "image: "),
+        ({"bbox": [1, 1, -2, 3]}, "box: expected a width and a height above 0"),
     ],
 )
 def test_bad_annotations(tmp_path, images, expected, change, reason):

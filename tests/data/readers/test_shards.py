@@ -1,16 +1,17 @@
 """Shards: every sample once over ranks and workers, an order that is the seed's, going on, and bad shards."""
 
-import io
-import json
+import bz2
+import gzip
+import lzma
+import random
 import shutil
 import tarfile
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.shards import picture, sample, write_shard
 from torch.utils.data import DataLoader
 
 from betaclip.data.batches import Bad, Example, collate
@@ -21,32 +22,6 @@ from betaclip.data.prepare import PrepareConfig, prepare
 from betaclip.data.readers.shards import ShardDataset, captions_of_shard, expand_shards
 
 SHARDS, SAMPLES = 6, 4
-
-
-def picture(color=0):
-    file = io.BytesIO()
-    noise = np.random.default_rng(color).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_shard(path, files):
-    with tarfile.open(path, "w") as shard:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            shard.addfile(info, io.BytesIO(content))
-    return str(path)
-
-
-def sample(key, caption, form):
-    conversations = {"conversations": [{"value": "?"}, {"value": caption}]}
-    text = {
-        "txt": caption.encode(),
-        "json": json.dumps({"caption": caption}).encode(),
-        "share.json": json.dumps(conversations).encode(),
-    }[form]
-    return [(f"{key}.jpg", picture(key)), (f"{key}.{form.removeprefix('share.')}", text)]
 
 
 @pytest.fixture
@@ -197,10 +172,118 @@ def test_bad_shards(shards, tmp_path):
         assert reasons.keys() == {cut, empty, none, str(tmp_path / "gone.tar")}
         assert reasons[empty] == "a shard without samples"
         assert reasons[cut].startswith("ReadError: unexpected end of data")
-        assert reasons[none].startswith("ReadError")
+        assert reasons[none] == "DamagedShardError: damaged header at byte 0: invalid header"
         assert reasons[str(tmp_path / "gone.tar")].startswith("FileNotFoundError")
     items = list(dataset([cut, shards[1]], shuffle=0))
     assert {key for key in range(4, 8)} <= {int(i.path.rpartition("/")[2]) for i in items if isinstance(i, Example)}
+
+
+def losses(path):
+    """Keys of a shard that are read, and the shard's own faults."""
+    items = list(dataset([str(path)], shuffle=0))
+    faults = [item.reason for item in items if isinstance(item, Bad) and item.path == str(path)]
+    return keys(item for item in items if isinstance(item, Example)), faults
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a shard of five samples, and where its members end."""
+    path = tmp_path_factory.mktemp("whole") / "a.tar"
+    files = [file for key in range(5) for file in sample(key, f"A cat sits on {key} mats.", "txt")]
+    write_shard(path, files)
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar]
+        return path.read_bytes(), offsets, tar.offset
+
+
+def test_every_cut_is_noticed(whole, tmp_path):
+    content, offsets, end = whole
+    rng, shard = random.Random(0), tmp_path / "cut.tar"
+    cuts = {*range(0, end + 2048, 512), *(o + d for o in [*offsets, end] for d in (-1, 1, 511, 513)), end + 1023}
+    for cut in sorted(cuts | {rng.randrange(end) for _ in range(40)}):
+        shard.write_bytes(content[: max(cut, 0)])
+        read, faults = losses(shard)
+        assert read == list(range(len(read)))
+        if cut >= end + 1024:
+            assert len(read) == 5 and not faults
+        else:
+            assert (len(faults) == 1 and "byte" in faults[0]) or cut <= 0, (cut, faults)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "noise", "one bit"])
+def test_every_damaged_header_is_noticed(whole, tmp_path, damage):
+    content, offsets, _ = whole
+    for number, offset in enumerate(offsets):
+        block = bytearray(content[offset : offset + 512])
+        if damage == "zeros":
+            block = bytearray(512)
+        elif damage == "noise":
+            block = bytearray(random.Random(number).randbytes(512))
+        else:
+            block[3] ^= 4
+        (tmp_path / "a.tar").write_bytes(content[:offset] + bytes(block) + content[offset + 512 :])
+        read, faults = losses(tmp_path / "a.tar")
+        assert read == list(range(number // 2)) and len(faults) == 1
+        assert f"byte {offset}" in faults[0], faults
+
+
+def test_a_shard_after_a_shard_is_noticed(whole, tmp_path):
+    content, _, end = whole
+    (tmp_path / "a.tar").write_bytes(content + content)
+    read, faults = losses(tmp_path / "a.tar")
+    assert read == list(range(5))
+    assert faults == [f"DamagedShardError: zero block at byte {end}, but more data at byte {len(content)}"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards(whole, tmp_path, compress):
+    packed = compress(whole[0])
+    (tmp_path / "a.tar").write_bytes(packed)
+    assert losses(tmp_path / "a.tar") == (list(range(5)), [])
+    for share in (0.2, 0.5, 0.9):
+        (tmp_path / "a.tar").write_bytes(packed[: int(share * len(packed))])
+        read, faults = losses(tmp_path / "a.tar")
+        assert read == list(range(len(read))) and len(read) < 5 and len(faults) == 1
+
+
+def test_a_caption_in_either_file(tmp_path):
+    """KEY.json may hold other things about the picture; then the caption is in KEY.txt."""
+    forms = [b'{"url": "x"}', b'{"caption": null}', b'{"caption": " "}', b"{", b"[]", b'{"caption": "A blue dog"}']
+    files = [
+        file for key, form in enumerate(forms)
+        for file in ((f"{key}.jpg", picture()), (f"{key}.json", form), (f"{key}.txt", b"A red cat"))
+    ]  # fmt: skip
+    shard = write_shard(tmp_path / "a.tar", files)
+    captions = ["A red cat"] * 5 + ["A blue dog"]
+    assert [item.texts[0] for item in dataset([shard], shuffle=0)] == captions
+    assert list(captions_of_shard(shard)) == captions
+
+
+def test_keys_with_dots_are_explained(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [("img_0.5.jpg", picture()), ("img_0.5.txt", b"A cat")])
+    (bad,) = dataset([shard], shuffle=0)
+    assert bad.reason == "no picture (jpg, jpeg, png, webp); after the first dot the files end in 5.jpg, 5.txt"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:cat {folder}/0000.tar", "PIPE:cat {folder}/0000.tar", "{folder}/0000.tar::pipe:cat x.tar",
+        "http://host/x.tar'; touch {folder}/hacked; '", "s3://bucket/$(touch x).tar", "https://host/`touch x`.tar",
+        "hf://a/b c.tar", "gs://bucket/a\nb.tar", "pipe:cat {{a,b}}.tar",
+    ],
+)  # fmt: skip
+def test_commands_are_refused(shards, tmp_path, address):
+    with pytest.raises(ValueError, match=r"shards: .* is a command, or may hide one; allow_commands would run it"):
+        expand_shards(address.format(folder=tmp_path))
+
+
+def test_commands_can_be_allowed(shards, tmp_path):
+    (address,) = expand_shards(f"pipe:cat {tmp_path}/0000.tar", allow_commands=True)
+    assert sorted(keys(dataset([address], shuffle=0))) == list(range(SAMPLES))
+    assert expand_shards("https://host:80/a/x-{00..01}.tar?key=a%20b&c=d") == [
+        f"https://host:80/a/x-0{i}.tar?key=a%20b&c=d" for i in range(2)
+    ]
 
 
 def test_rejects(shards, tmp_path):

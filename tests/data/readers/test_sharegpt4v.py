@@ -51,7 +51,7 @@ def test_splits(root):
 
 
 def test_published_split(root):
-    with pytest.raises(ValueError, match=r"left to train: it has 8, of which the first 1000 are for testing"):
+    with pytest.raises(ValueError, match=r"has no rows to train on: it has 8 rows, and the first 1000 are for testing"):
         dataset(root)
     assert len(dataset(root, split="test")) == 8
 
@@ -62,6 +62,24 @@ def test_bad_data(root):
     assert missing.path == str(root / "images" / "5.png") and missing.reason.startswith("FileNotFoundError")
     assert broken.path == str(root / "images" / "6.png") and "truncated" in broken.reason
     assert empty == Bad(f"{root / 'captions.json'}, row 8", "empty caption, of image images/7.png")
+
+
+def test_pictures_elsewhere(root):
+    """Neither to train nor to evaluate on, unless they are allowed."""
+    inside = root / "images"
+    rows = [
+        {"image": name, "conversations": [{}, {"value": "A cat sits on a mat."}]}
+        for name in ("0.png", "../images/1.png", str(inside / "2.png"))
+    ]
+    (root / "captions.json").write_text(json.dumps(rows))
+    for allowed in (False, True):
+        maker = ExampleMaker(8, 77, PhrasesOnTheFly(RuleExtractor()))
+        data = ShareGPT4V(Annotations(root / "captions.json"), inside, maker, test_rows=0, allow_outside_root=allowed)
+        found = sharegpt4v_1k(root / "captions.json", inside, allow_outside_root=allowed)
+        bad = [data[Draw(i, 0)] for i in range(3) if isinstance(data[Draw(i, 0)], Bad)]
+        assert len(bad) == len(found.missing) == (0 if allowed else 2)
+        for one in (*bad, *found.missing):
+            assert "is outside the folder of the pictures" in one.reason
 
 
 @pytest.mark.parametrize("workers", [0, 2])

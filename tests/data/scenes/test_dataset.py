@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from betaclip.data.batches import Draw, collate
 from betaclip.data.scenes.dataset import DIFFICULTIES, TEST, TRAIN, ScenesDataset, choices, scene
+from betaclip.data.scenes.layout import random_layout
+from betaclip.data.scenes.texts import describe
 from betaclip.data.transforms import normalize
 from betaclip.model.tokenizer import Tokenizer
 
@@ -93,13 +96,14 @@ def test_is_one_scene_at_any_size():
 def test_boxes_of_phrases():
     found = Counter()
     for i in range(100):
-        shown = scene(0, i)
-        assert len(shown.phrases) == len(shown.boxes) == len(shown.named)
+        shown, rng = scene(0, i), Random(f"train/0/{i}")
+        _, phrases = describe(random_layout(rng), rng)
+        assert shown.phrases == [phrase.text for phrase in phrases] and len(phrases) == len(shown.boxes)
         assert len(shown.thing_boxes) == len(shown.layout.things)
-        for box, named in zip(shown.boxes, shown.named, strict=True):
-            of = np.array([shown.thing_boxes[k] for k in named])
-            assert box == (*of[:, :2].min(0), *of[:, 2:].max(0))
-            found[len(named)] += 1
+        for box, phrase in zip(shown.boxes, phrases, strict=True):
+            named = np.array([shown.thing_boxes[k] for k in phrase.things])
+            assert box == (*named[:, :2].min(0), *named[:, 2:].max(0))
+            found[len(phrase.things)] += 1
         assert shown.caption == " ".join(shown.sentences)
     assert set(found) == {1, 2} and found[1] > found[2] > 50
 
