@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("betaclip.training.main", "TrainConfig", "main", "train a model; by default a small one"),
+    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one"),
     "evaluate": Command("betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions and pointing"),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),

@@ -6,7 +6,7 @@ import pytest
 
 from betaclip.cli import main
 from betaclip.settings import read
-from betaclip.training.config import TrainConfig
+from betaclip.train import TrainConfig
 
 MODEL = json.dumps(
     {

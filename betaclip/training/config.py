@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from betaclip.data.registry import DataConfig, RetrievalConfig
+from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
 
@@ -106,22 +106,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(RetrievalConfig):
-    """What the model is evaluated on at the end, and before. ``betaclip evaluate`` explains the sets."""
-
-    every: int | None = None
-    """Updates; without it, only at the end."""
-    scenes: int | None = None
-    """Number of rendered scenes; by default 200 if the data are scenes, and else none."""
-    fg_ovd: Path | None = None
-    fg_ovd_images: Path | None = None
-    conditioned: bool = False
-    """Text-conditioned retrieval too."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run."""
+class TrainingConfig:
+    """The settings of a run."""
 
     # The pooling block's LayerNorms and its start from identities let towers that start at random learn in minutes.
     model: ModelConfig = field(
@@ -133,10 +119,9 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def check(config: TrainConfig, ranks: int) -> None:
+def check(config: TrainingConfig, ranks: int) -> None:
     """Raise ConfigError for values that no run can have."""
     run = config.run
     at_least_one = ("batch_size", "epochs", "steps", "micro_batch_size", "log_every", "checkpoint_every", "keep")
@@ -144,16 +129,14 @@ def check(config: TrainConfig, ranks: int) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigError(f"run.{name}: expected at least 1, got {value}")
-    if config.evaluation.every is not None and config.evaluation.every < 1:
-        raise ConfigError(f"evaluation.every: expected at least 1, got {config.evaluation.every}")
     if run.batch_size < ranks:
         raise ConfigError(f"run.batch_size: expected at least {ranks}, one for each rank, got {run.batch_size}")
     if run.workers < 0:
         raise ConfigError(f"run.workers: expected at least 0, got {run.workers}")
     if run.resume and run.name is None:
-        raise ConfigError("run.resume: which run? Give its run.name")
+        raise ConfigError("run.resume: expected run.name with it, the name of the run to resume")
     if run.parallel == "fsdp" and run.precision == "fp16":
-        raise ConfigError("run.precision: fp16's gradient scaler does not know fsdp's shards; take bf16, or ddp")
+        raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
 
 
 def check_schedules(config: OptimizerConfig, steps: int) -> None:
@@ -161,4 +144,7 @@ def check_schedules(config: OptimizerConfig, steps: int) -> None:
     for part in ("backbone", "pool"):
         warmup = getattr(config, part).warmup
         if not 0 <= warmup < steps:
-            raise ConfigError(f"optimizer.{part}.warmup: expected less than the run's {steps} updates, got {warmup}")
+            raise ConfigError(
+                f"optimizer.{part}.warmup: expected 0 to {steps - 1}, to end within the run of {steps} updates, "
+                f"got {warmup}"
+            )

@@ -12,7 +12,7 @@ from betaclip.data.batches import Batch, collate
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 from betaclip.training.sampler import BatchSampler
 
 
@@ -35,7 +35,7 @@ class DataSource(Protocol):
 
 
 def create_data_source(
-    config: TrainConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
+    config: TrainingConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
 ) -> DataSource:
     """
     Raises:
@@ -55,7 +55,7 @@ def create_data_source(
 class ExampleSource:
     """Of a dataset that has each example by its number."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         self._dataset, self._workers, self._device = dataset, config.run.workers, device
         self._process_group = process_group
         self.order = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
@@ -76,7 +76,7 @@ class ExampleSource:
 class ShardSource:
     """Of shards that are read in sequence: exact from any step on with the same numbers of ranks and of workers."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         size, workers, ranks = config.run.batch_size, config.run.workers, process_group.size
         if dataset.epoch_samples is None:
             raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")

@@ -12,9 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betaclip.errors import ConfigError, NonFiniteError
-from betaclip.evaluation.report import Results, table
 from betaclip.settings import to_dict
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 
 
 class MetricsBuffer:
@@ -71,7 +70,7 @@ class MetricsBuffer:
             f"rank {rank}'s {len(paths)} images ({file} has all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
         )
 
-    def metrics(self, device: torch.device) -> dict[str, float]:
+    def means(self, device: torch.device) -> dict[str, float]:
         """Means of the finite values, rates and shares."""
         table, bad = self.read()
         elapsed = time.perf_counter() - self._begin
@@ -105,7 +104,7 @@ def peak_bytes(device: torch.device) -> float:
 class Log:
     """Where a run's metrics go; of the first rank. Steps after ``step`` of an earlier attempt are forgotten."""
 
-    def __init__(self, folder: Path, config: TrainConfig, steps: int, step: int) -> None:
+    def __init__(self, folder: Path, config: TrainingConfig, steps: int, step: int) -> None:
         self.steps = steps
         self._file = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self._file) if m["step"] <= step]
@@ -122,10 +121,9 @@ class Log:
         self._write(step, metrics)
         self.say(line(step, self.steps, metrics))
 
-    def write_results(self, step: int, results: Results) -> None:
-        """Of an evaluation, by set and name."""
-        self._write(step, {f"{of}/{name}": value for of, values in results.items() for name, value in values.items()})
-        self.say(f"step {step}/{self.steps}, evaluated\n{table(results)}")
+    def write_evaluation(self, step: int, metrics: dict[str, float], table: str) -> None:
+        self._write(step, metrics)
+        self.say(f"step {step}/{self.steps}, evaluated\n{table}")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         with self._file.open("a") as file:
@@ -181,7 +179,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _wandb(config: TrainConfig, folder: Path) -> Any:
+def _wandb(config: TrainingConfig, folder: Path) -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions
 from betaclip.training.optimizers import clip_gradients, set_learning_rates
@@ -23,7 +23,7 @@ LOSSES = ("loss", "global_loss", "beta_cal_loss")
 _range = partial(nvtx.annotate, domain="betaclip")
 
 
-def create_objective(config: TrainConfig, process_group: ProcessGroup) -> Objective:
+def create_objective(config: TrainingConfig, process_group: ProcessGroup) -> Objective:
     loss, several = config.loss, process_group.size > 1
     ways: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
     gather = several and ways[loss.gather]
@@ -57,7 +57,7 @@ class TrainStep:
         wrapped: nn.Module,
         objective: Objective,
         optimizer: torch.optim.AdamW,
-        config: TrainConfig,
+        config: TrainingConfig,
         process_group: ProcessGroup,
         steps: int,
     ) -> None:

@@ -102,7 +102,7 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     output = tmp_path / "results" / "all.json"
     results = evaluate(
         EvaluateConfig(
-            Path("checkpoint"),
+            checkpoint=Path("checkpoint"),
             scenes=3,
             urban1k=urban1k(tmp_path / "urban1k"),
             sharegpt4v=sharegpt4v(tmp_path / "sharegpt4v"),
@@ -170,7 +170,7 @@ def test_no_picture_can_be_read(tmp_path, known):
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "1.txt").write_text("red")
     with pytest.raises(ConfigError, match="urban1k: none of 1 pictures"):
-        evaluate(EvaluateConfig(Path("checkpoint"), urban1k=tmp_path, device="cpu"))
+        evaluate(EvaluateConfig(checkpoint=Path("checkpoint"), urban1k=tmp_path, device="cpu"))
 
 
 def test_long_lists_of_bad_data_are_cut(caplog):
@@ -208,7 +208,7 @@ def test_checkpoint(tmp_path, capsys):
     model = create_model(config)
     content = {"betaclip": 1, "config": {"model": {"name": TINY}}, "model": model.state_dict()}
     checkpoints.write(checkpoints.checkpoint_path(tmp_path, 7), content, keep=1)
-    results = evaluate(EvaluateConfig(tmp_path, scenes=5, seed=3, conditioned=False, device="cpu"))
+    results = evaluate(EvaluateConfig(checkpoint=tmp_path, scenes=5, seed=3, conditioned=False, device="cpu"))
     truth = evaluate_scenes(model, Tokenizer(), seed=3, count=5, batch_size=64, conditioned=False)
     assert results == {"scenes": truth}
     assert "Choices, % right" in capsys.readouterr().out
