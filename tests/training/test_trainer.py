@@ -112,7 +112,7 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
         patch.setattr(TrainStep, "__call__", at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(Stopped) as stopped:
             train(settings)
-    assert stopped.value.code == 143 and "after step 5; --run.resume goes on from" in stopped.value.message
+    assert stopped.value.code == 143 and "after step 5; --run.resume continues from" in stopped.value.message
     assert signal.getsignal(signal.SIGTERM) is before
     resumed = train(replace(settings, run=replace(settings.run, resume=True)))
     assert measured(resumed) == measured(truth) and len(measured(truth)) == 3
