@@ -24,9 +24,10 @@ from betaclip.training import parallel
 from betaclip.training.config import TrainingConfig, check_schedules
 from betaclip.training.data_source import create_data_source
 from betaclip.training.log import Log, MetricsBuffer
+from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, create_objective, freeze_unused
+from betaclip.training.step import TrainStep, freeze_unused
 
 
 class Evaluated(NamedTuple):
@@ -69,7 +70,7 @@ class Trainer:
         self.model = _create_model(config.model, content).to(device)
         # Save the config as resolved from the weights, not as given.
         self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
-        objective = create_objective(config, process_group)
+        objective = Objective(config.loss, several_ranks=process_group.size > 1)
         freeze_unused(self.model, objective)
         if config.run.compile:
             compile_(self.model)

@@ -12,18 +12,20 @@ from betaclip.data.registry import DataConfig
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training import trainer
-from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainingConfig
 from betaclip.training.step import TrainStep
 from betaclip.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 STEPS = 9
+LOSS = TrainingConfig().loss
 
 
-def config(folder: Path, name: str = "run", **run: Any) -> TrainingConfig:
+def config(folder: Path, name: str = "run", loss: LossConfig = LOSS, **run: Any) -> TrainingConfig:
     options: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "log_every": 1, "workers": 0, "tensorboard": False}
     options |= run
     return TrainingConfig(
+        loss=loss,
         optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4), eps=1e-3),
         run=RunConfig(folder=folder, name=name, **options),
     )

@@ -10,8 +10,9 @@ from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import SINGLE_PROCESS
 from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, create_objective, freeze_unused
+from betaclip.training.step import TrainStep, freeze_unused
 
 # Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
 OPTIMIZER = OptimizerConfig(
@@ -24,7 +25,7 @@ def config(**run: Any) -> TrainingConfig:
 
 
 def create_step(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
-    objective = create_objective(settings, SINGLE_PROCESS)
+    objective = Objective(settings.loss)
     freeze_unused(model, objective)
     return TrainStep(model, model, objective, create_optimizer(model, settings.optimizer), settings, SINGLE_PROCESS, 10)
 

@@ -62,7 +62,7 @@ def test_shards(shards):
 def test_rejects(shards):
     for change, ranks, message in (
         ({"epoch_samples": None}, 1, "data: epoch_samples: shards need it"),
-        ({"epoch_samples": 3}, 1, "data: epoch_samples: 3 are less than a batch of 4"),
+        ({"epoch_samples": 3}, 1, "data: epoch_samples: 3 are fewer than a batch of 4"),
         ({}, 3, "run.batch_size: expected a multiple of 3 ranks for shards, got 4"),
         ({"shards": "nowhere.tar"}, 1, r"data: .*nowhere\.tar"),
     ):

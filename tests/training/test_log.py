@@ -49,7 +49,7 @@ def test_line():
         "skipped": 0.0, "epoch": 0.125, "lr_backbone": 1e-5, "lr_pool": 1e-3,
     }  # fmt: skip
     assert line(7, 90, metrics) == (
-        "step 7/90  loss 3.5  global 1.25  β-CAL 2.25  scales 14 15  norms 0.5 0.25  lr 1e-05 0.001  "
+        "step 7/90  loss 3.5  global 1.25  beta_cal 2.25  scales 14 15  norms 0.5 0.25  lr 1e-05 0.001  "
         "12.3 images/s  data 2 %  peak 1.50 GiB  epoch 0.125"
     )
     assert line(7, 90, metrics | {"skipped": 2.0}).endswith("  skipped 2  epoch 0.125")

@@ -26,5 +26,5 @@ def test_fully_sharded_gradients_wait(tmp_path):
 
 
 def test_fsdp_needs_torchrun():
-    with pytest.raises(ConfigError, match=r"run.parallel: fsdp needs torchrun"):
+    with pytest.raises(ConfigError, match=r"run.parallel: fsdp needs a process group"):
         parallel.wrap(tiny_model(), "fsdp", SINGLE_PROCESS)

@@ -10,11 +10,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
-from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
+from betaclip.process_group import ProcessGroup
 from betaclip.training import parallel
 from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
+from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, create_objective
+from betaclip.training.step import TrainStep
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -39,7 +40,7 @@ def test_accumulation_is_the_mean_of_losses():
     model = tiny_model().double()
     row = create_step(model, config(micro_batch_size=3, accumulation="mean"))(batch, 0, 6)
     losses, other = [], tiny_model().double()
-    objective = create_objective(config(), SINGLE_PROCESS)
+    objective = Objective(config().loss)
     for begin in (0, 3):
         part = batch.of_images(begin, begin + 3)
         loss = objective(other(part.images, part.texts))["loss"]
@@ -118,7 +119,10 @@ def test_precision(precision):
 
 def create_step_of_rank(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
     group = ProcessGroup.of()
-    wrapped, objective = parallel.wrap(model, settings.run.parallel, group), create_objective(settings, group)
+    wrapped, objective = (
+        parallel.wrap(model, settings.run.parallel, group),
+        Objective(settings.loss, several_ranks=True),
+    )
     return TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
 
 
@@ -161,7 +165,7 @@ def losses_of_each_rank_are_averaged() -> None:
     parts = [whole.of_images(0, 3), whole.of_images(3, 7)]
     train_step = create_step_of_rank(tiny_model().double(), settings)
     row = dict(zip(train_step.columns, train_step(parts[ProcessGroup.of().rank], 0, 7).tolist(), strict=True))
-    alone, one = create_objective(config(), SINGLE_PROCESS), tiny_model().double()
+    alone, one = Objective(config().loss), tiny_model().double()
     of_parts = [alone(one(part.images, part.texts))["beta_cal_loss"].item() for part in parts]
     assert row["beta_cal_loss"] == pytest.approx(sum(of_parts) / 2)
     assert row["global_loss"] == pytest.approx(alone(one(whole.images, whole.texts))["global_loss"].item())
