@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, settings, and what each backend of each operation can serve.
+"""The facts for a bug report: versions, devices, settings, and what each backend of each operation can serve.
 
 ``betaclip env`` prints it, as does ``python -m betaclip.env``; :func:`report` returns it.
 """

@@ -28,7 +28,7 @@ PICTURES, PHRASES_PER_PICTURE = 6, 7
 
 @dataclass(frozen=True, kw_only=True)
 class TrainEvaluationConfig(EvaluationConfig):
-    """What the model is evaluated on, at the end and during the run. ``betaclip evaluate`` explains the sets."""
+    """The sets to evaluate the model on, at the end and during the run. ``betaclip evaluate`` explains them."""
 
     every: int | None = None
     """Updates between evaluations; by default only at the end."""

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(EvaluationConfig):
-    """What to evaluate a checkpoint on. Under torchrun, ranks share the work."""
+    """Evaluate a checkpoint on the sets that are named. Under torchrun, ranks share the work."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint, a run's folder, or a file in the published layout."""

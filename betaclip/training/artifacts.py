@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from betaclip.training.log import read_metrics
 
-# What of metrics.jsonl each panel shows: names that start or end so.
+# The metrics in each panel, by how their names start or end.
 PANELS = {"losses": "loss", "scales": "logit_scale", "gradient norms": "norm_", "learning rates": "lr_"}
 LOGARITHMIC = ("gradient norms", "learning rates")
 LINE_STYLES = ("-", "--", ":", "-.")

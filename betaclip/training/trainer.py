@@ -31,7 +31,7 @@ from betaclip.training.step import TrainStep, freeze_unused
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found: values to log by name, and a table to print."""
+    """The result of an evaluation: values by name to log, and a table to print."""
 
     metrics: dict[str, float]
     table: str

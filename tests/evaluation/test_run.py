@@ -20,7 +20,7 @@ from betaclip.model.tokenizer import Tokenizer
 COLOURS = ("red", "green", "blue")
 
 
-# Of open_clip's vocabulary, and otherwise as small as can be.
+# It has open_clip's vocabulary, and is otherwise as small as can be.
 TINY = json.dumps(
     {
         "embed_dim": 16,
@@ -130,7 +130,7 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     assert json.loads(output.read_text()) == results
     printed = capsys.readouterr().out
     assert "urban1k        CLS" in printed and "fg_ovd  hard" in printed and "Pointing" in printed
-    # What is left out is named, each with its reason.
+    # Samples that are left out are named, each with its reason.
     for name in ("5.png: OSError", "4.png: a picture without a caption", "none.png", "annotation 3: image: "):
         assert name in caplog.text
 
@@ -203,7 +203,7 @@ def test_scenes():
 
 
 def test_checkpoint(tmp_path, capsys):
-    """Of a run, in its folder."""
+    """A run's folder stands for its latest checkpoint."""
     config = ModelConfig(name=TINY)
     model = create_model(config)
     content = {"betaclip": 1, "config": {"model": {"name": TINY}}, "model": model.state_dict()}

@@ -36,7 +36,7 @@ def test_metrics_buffer_names_the_step(tmp_path):
     assert str(stopped.value).endswith("\n  picture 1")
     saved = json.loads((tmp_path / "non_finite_rank2.json").read_text())
     assert saved["step"] == 41 and saved["paths"] == ["picture 1"]
-    # What may be infinite, may.
+    # A column that need not be finite stops nothing.
     some = MetricsBuffer(["loss", "norm"], ["loss"])
     some.add(torch.tensor([1.0, torch.inf]), [], 1, 0.0)
     some.stop_if_not_finite(1, 0, tmp_path)

@@ -80,7 +80,7 @@ def killed(settings: TrainingConfig, step: int, number: int, group: bool) -> Non
 def kill_in_child(settings: TrainingConfig, step: int, number: int, group: bool = False) -> int | None:
     child = multiprocessing.get_context(START).Process(target=killed, args=(settings, step, number, group))
     child.start()
-    child.join()
+    child.join(600)
     return child.exitcode
 
 

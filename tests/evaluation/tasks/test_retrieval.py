@@ -94,7 +94,7 @@ def test_texts_of_pictures(tmp_path):
 
 
 def three_pictures() -> list[npt.NDArray[np.uint8]]:
-    """Of which the mean of patches is the same in the first two."""
+    """The mean of the patches is the same in the first two."""
     left = colours.picture({(r, c): "red" if c < 2 else "green" for r in range(4) for c in range(4)})
     right = colours.picture({(r, c): "green" if c < 2 else "red" for r in range(4) for c in range(4)})
     return [left, right, colours.picture({(0, 0): "blue"})]
