@@ -29,8 +29,8 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
-# Choices by the name of their set; the columns of the counts that are kept for each name.
-Questions = Sequence[tuple[str, Choice]]
+Questions = Sequence[tuple[str, Choice]]  # with the name that each is counted under
+# The counts that are kept for each name.
 COLUMNS = RIGHT_BY_REGION, RIGHT_BY_POOLING, RIGHT_BY_CHANCE, ANSWERED, LEFT_OUT = range(5)
 
 
