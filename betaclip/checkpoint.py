@@ -1,4 +1,4 @@
-"""Checkpoints: one plain file each, whatever the model was wrapped in, written so that a kill never leaves a half."""
+"""Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file."""
 
 import os
 import pickle
@@ -31,15 +31,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the last step in a run's folder. There is no link to it that could point to nothing."""
+    """The checkpoint of the last step in a run's folder, found by name: a link could point to a missing file."""
     found = [path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
     return max(found, default=None)
 
 
 def write(path: Path, content: dict[str, Any], keep: int) -> None:
-    """Write atomically, then delete all but the last ``keep`` checkpoints of the folder, and what kills have left.
+    """Write atomically, then delete all but the last ``keep`` checkpoints, and partial files that kills left behind.
 
-    content: tensors and plain values, which :func:`read` loads without unpickling anything else.
+    content: tensors and plain values only, because :func:`read` unpickles nothing else.
     """
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -54,7 +54,7 @@ def write(path: Path, content: dict[str, Any], keep: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Their state by parameters' names, whole and on the CPU. All ranks must call; the first one's is complete."""
+    """Their states by parameter name, unsharded and on the CPU. All ranks must call; the first rank's is complete."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {
         "model": get_model_state_dict(model, options=options),
@@ -76,7 +76,7 @@ def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-    """Put what :func:`model_and_optimizer` returned back, into any wrapper and any number of ranks. All ranks must call
+    """Load what :func:`model_and_optimizer` returned, into any wrapper and on any number of ranks. All ranks must call
     with the same content."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, content["model"], options=options)
@@ -84,7 +84,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[st
 
 
 def random_states() -> dict[str, Any]:
-    """Of this process: PyTorch's (CPU, and the current GPU), NumPy's and Python's, as plain values."""
+    """This process's random states, as plain values: PyTorch's (CPU and current GPU), NumPy's and Python's."""
     kind, key, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -106,11 +106,11 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> BetaCLIP:
-    """The model of a checkpoint: ours, the latest of a run's folder, or one in the published layout.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
 
     Raises:
         FileNotFoundError: no such file, or a folder without checkpoints.
-        ValueError: neither layout.
+        ValueError: the file has neither layout.
     """
     path = Path(path)
     if path.is_dir():
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
 
 
 def model_config(path: Path) -> ModelConfig | None:
-    """What the model of one of our checkpoints was made from; None for any other file."""
+    """The model's settings in one of our checkpoints; None for any other file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError):  # safetensors; torch's older format; pickles of other things

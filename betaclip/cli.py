@@ -1,4 +1,4 @@
-"""The command `betaclip`: train, evaluate, visualize, prepare. A command imports only what it needs."""
+"""The command `betaclip`: train, evaluate, visualize, prepare, env. A command imports only what it needs."""
 
 import difflib
 import importlib
@@ -7,68 +7,86 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import betaclip
+from betaclip.errors import ConfigError, NonFiniteError, Stopped, closed_pipe_ends_output
+
 
 class Command(NamedTuple):
-    """config and run: names in ``module``, of a dataclass and of a function of it."""
+    """run: a function in ``module``. config: the dataclass in ``module`` that it takes; None if it takes nothing."""
 
     module: str
-    config: str
+    config: str | None
     run: str
     help: str
 
 
 COMMANDS = {
-    "train": Command("betaclip.training.main", "TrainConfig", "main", "train a model; by default a small one"),
+    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one"),
     "evaluate": Command("betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions and pointing"),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
+    "env": Command("betaclip.env", None, "main", "versions, devices and backends, for a bug report"),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exits with 2 for what is wrong with its arguments, and 1 for what goes wrong later."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: betaclip COMMAND [--help]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:10} {command.help}")
-        return
-    name, *rest = arguments
+    with closed_pipe_ends_output():
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("usage: betaclip COMMAND [--help]\n       betaclip --version\n")
+            for name, command in COMMANDS.items():
+                print(f"  {name:10} {command.help}")
+        elif arguments[0] == "--version":
+            print(f"betaclip {betaclip.__version__}")
+        else:
+            _dispatch(*arguments)
+
+
+def _dispatch(name: str, *arguments: str) -> None:
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)[0]
         _exit(f"betaclip: no command {name!r}; the nearest is {nearest!r}", 2)
+    command = COMMANDS[name]
     try:
-        _run(name, rest)
+        if command.config is None:
+            _run_without_config(name, command, arguments)
+        else:
+            _run(name, command, command.config, list(arguments))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "betaclip":
             raise
         _exit(f"betaclip {name}: the package {error.name} is missing: pip install 'betaclip[train]'", 1)
 
 
-def _run(name: str, arguments: list[str]) -> None:
+def _run_without_config(name: str, command: Command, arguments: tuple[str, ...]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: betaclip {name}\n\n{_sentence(command.help)}")
+    elif arguments:
+        _exit(f"betaclip {name}: expected no arguments, got {' '.join(arguments)}", 2)
+    else:
+        getattr(importlib.import_module(command.module), command.run)()
+
+
+def _run(name: str, command: Command, config_class: str, arguments: list[str]) -> None:
     import tyro
 
     from betaclip.data.batches import BadDataError
-    from betaclip.errors import ConfigError, NonFiniteError, Stopped
     from betaclip.settings import read
 
     logging.basicConfig(format="%(message)s")
-    command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    kind: Any = getattr(module, command.config)
-    description = f"{command.help[0].upper()}{command.help[1:]}."
+    kind: Any = getattr(module, config_class)
+    description = _sentence(command.help)
     try:
         options: dict[str, Any] = {}
         if name == "train":
             file, arguments = _config_file(arguments)
             options["default"] = kind() if file is None else read(kind(), file)
-            description += " --config FILE: a TOML file with other defaults for what follows."
+            description += " --config FILE: a TOML file with other defaults for what follows, or the name of a recipe."
         config = tyro.cli(kind, prog=f"betaclip {name}", description=description, args=arguments, **options)
         getattr(module, command.run)(config)
-    except (OSError, ValueError) as error:
-        # The others make ConfigErrors of what they expect; what else comes is a fault of ours, with its traceback.
-        if name != "prepare" and not isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
         _exit(f"betaclip {name}: {error}", 2)
     except (BadDataError, NonFiniteError) as error:
         _exit(f"betaclip {name}: {error}", 1)
@@ -79,7 +97,7 @@ def _run(name: str, arguments: list[str]) -> None:
 
 def _config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
-    from betaclip.errors import ConfigError
+    from betaclip.settings import config_path
 
     file, rest = None, []
     left = iter(arguments)
@@ -91,8 +109,12 @@ def _config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
         elif argument == "--config=":
             raise ConfigError("--config: expected a file")
         else:
-            file = Path(argument.removeprefix("--config="))
+            file = config_path(argument.removeprefix("--config="))
     return file, rest
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _exit(message: str, code: int) -> None:

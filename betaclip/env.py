@@ -1,6 +1,6 @@
-"""What a bug report needs: versions, devices, settings, and what each backend of each operation can serve.
+"""The facts for a bug report: versions, devices, settings, and what each backend of each operation can serve.
 
-``python -m betaclip.env`` prints it; :func:`report` returns it.
+``betaclip env`` prints it, as does ``python -m betaclip.env``; :func:`report` returns it.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import betaclip
+from betaclip.errors import closed_pipe_ends_output
 from betaclip.kernels import libbetaclip as cuda
 from betaclip.kernels.attention_pool import operators as attention_pool
 from betaclip.kernels.backends import WhyNot, resolve
@@ -93,7 +94,11 @@ def _probe(operation: str, table: Mapping[str, WhyNot], probe: Tensor) -> dict[s
 
 def main() -> None:
     """Print the report."""
-    data = report()
+    with closed_pipe_ends_output():
+        _print(report())
+
+
+def _print(data: dict[str, Any]) -> None:
     for section in ("versions", "devices", "environment"):
         print(section)
         for name, value in data[section].items():

@@ -1,6 +1,10 @@
-"""Errors that a user can mend, and how a run may end before its last step."""
+"""Errors that a user can mend, and how a program may end early."""
 
+import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -9,12 +13,24 @@ class ConfigError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is not finite; the message names the step, the losses, the scales and the images."""
+    """A loss or a gradient is not finite; the message names the step, losses, scales and images."""
 
 
 class Stopped(SystemExit):
-    """SIGTERM came and a checkpoint is written; ends the process with the code of that signal."""
+    """SIGTERM came and a checkpoint has been written. Ends the process with that signal's exit code."""
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__(128 + signal.SIGTERM)
-        self.message = f"stopped by SIGTERM after step {step}; --run.resume goes on from {folder}"
+        self.message = f"stopped by SIGTERM after step {step}; --run.resume continues from {folder}"
+
+
+@contextmanager
+def closed_pipe_ends_output() -> Iterator[None]:
+    """End quietly when nobody reads the output any more, as in ``betaclip env | head``."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits

@@ -1,10 +1,16 @@
-"""Dataclasses from and to TOML files: one table per nested dataclass, one key per field."""
+"""Dataclasses from and to TOML files: one table per nested dataclass, one key per field.
+
+Written here rather than taken from a library, since each of those that convert dataclasses lacks something that a file
+of settings needs: a table that changes a few fields of a default, the nearest key in the message about a wrong one, and
+true not passing for 1.
+"""
 
 import difflib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,11 +26,11 @@ T = TypeVar("T")
 
 
 def read(default: T, path: Path) -> T:
-    """The dataclass ``default`` with the values that a TOML file has.
+    """The dataclass ``default``, with the values of a TOML file in place of its own.
 
     Raises:
-        ConfigError: no such file, not TOML, a key that the dataclass has not (the nearest that it has is named), or a
-            value of another type than the field's.
+        ConfigError: the file does not exist or is not TOML, a key is unknown (the message names the nearest one) or has
+            been renamed, or a value has the wrong type.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -38,24 +44,52 @@ def read(default: T, path: Path) -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def config_path(name: str) -> Path:
+    """The TOML file at the path ``name``, or the recipe of that name that comes with the package.
+
+    Raises:
+        ConfigError: ``name`` has no suffix, and neither a file nor a recipe has this name.
+    """
+    if Path(name).suffix or Path(name).is_file():
+        return Path(name)
+    recipes = {file.stem: file for file in _recipes()}
+    if name not in recipes:
+        raise ConfigError(f"--config: expected a TOML file or one of {', '.join(sorted(recipes))}, got {name!r}")
+    return recipes[name]
+
+
+def _recipes() -> list[Path]:
+    try:
+        files = [Path(str(entry)) for entry in resources.files("betaclip.configs").iterdir()]
+    except ModuleNotFoundError:  # a checkout that was not installed has them beside the package
+        files = list(Path(__file__).parents[1].joinpath("configs").glob("*"))
+    return [file for file in files if file.suffix == ".toml"]
+
+
 def from_dict(default: T, values: dict[str, Any]) -> T:
-    """The dataclass ``default`` with values from nested dictionaries. Raises ConfigError as :func:`read`."""
+    """The dataclass ``default``, with values of nested dictionaries in place of its own.
+
+    A field's metadata may name the key that it had before as "was".
+
+    Raises:
+        ConfigError: as :func:`read`.
+    """
     return _build(default, values, "", list(keys(type(default))))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dictionaries of plain values: paths are strings, tuples lists, and what is None is left out."""
+    """Nested dictionaries of plain values: paths become strings, tuples become lists, and None is left out."""
     return {f.name: _plain(value) for f in fields(config) if (value := getattr(config, f.name)) is not None}
 
 
 def to_toml(config: Any) -> str:
-    """A TOML document from which :func:`read` makes an equal dataclass, provided that no field that is None has another
-    default: TOML cannot say None."""
+    """A TOML document from which :func:`read` makes an equal dataclass. TOML has no None: fields that are None must be
+    None by default."""
     return "\n".join(_lines(to_dict(config), "")) + "\n"
 
 
 def keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all values."""
+    """The dotted names of all values."""
     hints = get_type_hints(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
@@ -93,12 +127,12 @@ def _build(default: Any, values: dict[str, Any], prefix: str, known: list[str]) 
             raise ConfigError(f"{where}: expected a table, got {value!r}")
     try:
         return replace(default, **changes)
-    except ValueError as error:  # of the dataclass's own checks
+    except ValueError as error:  # from the dataclass's __post_init__
         raise ConfigError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as ``hint`` wants it, or ConfigError."""
+    """``value`` as an instance of ``hint``, or ConfigError."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         for member in (a for a in args if a is not NoneType):
@@ -111,6 +145,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value in args and type(value) in {type(a) for a in args}:
             return value
         raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+    if origin is Mapping:
+        if isinstance(value, Mapping):
+            return {str(k): _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        raise ConfigError(f"{where}: expected a table, got {value!r}")
     if origin in (tuple, list):
         many = args[-1] is ... or origin is list
         if isinstance(value, list | tuple) and (many or len(value) == len(args)):
@@ -136,7 +174,7 @@ def _lines(table: dict[str, Any], prefix: str) -> Iterator[str]:
         if not isinstance(value, dict):
             yield f"{key} = {_literal(value)}"
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield f"\n[{prefix}{key}]"
             yield from _lines(value, f"{prefix}{key}.")
 
@@ -148,4 +186,4 @@ def _literal(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
-    return repr(value)  # an int, or a float: TOML reads Python's
+    return repr(value)  # TOML's integers and floats are written as Python's

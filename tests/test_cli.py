@@ -1,12 +1,15 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import betaclip
 from betaclip.cli import main
-from betaclip.settings import read
-from betaclip.training.config import TrainConfig
+from betaclip.settings import config_path, read
+from betaclip.train import TrainConfig
 
 MODEL = json.dumps(
     {
@@ -98,6 +101,40 @@ def test_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     message = fails(capsys, "train", code=1)
     assert message == "betaclip train: the package tyro is missing: pip install 'betaclip[train]'\n"
+
+
+def test_env(capsys):
+    main(["env"])
+    assert capsys.readouterr().out.startswith("versions\n  betaclip ")
+    assert fails(capsys, "env", "--all") == "betaclip env: expected no arguments, got --all\n"
+    main(["env", "--help"])
+    assert "for a bug report" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"betaclip {betaclip.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["betaclip.env"], ["betaclip", "train", "--help"]])
+def test_reader_that_leaves(arguments):
+    """As in ``betaclip env | head -n 1``: no traceback, also where the reader is gone before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_recipe_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for form in ("ce", "bce"):
+        config = read(TrainConfig(), config_path(f"vit_b16_sharegpt4v_{form}"))
+        assert config.model.name == "ViT-B-16" and config.loss.form == form
+    message = fails(capsys, "train", "--config", "vit")
+    assert "expected a TOML file or one of scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, got 'vit'" in message
+    (tmp_path / "scenes").write_text("")  # a file goes before a recipe
+    assert config_path("scenes") == Path("scenes")
 
 
 def test_help_is_light():

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ class Whole:
     betas: tuple[float, float] = (0.9, 1e-08)
     words: tuple[str, ...] = ()
     on: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
     first: Part = field(default_factory=Part)
     second: Part = field(default_factory=lambda: Part(rate=1e-9))
 
@@ -39,7 +41,17 @@ def of_text(tmp_path, text: str) -> Whole:
 def test_toml_returns(tmp_path):
     for config in (
         Whole(),
-        Whole("x", Path("a/b"), "b", (1e300, 5e-324), ("u", 'v"'), True, Part(1 / 3, 7, 1e22), Part(2)),
+        Whole(
+            "x",
+            Path("a/b"),
+            "b",
+            (1e300, 5e-324),
+            ("u", 'v"'),
+            True,
+            {"a": 0.5, "b_c": 2.0},
+            Part(1 / 3, 7, 1e22),
+            Part(2),
+        ),
     ):
         assert of_text(tmp_path, to_toml(config)) == config
         assert from_dict(Whole(), to_dict(config)) == config
@@ -62,6 +74,8 @@ def test_file_overrides_default_field_by_field(tmp_path):
         ("[first]\nlimit = 'x'", "first.limit: expected float, got 'x'"),
         ("kind = 'c'", "kind: expected one of 'a', 'b', got 'c'"),
         ("betas = [1.0]", "betas: expected a list of 2, got"),
+        ("weights = 3", "weights: expected a table, got 3"),
+        ("[weights]\na = 'x'", "weights.a: expected float, got 'x'"),
         ("first = 3", "first: expected a table, got 3"),
         ("[first]\nsteps = 0", "x.toml: first: steps: expected at least 1, got 0"),
         ("first", "x.toml: not TOML"),

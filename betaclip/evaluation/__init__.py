@@ -1,1 +1,1 @@
-"""What a model has learnt: retrieval, fine-grained choices, pointing."""
+"""Evaluation of a model: retrieval, fine-grained choices, pointing."""

@@ -1,4 +1,4 @@
-"""Pictures and texts through a model, a batch at a time; pictures that cannot be read are handed on, not replaced."""
+"""Encode pictures and texts with a model, a batch at a time. Pictures that cannot be read are left out and named."""
 
 import logging
 from collections import deque
@@ -22,28 +22,26 @@ from betaclip.model.texts import RaggedTexts
 from betaclip.model.tokenizer import Tokenizer
 
 Source = Path | npt.NDArray[np.uint8]  # a file, or (H, W, 3)
+Picture = tuple[Tensor, tuple[int, int]]  # (3, S, S), normalised; the width and height that the source had
 Transform = Callable[[Image.Image], Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Threads that decode and resize, where the interpreter's lock is free.
-READERS = 4
-
-# What cannot be used is named in the log, this many of one list.
-NAMED = 20
+READER_THREADS = 4  # decoding and resizing release the interpreter's lock
+MAX_LOGGED = 20  # of a list of unusable samples
 
 _log = logging.getLogger(__name__)
 
 
 class NoPicturesError(ValueError):
-    """Nothing is left to evaluate on."""
+    """None of the pictures can be read."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; the mode of every part of the model returns afterwards.
+    """Evaluation mode without gradients; afterwards every part of the model has the mode that it had.
 
-    Not torch.inference_mode: what the kernels keep between calls must serve a training step again.
+    Not torch.inference_mode: buffers that the kernels keep between calls must serve a training step again.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -56,7 +54,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Squash:
-    """The whole picture on a square, whatever its shape, bicubic: (3, size, size), normalised."""
+    """Resize the whole picture, whatever its shape, to a square, bicubic: (3, size, size), normalised."""
 
     def __init__(self, size: int) -> None:
         self.size = (size, size)
@@ -67,14 +65,14 @@ class Squash:
 
 def read_pictures(
     sources: Iterable[Source], transform: Transform, depth: int, *, upright: bool = True
-) -> Iterator[tuple[Tensor, tuple[int, int]] | None]:
-    """The (3, S, S) picture of each source with the width and height that it had; None, and a line in the log, if it
-    cannot be read. Threads read up to ``depth`` pictures ahead.
+) -> Iterator[Picture | None]:
+    """The picture of each source, or None and a line in the log if it cannot be read. Threads read up to ``depth``
+    pictures ahead.
 
     upright: turn pictures as their EXIF orientation says; not where boxes count pixels as they are stored.
     """
 
-    def read(source: Source) -> tuple[Tensor, tuple[int, int]] | Bad:
+    def read(source: Source) -> Picture | Bad:
         try:
             image = read_image(source, upright=upright) if isinstance(source, Path) else Image.fromarray(source)
         except UnreadableImageError as error:
@@ -90,16 +88,16 @@ def read_pictures(
 
 
 def log_unusable(bad: Sequence[Bad]) -> None:
-    """Log the first of them, each with its reason, and how many more there are."""
-    for one in bad[:NAMED]:
+    """Log the first samples, each with its reason, and how many more there are."""
+    for one in bad[:MAX_LOGGED]:
         _log.warning("left out %s: %s", one.path, one.reason)
-    if len(bad) > NAMED:
-        _log.warning("left out %d more", len(bad) - NAMED)
+    if len(bad) > MAX_LOGGED:
+        _log.warning("left out %d more", len(bad) - MAX_LOGGED)
 
 
 def _ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
-    """``map(function, items)`` by threads, up to ``depth`` results before they are asked for."""
-    pool, iterator = ThreadPoolExecutor(READERS), iter(items)
+    """``map(function, items)`` in threads, up to ``depth`` results ahead of the caller."""
+    pool, iterator = ThreadPoolExecutor(READER_THREADS), iter(items)
     try:
         pending = deque(pool.submit(function, item) for item in islice(iterator, depth))
         while pending:
@@ -111,25 +109,25 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Neighbours, ``size`` at a time; the last may be fewer."""
+    """Consecutive items, ``size`` at a time; the last batch may be smaller."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def encode_images(model: BetaCLIP, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, D) of CLS and (B, P, D) of the patches of B pictures (3, S, S)."""
+    """(B, D) CLS embeddings and (B, P, D) patch embeddings of B pictures (3, S, S)."""
     return model.encode_image(torch.stack(list(images)).to(model.logit_scale.device))
 
 
 def encode_texts(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
-    """(N, D), ``batch_size`` texts at a time."""
+    """(N, D) text embeddings, computed ``batch_size`` texts at a time."""
     parts = [model.encode_text(RaggedTexts.of([tokenizer(t)] for t in some)) for some in batches(texts, batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, model.embed_dim, device=model.logit_scale.device)
 
 
 def encode_slots(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """(B, K, D) of the texts of each of B images or questions, and (B, K) bool where there is one."""
+    """(B, K, D) embeddings of the texts of B images or questions, and (B, K) bool: True where there is a text."""
     ragged = RaggedTexts.of([tokenizer(text) for text in some] for some in texts)
     slots, valid = (t.to(model.logit_scale.device) for t in ragged.slots())
     return model.encode_text(ragged)[slots], valid

@@ -1,4 +1,4 @@
-"""Boxes of a picture on the grid of its patches."""
+"""Boxes in a picture, on the grid of its patches."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
 def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
-    """(N, 4) float32 boxes in units of patches, from boxes in pixels of pictures of some width and height.
+    """(N, 4) float32 boxes in units of patches, from boxes in pixels of pictures with the given widths and heights.
 
     A picture is squashed to the model's square, so each axis has its own factor.
     """
@@ -21,11 +21,11 @@ def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[
 
 
 def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image_of_box: Tensor) -> Tensor:
-    """(N, D) a feature of each box: RoIAlign (1 x 1, aligned) of projected patches.
+    """(N, D) features of the boxes: RoIAlign (1 x 1, aligned) of projected patches.
 
     Args:
-        patches: (B, P, D), row after row of the grid.
-        grid: its height and width.
+        patches: (B, P, D), in row-major order of the grid.
+        grid: height and width in patches.
         boxes: (N, 4) in units of patches.
         image_of_box: (N,) int64.
     """
@@ -35,12 +35,12 @@ def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N, P) share of each patch that a box covers, from (N, 4) boxes in units of patches."""
+    """(N, P) the share of each patch that a box covers, from (N, 4) boxes in units of patches."""
     height, width = grid
 
-    def along(low: Tensor, high: Tensor, count: int) -> Tensor:
+    def overlap(low: Tensor, high: Tensor, count: int) -> Tensor:
         edge = torch.arange(count, device=boxes.device)
         return (torch.minimum(high[:, None], edge + 1) - torch.maximum(low[:, None], edge)).clamp_min(0)
 
     x0, y0, x1, y1 = boxes.unbind(1)
-    return (along(y0, y1, height)[:, :, None] * along(x0, x1, width)[:, None, :]).flatten(1)
+    return (overlap(y0, y1, height)[:, :, None] * overlap(x0, x1, width)[:, None, :]).flatten(1)

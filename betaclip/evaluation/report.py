@@ -1,6 +1,6 @@
 """Results as a table and as JSON.
 
-Results are, for each set, values by "measure/name" named as in ``evaluation/tasks/scenes.py``.
+Results are values by set, then by "task/name" as :func:`betaclip.evaluation.tasks.scenes.evaluate_scenes` names them.
 """
 
 import json
@@ -15,7 +15,7 @@ _RECALLS = [f"{direction}_r{k}" for direction in ("t2i", "i2t") for k in RECALLS
 
 
 def table(results: Results) -> str:
-    """Aligned text, one table for each measure that there is; accuracies, recalls and shares in percent."""
+    """Aligned text: a table for each task that has results; accuracies, recalls and shares in percent."""
     tables = (
         ("Retrieval, %", _retrieval_rows(results)),
         ("Choices, % right", _choice_rows(results)),
@@ -26,10 +26,10 @@ def table(results: Results) -> str:
 
 def _retrieval_rows(results: Results) -> list[list[str]]:
     names = [f"{text} R@{k}" for text in ("text to image", "image to text") for k in RECALLS_AT]
-    # The direction stands once, over the first of its columns.
+    # Only the first column of a direction names it.
     heads = [name if name.endswith(f"@{RECALLS_AT[0]}") else name.split()[-1] for name in names]
     rows = [["set", "by", "images", "texts", "left out", *heads]]
-    for name, values in _of_measure(results, "retrieval"):
+    for name, values in _of_task(results, "retrieval"):
         counts = [_count(values[key]) for key in ("images", "texts", "left_out")]
         for by, prefix in (("CLS", ""), ("text-conditioned", "conditioned_")):
             if prefix + _RECALLS[0] in values:
@@ -39,7 +39,7 @@ def _retrieval_rows(results: Results) -> list[list[str]]:
 
 def _choice_rows(results: Results) -> list[list[str]]:
     rows = [["set", "questions of", "number", "left out", "by region", "text-conditioned", "chance"]]
-    for name, values in _of_measure(results, "choices"):
+    for name, values in _of_task(results, "choices"):
         for kind in [key.removesuffix("_chance") for key in values if key.endswith("_chance")]:
             counts = [_count(values[f"{kind}_{key}"]) for key in ("questions", "left_out")]
             shares = [_percent(values[key]) for key in (kind, f"{kind}_conditioned", f"{kind}_chance")]
@@ -49,7 +49,7 @@ def _choice_rows(results: Results) -> list[list[str]]:
 
 def _pointing_rows(results: Results) -> list[list[str]]:
     rows = [["set", "phrases", "in the box", "box's share of the picture", "ratio"]]
-    for name, values in _of_measure(results, "pointing"):
+    for name, values in _of_task(results, "pointing"):
         shares = [_percent(values[key]) for key in ("mass_in_box", "box_share")]
         rows.append([name, _count(values["phrases"]), *shares, f"{values['ratio']:.2f}"])
     return rows
@@ -60,11 +60,11 @@ def write_json(results: Results, path: Path) -> None:
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _of_measure(results: Results, measure: str) -> list[tuple[str, dict[str, float]]]:
-    """Each set's values of a measure, by their names without it."""
+def _of_task(results: Results, task: str) -> list[tuple[str, dict[str, float]]]:
+    """Each set's values of a task, by their names without the task."""
     sets = []
     for name, values in results.items():
-        found = {key.partition("/")[2]: value for key, value in values.items() if key.partition("/")[0] == measure}
+        found = {key.partition("/")[2]: value for key, value in values.items() if key.partition("/")[0] == task}
         if found:
             sets.append((name, found))
     return sets
@@ -79,7 +79,7 @@ def _count(number: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Words to the left, columns of numbers to the right."""
+    """Words aligned to the left, numbers to the right."""
     columns = list(zip(*rows, strict=True))
     lines = []
     for row in rows:

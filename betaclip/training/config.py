@@ -1,17 +1,18 @@
-"""Everything that a training run can be told, with its defaults: the scenes, on a CPU."""
+"""The settings of a training run. The defaults train on rendered scenes, on a CPU."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from betaclip.data.registry import DataConfig, RetrievalConfig
+from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The two losses. ``betaclip.BetaCALLoss`` explains form, beta and alpha."""
+    """The loss terms. ``betaclip.BetaCALLoss`` explains form, beta and alpha."""
 
     form: Literal["ce", "bce"] = "ce"
     """Softmax or sigmoid form of β-CAL."""
@@ -20,14 +21,19 @@ class LossConfig:
     alpha: float = 1.0
     """Weight of the own text."""
     global_weight: float = 1.0
-    """Of CLIP's loss between images and captions; 0 leaves it out."""
+    """Weight of CLIP's loss between images and captions; 0 leaves it out."""
     beta_cal_weight: float = 1.0
-    """Of β-CAL; 0 leaves it out, with all texts but the captions, and freezes the pooling block."""
+    """Weight of β-CAL; 0 leaves it out, with all texts but the captions, and freezes the pooling block."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of further loss terms, by name."""
     gather: Literal["auto", "all_gather", "ring", "false"] = "auto"
-    """Contrast with all ranks' images: auto does wherever there are several. false: β-CAL with the rank's own alone,
-    and only the global loss with all, as in the published code."""
+    """How to contrast with the images of all ranks; auto takes the default way. false: β-CAL sees the rank's own images
+    alone, and only the global loss those of all ranks, as in the published code."""
     backend: str = "auto"
-    """Of both losses."""
+    """Backend of the losses."""
+
+    def term_weights(self) -> dict[str, float]:
+        return {"global": self.global_weight, "beta_cal": self.beta_cal_weight, **self.weights}
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,15 @@ class GroupConfig:
     """Schedule and clipping of one part of the model."""
 
     lr: float
-    """Learning rate after the warm-up; from there half a cosine goes down."""
+    """Learning rate after the warm-up, from which it falls by half a cosine."""
     final_lr: float
-    """In the last update."""
+    """Learning rate of the last update."""
     initial_lr: float = 0.0
-    """In the first update, if there is a warm-up."""
+    """Learning rate of the first update, if there is a warm-up."""
     warmup: int = 0
-    """Updates from initial_lr to lr."""
+    """Number of updates from initial_lr to lr."""
     clip_norm: float | None = None
-    """Largest norm of the part's gradients; without it they are not clipped."""
+    """Largest norm of the part's gradients; by default they are not clipped."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +63,21 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    """Not of biases, norms, scales and other parameters of one dimension."""
+    """Applied to parameters with more than one dimension: not to biases, norms and scales."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How to run it."""
+    """How the run is carried out."""
 
     name: str | None = None
-    """Of the run's folder; without one, the time it starts."""
+    """Name of the run's folder; by default the time at which it starts."""
     folder: Path = Path("runs")
-    """Where runs' folders are."""
+    """Folder that holds the runs' folders."""
     resume: bool = False
-    """Go on from the latest checkpoint in the run's folder, or start if there is none."""
+    """Continue from the latest checkpoint in the run's folder; start if there is none."""
     steps: int | None = None
-    """Updates; instead of epochs."""
+    """Number of updates, in place of epochs."""
     epochs: int = 1
     batch_size: int = 32
     """Images of one update, over all ranks."""
@@ -80,48 +86,35 @@ class RunConfig:
     accumulation: Literal["grad_cache", "mean"] = field(default="grad_cache", metadata={"was": "chunks"})
     """Over several micro-batches: one loss of all of them by gradient caching, or the mean of each one's loss."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast; fp16 with a gradient scaler."""
+    """Precision of autocast; fp16 adds a gradient scaler."""
     compile: bool = False
     """torch.compile of the vision tower's blocks, which have the same shapes in every batch."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun."""
+    """Data parallelism under torchrun: DistributedDataParallel or fully_shard."""
     seed: int = 0
     workers: int = 1
-    """Processes that read data, of each rank; 0 reads between the steps."""
+    """Processes per rank that read data; 0 reads between the steps."""
     log_every: int = 10
+    """Updates between lines of the log."""
     checkpoint_every: int = 500
-    """Updates; also after the last one, and at SIGTERM."""
+    """Updates between checkpoints; one is also written after the last update and at SIGTERM."""
     keep: int = 2
-    """Latest checkpoints."""
+    """Number of latest checkpoints to keep."""
     compare_global: bool | None = None
-    """Afterwards train the same model with the global loss alone, and print both results; by default if the data are
+    """Then train the same model with the global loss alone, and print both results; by default if the data are
     scenes."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: its update is left out, and then the run stops or goes on."""
+    """If a loss or gradient is not finite, its update is skipped, and then the run stops or continues."""
     tensorboard: bool = True
     wandb: str | None = None
-    """Weights & Biases: the project's name."""
+    """Project to log to at Weights & Biases."""
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(RetrievalConfig):
-    """What the model is evaluated on at the end, and before. ``betaclip evaluate`` explains the sets."""
-
-    every: int | None = None
-    """Updates; without it, only at the end."""
-    scenes: int | None = None
-    """Number of rendered scenes; by default 200 if the data are scenes, and else none."""
-    fg_ovd: Path | None = None
-    fg_ovd_images: Path | None = None
-    conditioned: bool = False
-    """Text-conditioned retrieval too."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run."""
+class TrainingConfig:
+    """The settings of a run."""
 
     # The pooling block's LayerNorms and its start from identities let towers that start at random learn in minutes.
     model: ModelConfig = field(
@@ -133,10 +126,9 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def check(config: TrainConfig, ranks: int) -> None:
+def check(config: TrainingConfig, ranks: int) -> None:
     """Raise ConfigError for values that no run can have."""
     run = config.run
     at_least_one = ("batch_size", "epochs", "steps", "micro_batch_size", "log_every", "checkpoint_every", "keep")
@@ -144,16 +136,14 @@ def check(config: TrainConfig, ranks: int) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigError(f"run.{name}: expected at least 1, got {value}")
-    if config.evaluation.every is not None and config.evaluation.every < 1:
-        raise ConfigError(f"evaluation.every: expected at least 1, got {config.evaluation.every}")
     if run.batch_size < ranks:
         raise ConfigError(f"run.batch_size: expected at least {ranks}, one for each rank, got {run.batch_size}")
     if run.workers < 0:
         raise ConfigError(f"run.workers: expected at least 0, got {run.workers}")
     if run.resume and run.name is None:
-        raise ConfigError("run.resume: which run? Give its run.name")
+        raise ConfigError("run.resume: expected run.name with it, the name of the run to resume")
     if run.parallel == "fsdp" and run.precision == "fp16":
-        raise ConfigError("run.precision: fp16's gradient scaler does not know fsdp's shards; take bf16, or ddp")
+        raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
 
 
 def check_schedules(config: OptimizerConfig, steps: int) -> None:
@@ -161,4 +151,7 @@ def check_schedules(config: OptimizerConfig, steps: int) -> None:
     for part in ("backbone", "pool"):
         warmup = getattr(config, part).warmup
         if not 0 <= warmup < steps:
-            raise ConfigError(f"optimizer.{part}.warmup: expected less than the run's {steps} updates, got {warmup}")
+            raise ConfigError(
+                f"optimizer.{part}.warmup: expected 0 to {steps - 1}, to end within the run of {steps} updates, "
+                f"got {warmup}"
+            )

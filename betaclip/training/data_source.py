@@ -1,4 +1,4 @@
-"""The batches of a run, from any step on."""
+"""Where a run's batches come from, starting at any step."""
 
 import signal
 from collections.abc import Iterator
@@ -12,34 +12,35 @@ from betaclip.data.batches import Batch, collate
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 from betaclip.training.sampler import BatchSampler
 
 
 class DataSource(Protocol):
-    """What a run's data are to it.
+    """The training data, as the trainer sees them.
 
-    steps_per_epoch: updates. order: what a step's place in the data depends on; a run that goes on must have the same.
+    steps_per_epoch: number of updates. order: everything that determines which samples a step takes; a resumed run must
+    have the same.
     """
 
     steps_per_epoch: int
     order: dict[str, int]
 
     def images(self, step: int) -> int:
-        """Of a step's batch over all ranks, bad ones included."""
+        """The number of images of a step's batch over all ranks, bad ones included."""
         ...
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """This rank's part of the batches of steps ``first`` to ``last``."""
+        """This rank's share of the batches of steps ``first`` to ``last`` (excluded)."""
         ...
 
 
 def create_data_source(
-    config: TrainConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
+    config: TrainingConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
 ) -> DataSource:
     """
     Raises:
-        ConfigError: data that are not there, or settings that do not go together.
+        ConfigError: the data are not there, or settings do not fit each other.
     """
     try:
         dataset: Any = config.data.create(
@@ -53,9 +54,9 @@ def create_data_source(
 
 
 class ExampleSource:
-    """Of a dataset that has each example by its number."""
+    """Batches of a dataset that returns each example by its number."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         self._dataset, self._workers, self._device = dataset, config.run.workers, device
         self._process_group = process_group
         self.order = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
@@ -74,41 +75,41 @@ class ExampleSource:
 
 
 class ShardSource:
-    """Of shards that are read in sequence: exact from any step on with the same numbers of ranks and of workers."""
+    """Batches of shards, which are read in sequence. To resume exactly takes the same numbers of ranks and workers."""
 
-    def __init__(self, dataset: Any, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         size, workers, ranks = config.run.batch_size, config.run.workers, process_group.size
         if dataset.epoch_samples is None:
-            raise ValueError("epoch_samples: shards need it, so that all ranks have as many batches")
+            raise ValueError("epoch_samples: shards need it, so that all ranks have the same number of batches")
         if size % ranks:
             raise ConfigError(f"run.batch_size: expected a multiple of {ranks} ranks for shards, got {size}")
-        self._dataset, self._part, self._workers = dataset, size // ranks, workers
+        self._dataset, self._share, self._workers = dataset, size // ranks, workers
         self._ranks, self._device = ranks, device
-        self.steps_per_epoch = dataset.batches_per_epoch(self._part, workers)
+        self.steps_per_epoch = dataset.batches_per_epoch(self._share, workers)
         if self.steps_per_epoch < 1:
             each = f"{ranks} ranks with {max(workers, 1)} workers"
-            raise ValueError(f"epoch_samples: {dataset.epoch_samples} are less than a batch of {size} of {each}")
+            raise ValueError(f"epoch_samples: {dataset.epoch_samples} are fewer than a batch of {size} on {each}")
         self.order = {
             "epoch_samples": dataset.epoch_samples, "batch_size": size, "seed": config.run.seed,
             "ranks": ranks, "workers": workers,
         }  # fmt: skip
 
     def images(self, step: int) -> int:
-        return self._part * self._ranks
+        return self._share * self._ranks
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         options = loader_options(self._device)
-        return islice(self._dataset.batches(self._part, self._workers, first, **options), last - first)
+        return islice(self._dataset.batches(self._share, self._workers, first, **options), last - first)
 
 
 def loader_options(device: torch.device) -> dict[str, Any]:
     return {
         "pin_memory": device.type == "cuda",
-        "generator": torch.Generator(),  # its own: the run's random numbers are not for seeding workers
+        "generator": torch.Generator(),  # its own, so that seeding workers takes none of the run's random numbers
         "worker_init_fn": _ignore_termination,
     }
 
 
 def _ignore_termination(worker: int) -> None:
-    """A SIGTERM to the whole group of processes must not take the workers from a run that is about to save."""
+    """A SIGTERM to the whole process group must not end the workers of a run that is about to save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

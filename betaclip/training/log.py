@@ -1,4 +1,4 @@
-"""What a run reports: one line per interval, metrics.jsonl, TensorBoard, Weights & Biases; and what must stop it."""
+"""A run's metrics: buffered on the device, and logged as lines, metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import json
 import math
@@ -12,16 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betaclip.errors import ConfigError, NonFiniteError
-from betaclip.evaluation.report import Results, table
 from betaclip.settings import to_dict
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 
 
 class MetricsBuffer:
-    """The steps since the last line. What a step measured stays on the device until :meth:`read`, so that a step never
-    waits for it; a value that is not finite is found then, and still belongs to its step and its images.
+    """The measured values of the steps since the last line. They stay on the device until :meth:`read`, so that no step
+    waits for them; a value that is not finite is found then, together with its step and its images.
 
-    columns: names of what a step measures. must_be_finite: those of them that may not be otherwise.
+    columns: names of the values that a step measures. must_be_finite: the columns that must be.
     """
 
     def __init__(self, columns: list[str], must_be_finite: list[str]) -> None:
@@ -40,23 +39,26 @@ class MetricsBuffer:
         self._begin = time.perf_counter()
 
     def add(self, row: Tensor, paths: list[str], images: int, waited_s: float) -> None:
-        """row: of a step's ``columns``. paths: of this rank's images; images: their number over all ranks. waited_s:
-        for data."""
+        """Add a step: ``row`` holds a value for each column, ``paths`` name this rank's images, ``images`` is their
+        number over all ranks, ``waited_s`` are the seconds spent waiting for data."""
         self.rows.append(row)
         self.paths.append(paths)
         self.images += images
         self.waited_s += waited_s
 
     def read(self) -> tuple[Tensor, list[int]]:
-        """(n, columns) on the CPU, and which of the n steps have a value that must be finite and is not."""
+        """(n, columns) on the CPU, and the indices of those of the n steps where a value must be finite and is not."""
         table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns))
         return table, (~table[:, self._checked].isfinite().all(1)).nonzero().flatten().tolist()
 
     def stop_if_not_finite(self, step: int, rank: int, folder: Path) -> None:
-        """step: done so far. The message has a few of the images; a file in ``folder`` has all.
+        """
+        Args:
+            step: number of steps done.
+            folder: the message names a few of the step's images; a file in this folder lists all of them.
 
         Raises:
-            NonFiniteError: of the first step that has a value that must be finite and is not.
+            NonFiniteError: a value that must be finite is not; the message is about the first such step.
         """
         table, bad = self.read()
         if not bad:
@@ -65,14 +67,15 @@ class MetricsBuffer:
         values = dict(zip(self.columns, table[bad[0]].tolist(), strict=True))
         paths = self.paths[bad[0]]
         file = folder / f"non_finite_rank{rank}.json"
-        file.write_text(json.dumps({"step": first, **values, "paths": paths}))  # with NaN and Infinity, as Python reads
+        # NaN and Infinity are not JSON, but Python reads them.
+        file.write_text(json.dumps({"step": first, **values, "paths": paths}))
         raise NonFiniteError(
             f"step {first} is not finite: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}; "
-            f"rank {rank}'s {len(paths)} images ({file} has all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
+            f"rank {rank}'s {len(paths)} images ({file} lists all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
         )
 
-    def metrics(self, device: torch.device) -> dict[str, float]:
-        """Means of the finite values, rates and shares."""
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Means of the finite values, throughput, share of the time spent waiting for data, memory, skipped steps."""
         table, bad = self.read()
         elapsed = time.perf_counter() - self._begin
         means = {name: finite_mean(column) for name, column in zip(self.columns, table.T, strict=True)}
@@ -86,7 +89,7 @@ class MetricsBuffer:
 
 
 def finite_mean(column: Tensor) -> float:
-    """NaN if there is none."""
+    """The mean of the finite values; NaN if there are none."""
     return float(column[column.isfinite()].double().mean())
 
 
@@ -103,9 +106,9 @@ def peak_bytes(device: torch.device) -> float:
 
 
 class Log:
-    """Where a run's metrics go; of the first rank. Steps after ``step`` of an earlier attempt are forgotten."""
+    """Writes a run's metrics, on the first rank. Lines that an earlier attempt wrote for steps after ``step`` go."""
 
-    def __init__(self, folder: Path, config: TrainConfig, steps: int, step: int) -> None:
+    def __init__(self, folder: Path, config: TrainingConfig, steps: int, step: int) -> None:
         self.steps = steps
         self._file = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self._file) if m["step"] <= step]
@@ -118,14 +121,13 @@ class Log:
         self._bar.update()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics of an interval."""
+        """Log the metrics since the last line."""
         self._write(step, metrics)
         self.say(line(step, self.steps, metrics))
 
-    def write_results(self, step: int, results: Results) -> None:
-        """Of an evaluation, by set and name."""
-        self._write(step, {f"{of}/{name}": value for of, values in results.items() for name, value in values.items()})
-        self.say(f"step {step}/{self.steps}, evaluated\n{table(results)}")
+    def write_evaluation(self, step: int, metrics: dict[str, float], table: str) -> None:
+        self._write(step, metrics)
+        self.say(f"step {step}/{self.steps}, evaluated\n{table}")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         with self._file.open("a") as file:
@@ -137,7 +139,7 @@ class Log:
             self._wandb.log(metrics, step=step)
 
     def say(self, text: str) -> None:
-        """Above the progress bar."""
+        """Print above the progress bar."""
         self._bar.write(text)
         sys.stdout.flush()
 
@@ -150,20 +152,21 @@ class Log:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last one that a kill cut short does not count."""
+    """The lines of a metrics.jsonl, without a last one that was cut short when the run was killed."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(text) for text in lines if text.endswith("\n")]
 
 
 def line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """Everything that a person watches, in one line."""
+    """The metrics that a person watches, in one line."""
     rest = dict(metrics)
     parts = [f"step {step}/{steps}"]
-    for title, names in (
-        ("loss", ("loss",)), ("global", ("global_loss",)), ("β-CAL", ("beta_cal_loss",)),
-        ("scales", ("logit_scale", "pool_logit_scale")), ("norms", ("norm_backbone", "norm_pool")),
-        ("lr", ("lr_backbone", "lr_pool")),
-    ):  # fmt: skip
+    groups = {name.removesuffix("_loss"): (name,) for name in metrics if name.endswith("loss")} | {
+        "scales": ("logit_scale", "pool_logit_scale"),
+        "norms": ("norm_backbone", "norm_pool"),
+        "lr": ("lr_backbone", "lr_pool"),
+    }
+    for title, names in groups.items():
         values = [f"{rest.pop(name):.4g}" for name in names if name in rest]
         if values:
             parts.append(f"{title} {' '.join(values)}")
@@ -181,7 +184,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _wandb(config: TrainConfig, folder: Path) -> Any:
+def _wandb(config: TrainingConfig, folder: Path) -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:

@@ -1,69 +1,56 @@
-"""The objective: CLIP's loss of the captions and β-CAL of all texts, from what a BetaCLIP returns."""
-
-from typing import Literal
+"""The objective: the weighted sum of the loss terms, from the outputs of a BetaCLIP."""
 
 import torch
 from torch import Tensor, nn
 
-from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.errors import ConfigError
 from betaclip.model.texts import RaggedTexts
+from betaclip.training.config import LossConfig
+from betaclip.training.loss_terms import LOSS_TERMS
 
 
 class Objective(nn.Module):
-    """Sum of the two losses by weight. One whose weight is 0 is not computed.
+    """The sum of the loss terms by weight. A term whose weight is 0 is not computed.
 
     Args:
-        form, beta, alpha, gather: of :class:`betaclip.BetaCALLoss`.
-        global_weight: of CLIP's loss between whole images (CLS) and captions.
-        beta_cal_weight: of β-CAL between text-conditioned images and all texts.
-        gather_global: the same of CLIP's loss.
-        backend: of both.
+        config: the weights, and the settings of the terms; by default ``LossConfig()``.
+        several_ranks: the losses may span all ranks, as ``config.gather`` says.
 
     Raises:
-        ValueError: both weights are 0, or one is negative.
+        ConfigError: a weight is negative, all are 0, or a name is not in LOSS_TERMS.
     """
 
-    def __init__(
-        self,
-        form: Literal["ce", "bce"] = "ce",
-        beta: float = 0.5,
-        alpha: float = 1.0,
-        global_weight: float = 1.0,
-        beta_cal_weight: float = 1.0,
-        gather: bool | str = False,
-        gather_global: bool | str = False,
-        backend: str = "auto",
-    ) -> None:
+    def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
         super().__init__()
-        if min(global_weight, beta_cal_weight) < 0 or global_weight == beta_cal_weight == 0:
-            raise ValueError(
-                f"global_weight, beta_cal_weight: expected two numbers >= 0, not both 0, "
-                f"got {global_weight} and {beta_cal_weight}"
-            )
-        self.global_weight, self.beta_cal_weight = global_weight, beta_cal_weight
-        self.gather_global, self.backend = gather_global, backend
-        self.beta_cal = BetaCALLoss(form, beta, alpha, backend=backend, gather=gather)
+        config = LossConfig() if config is None else config
+        weights = config.term_weights()
+        unknown = weights.keys() - LOSS_TERMS.keys()
+        if unknown:
+            raise ConfigError(f"loss.weights: expected names of {', '.join(LOSS_TERMS)}, got {', '.join(unknown)}")
+        if min(weights.values()) < 0 or not any(weights.values()):
+            given = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+            raise ConfigError(f"loss: expected weights >= 0, at least one above 0, got {given}")
+        self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
+        self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
+        self.names = ["loss", *(f"{name}_loss" for name in self.terms)]
+
+    def needs(self, *outputs: str) -> bool:
+        """Whether any term reads one of these outputs of the model."""
+        return any(not term.needs.isdisjoint(outputs) for term in self.terms.values())
+
+    @property
+    def captions_only(self) -> bool:
+        return all(term.captions_only for term in self.terms.values())
 
     def forward(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``, and unweighted ``global_loss`` and ``beta_cal_loss``, all (), of the outputs of a BetaCLIP."""
-        losses, terms = {}, []
-        if self.global_weight:
-            # At K = 1 and with a mask, which ClipLoss has not: an image may be without any text.
-            losses["global_loss"] = beta_cal_ce_loss(
-                out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
-                mask=out["mask"][:, :1], backend=self.backend, gather=self.gather_global,
-            )  # fmt: skip
-            terms.append(self.global_weight * losses["global_loss"])
-        if self.beta_cal_weight:
-            losses["beta_cal_loss"] = self.beta_cal(
-                out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=out["mask"]
-            )
-            terms.append(self.beta_cal_weight * losses["beta_cal_loss"])
-        return {"loss": torch.stack(terms).sum(), **losses}
+        """``loss``, and each term's unweighted loss, all (), by the names in ``names``."""
+        losses = {name: term(out) for name, term in self.terms.items()}
+        loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
+        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
 
 
 def captions(texts: RaggedTexts) -> RaggedTexts:
-    """The first text of each image: all that the global loss looks at."""
+    """The first text of each image."""
     first = texts.image_index.diff(prepend=torch.tensor([-1])) > 0
     tokens = texts.tokens[first.repeat_interleave(texts.lengths)]
     return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.num_images)

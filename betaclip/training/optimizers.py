@@ -1,4 +1,4 @@
-"""AdamW over the backbone and the pooling block, each with a schedule of its own."""
+"""AdamW for the backbone and the pooling block, each with its own schedule."""
 
 import math
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ PARTS = ("backbone", "pool")
 
 
 def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW on what requires a gradient, in groups: backbone and pool, with and without weight decay, and scales.
+    """AdamW for the parameters that require a gradient, grouped by part of the model, weight decay and sharding.
 
-    The pooling block is what ``model.pool`` holds. Biases, gains of norms, logit scales and whatever else has one
-    dimension are not decayed; embeddings are, the CLS token's too, as in the published recipe.
+    The part "pool" is ``model.pool``, the rest is the backbone. Parameters with at most one dimension (biases, gains of
+    norms, logit scales) are not decayed; embeddings are, the CLS token's too, as in the published recipe.
     """
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.A
         lr=config.backbone.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=True,  # it can skip an update without the host knowing; on a CPU it is also the fastest
+        fused=True,  # it can skip an update on the device; on a CPU it is also the fastest
     )
 
 
@@ -43,8 +43,8 @@ def part_of(name: str) -> str:
 
 
 def learning_rate(step: int, steps: int, config: GroupConfig) -> float:
-    """Of update ``step`` = 0 ... steps - 1: ``initial_lr`` linearly to ``lr``, which it has in update ``warmup``, then
-    half a cosine to ``final_lr``, which it has in the last."""
+    """The rate of update ``step`` = 0 ... steps - 1. It rises linearly from ``initial_lr`` to ``lr``, which it reaches
+    in update ``warmup``, and falls by half a cosine to ``final_lr``, which it reaches in the last update."""
     if step < config.warmup:
         return config.initial_lr + (config.lr - config.initial_lr) * step / config.warmup
     done = (step - config.warmup) / max(1, steps - 1 - config.warmup)
@@ -57,9 +57,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, 
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> dict[str, Tensor]:
-    """() norm of all gradients of each part, before they are scaled down to the part's ``clip_norm``, if it has one.
+    """Scale each part's gradients down to its ``clip_norm``, if it has one, without waiting for the device.
 
-    Without waiting for the device.
+    Returns:
+        () the norm of all gradients of each part, before clipping.
     """
     norms = {}
     for part in PARTS:
@@ -70,7 +71,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) ->
         norms[part] = _norm(p.grad for p in parameters if p.grad is not None)
         limit = getattr(config, part).clip_norm
         if limit is not None:
-            # Sharded parameters and others apart: one list of both is not allowed.
+            # PyTorch does not clip sharded parameters and others in one list.
             for kind in _by_kind(parameters):
                 nn.utils.clip_grads_with_norm_(kind, limit, norms[part])
     return norms

@@ -15,13 +15,16 @@ from betaclip.process_group import ProcessGroup
 
 
 def wrap(model: nn.Module, how: Literal["ddp", "fsdp"], process_group: ProcessGroup) -> nn.Module:
-    """The module to call in training; ``model`` itself if there is no process group.
+    """The module to call in training: ``model`` wrapped, or ``model`` itself if there is no process group.
 
-    Inputs are not moved: the texts' place is the CPU.
+    The wrapper moves no inputs, as texts stay on the CPU.
+
+    Raises:
+        ConfigError: fsdp without a process group.
     """
     if not dist.is_initialized():
         if how == "fsdp":
-            raise ConfigError("run.parallel: fsdp needs torchrun")
+            raise ConfigError("run.parallel: fsdp needs a process group; start the command with torchrun")
         return model
     if how == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -43,7 +46,7 @@ def _scalars(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def no_sync(wrapped: nn.Module) -> Iterator[None]:
-    """Gradients stay this rank's own, until a backward outside of it."""
+    """Within it, gradients accumulate on each rank; the first backward outside reduces them."""
     if isinstance(wrapped, DistributedDataParallel):
         with wrapped.no_sync():
             yield
@@ -56,7 +59,7 @@ def no_sync(wrapped: nn.Module) -> Iterator[None]:
 
 
 def finish_gradients(wrapped: nn.Module, process_group: ProcessGroup) -> None:
-    """Average over ranks what the wrapper has not."""
+    """Average over ranks the gradients that the wrapper does not reduce."""
     if isinstance(wrapped, FSDPModule):
         for parameter in _scalars(wrapped):
             if parameter.grad is not None:

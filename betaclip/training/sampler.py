@@ -1,4 +1,4 @@
-"""Which examples a step takes: a function of the run's seed and the step alone."""
+"""The examples of each step, as a function of the run's seed and the step alone."""
 
 import hashlib
 import struct
@@ -11,15 +11,15 @@ from betaclip.data.batches import Draw
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """This rank's part of the batches of steps ``first`` to ``last``.
+    """This rank's share of the batches of steps ``first`` to ``last`` (excluded).
 
-    Every epoch is one permutation of the data, the same on all ranks; a batch is the next ``batch_size`` of it, of
-    which each rank takes its own part. So an epoch draws every example exactly once over all ranks; its last batch is
-    smaller if ``batch_size`` does not divide the data, and a rank's part of it may be empty. Parts of one batch differ
-    by one example at most.
+    Every epoch is one permutation of the data, the same on all ranks; a batch is the next ``batch_size`` examples, of
+    which each rank takes its share. So an epoch draws every example exactly once over all ranks; its last batch is
+    smaller if ``batch_size`` does not divide the data, and a rank's share of it may be empty. The shares of a batch
+    differ by one example at most.
 
-    The only state is the step: a run that goes on from step n draws what it would have drawn, whatever the number of
-    workers and however far ahead they had read, and on any number of ranks.
+    The only state is the step: a run resumed at step n draws the same examples as one that was never interrupted,
+    whatever the number of ranks and workers, and however far ahead workers had read.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class BatchSampler(Sampler[list[Draw]]):
         return self.last - self.first
 
     def images(self, step: int) -> int:
-        """Of the whole batch of a step, over all ranks."""
+        """The number of images of a step's batch over all ranks."""
         begin = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.length - begin)
 
@@ -48,11 +48,11 @@ class BatchSampler(Sampler[list[Draw]]):
                 order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
             begin = step % self.steps_per_epoch * self.batch_size
             size = self.images(step)
-            part = order[begin + size * self.rank // self.ranks : begin + size * (self.rank + 1) // self.ranks]
-            yield [Draw(index, mix(self.seed, epoch, index)) for index in part.tolist()]
+            share = order[begin + size * self.rank // self.ranks : begin + size * (self.rank + 1) // self.ranks]
+            yield [Draw(index, mix(self.seed, epoch, index)) for index in share.tolist()]
 
 
 def mix(*numbers: int) -> int:
-    """A seed below 2⁶³ from several numbers: the same everywhere, unrelated for any that differ."""
+    """A seed below 2⁶³ from several numbers: the same on every machine, and unrelated for different numbers."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

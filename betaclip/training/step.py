@@ -11,44 +11,35 @@ from torch import Tensor, nn
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
-from betaclip.training.config import TrainConfig
+from betaclip.training.config import TrainingConfig
 from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions
-from betaclip.training.optimizers import clip_gradients, set_learning_rates
+from betaclip.training.optimizers import PARTS, clip_gradients, set_learning_rates
 from betaclip.training.parallel import finish_gradients, no_sync
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = ("loss", "global_loss", "beta_cal_loss")
 
 _range = partial(nvtx.annotate, domain="betaclip")
 
 
-def create_objective(config: TrainConfig, process_group: ProcessGroup) -> Objective:
-    loss, several = config.loss, process_group.size > 1
-    ways: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
-    gather = several and ways[loss.gather]
-    return Objective(
-        loss.form, loss.beta, loss.alpha, loss.global_weight, loss.beta_cal_weight,
-        gather=gather, gather_global=gather or several, backend=loss.backend,
-    )  # fmt: skip
-
-
 def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
-    """What no loss reaches must not wait for a gradient, nor be decayed."""
-    if not objective.beta_cal_weight:
+    """Freeze the parameters that no loss term reaches: they would neither get a gradient nor should they decay."""
+    if not objective.needs("pooled_embeds", "pool_logit_scale"):
         model.pool.requires_grad_(False)
-    if not objective.global_weight:
+    if not objective.needs("logit_scale"):
         model.logit_scale.requires_grad_(False)
 
 
 class TrainStep:
-    """Called with each batch in turn.
+    """One update of the model; called with each batch in turn.
 
-    Nothing here waits for the device. An update whose losses or gradients are not finite is left out on the device
-    itself: the fused AdamW takes a flag for that (PyTorch's gradient scaler's own protocol), and all ranks have the
+    Nothing here waits for the device. An update whose losses or gradients are not finite is skipped on the device
+    itself: the fused AdamW takes a flag for that (the protocol of PyTorch's gradient scaler), and all ranks have the
     same flag, because gradients and losses are averaged over them. The host learns of it when it reads the row.
 
-    wrapped: what to call in place of ``model``, for gradients to be reduced over ranks.
+    Args:
+        wrapped: called in place of ``model``, to reduce gradients over ranks.
+        steps: of the whole run, for the learning rates' schedules.
     """
 
     def __init__(
@@ -57,26 +48,22 @@ class TrainStep:
         wrapped: nn.Module,
         objective: Objective,
         optimizer: torch.optim.AdamW,
-        config: TrainConfig,
+        config: TrainingConfig,
         process_group: ProcessGroup,
         steps: int,
     ) -> None:
         self.model, self.wrapped, self.objective, self.optimizer = model, wrapped, objective, optimizer
         self.config, self.process_group, self.steps = config, process_group, steps
-        self._device = model.logit_scale.device
-        dtype = DTYPES[config.run.precision]
-        self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
-        self._dtype = dtype
-        weights = {"global_loss": objective.global_weight, "beta_cal_loss": objective.beta_cal_weight}
-        self._losses = [name for name in LOSSES if weights.get(name, 1)]
+        self._device, self._dtype = model.logit_scale.device, DTYPES[config.run.precision]
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._dtype == torch.float16)
         trained = {group["part"] for group in optimizer.param_groups}
-        self._norms = [part for part in ("backbone", "pool") if part in trained]
-        self.columns = [*self._losses, "logit_scale", "pool_logit_scale", *(f"norm_{part}" for part in self._norms)]
-        # The gradient scaler looks for its scale by trying: gradients that overflow are its daily business.
-        self.must_be_finite = self._losses if self.scaler.is_enabled() else self.columns
+        self._norms = [part for part in PARTS if part in trained]
+        self.columns = [*objective.names, "logit_scale", "pool_logit_scale", *(f"norm_{part}" for part in self._norms)]
+        # GradScaler finds its scale by overflowing, so gradients may be non-finite.
+        self.must_be_finite = objective.names if self.scaler.is_enabled() else self.columns
 
     def __call__(self, batch: Batch, step: int, images: int) -> Tensor:
-        """Update ``step`` = 0 ... from this rank's part of a batch of ``images`` over all ranks.
+        """Update ``step`` = 0 ... from this rank's share of a batch of ``images`` over all ranks.
 
         Returns:
             (columns,) losses, averaged over ranks; scales; norms of gradients before clipping. On the device.
@@ -99,46 +86,44 @@ class TrainStep:
 
     def _backward(self, batch: Batch, images: int) -> Tensor:
         """(losses,) unscaled, of this rank; gradients are accumulated."""
-        if not len(batch.images):  # all of it was bad, and the other ranks wait for this one's part of the gradients
+        if not len(batch.images):  # all of it was bad, but the other ranks wait for this one's share of the gradients
             size = self.model.image_size
             batch = Batch(batch.images.new_empty(0, 3, size, size), batch.texts, [], [])
-        if not self.objective.beta_cal_weight:
+        if self.objective.captions_only:
             batch = Batch(batch.images, captions(batch.texts), batch.paths, batch.bad)
         micro_batches = self._micro_batches(batch, images)
         width = max(1, batch.texts.max_texts_per_image)
-        seen: list[Tensor] = []
+        losses: list[Tensor] = []
 
         def forward(micro_batch: Batch) -> dict[str, Tensor]:
-            with self._autocast():  # left before the next pass: it keeps the weights that it has cast
+            # Autocast ends before the next pass: while it lasts, it keeps the weights that it has cast.
+            with self._autocast():
                 return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, width)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
-                losses = self.objective(out)
-            seen.append(torch.stack([losses[name].detach().float() for name in self._losses]))
-            return self.scaler.scale(losses["loss"])
+                found = self.objective(out)
+            losses.append(torch.stack([found[name].detach().float() for name in self.objective.names]))
+            return self.scaler.scale(found["loss"])
 
         if self.config.run.accumulation == "grad_cache":
             with _range("forward and backward"):
                 cached_backward(forward, micro_batches, loss, no_sync=partial(no_sync, self.wrapped))
-            return seen[0]
+            return losses[0]
         for micro_batch in micro_batches[:-1]:
             with no_sync(self.wrapped), _range("forward and backward"):
                 (loss(forward(micro_batch)) / len(micro_batches)).backward()
         with _range("forward and backward"):
             (loss(forward(micro_batches[-1])) / len(micro_batches)).backward()
-        return torch.stack(seen).mean(0)
+        return torch.stack(losses).mean(0)
 
     def _micro_batches(self, batch: Batch, images: int) -> list[Batch]:
-        """Parts of about the same number of images. As many on every rank, for each may be a collective, whatever bad
-        data has taken from a rank's part; some may be empty."""
-        count = -(-self._most(images) // (self.config.run.micro_batch_size or self._most(images)))
+        """Parts with about the same number of images. Each may be a collective, so that all ranks have the same number
+        of parts whatever bad data took from their shares; some parts may be empty."""
+        largest_share = -(-images // self.process_group.size)
+        count = -(-largest_share // (self.config.run.micro_batch_size or largest_share))
         bounds = [len(batch.paths) * i // count for i in range(count + 1)]
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
-
-    def _most(self, images: int) -> int:
-        """Images of the rank that has the most."""
-        return -(-images // self.process_group.size)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -1,14 +1,14 @@
-"""The training loop: `betaclip train`."""
+"""The training loop."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import nvtx
 import torch
@@ -18,38 +18,65 @@ from betaclip import checkpoint as checkpoints
 from betaclip.data.batches import BadData, Batch
 from betaclip.errors import ConfigError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
-from betaclip.process_group import ProcessGroup
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.training import parallel
-from betaclip.training.config import TrainConfig, check_schedules
+from betaclip.training.config import TrainingConfig, check_schedules
 from betaclip.training.data_source import create_data_source
-from betaclip.training.evaluation import Evaluation
 from betaclip.training.log import Log, MetricsBuffer
+from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, create_objective, freeze_unused
+from betaclip.training.step import TrainStep, freeze_unused
+
+
+class Evaluated(NamedTuple):
+    """The result of an evaluation: values by name to log, and a table to print."""
+
+    metrics: dict[str, float]
+    table: str
+
+
+# The ranks of the group share the work; all of them get the result.
+Evaluate = Callable[[BetaCLIP, ProcessGroup], Evaluated]
 
 
 class Trainer:
-    """A model in training, with all that its checkpoints hold."""
+    """A model in training, with everything that its checkpoints hold.
 
-    def __init__(self, config: TrainConfig, process_group: ProcessGroup, device: torch.device) -> None:
+    Args:
+        config: settings; ``run.name`` is given.
+        evaluate: called every ``evaluate_every`` updates, except after the last.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the data, or the checkpoint to resume from.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        process_group: ProcessGroup,
+        device: torch.device,
+        *,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int | None = None,
+    ) -> None:
         self.config, self.process_group, self.device = config, process_group, device
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
         assert config.run.name is not None
         self.folder = config.run.folder / config.run.name
         content = self._checkpoint()
         torch.manual_seed(config.run.seed)
         self.model = _create_model(config.model, content).to(device)
-        # What the weights have settled is what checkpoints are of.
+        # Save the config as resolved from the weights, not as given.
         self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
-        objective = create_objective(config, process_group)
+        objective = Objective(config.loss, several_ranks=process_group.size > 1)
         freeze_unused(self.model, objective)
         if config.run.compile:
             compile_(self.model)
         self.data = create_data_source(config, self.model, process_group, device)
         self.steps = config.run.steps or config.run.epochs * self.data.steps_per_epoch
         check_schedules(config.optimizer, self.steps)
-        self.evaluation = Evaluation(config)
         wrapped = parallel.wrap(self.model, config.run.parallel, process_group)
         self.optimizer = create_optimizer(self.model, config.optimizer)
         self.train_step = TrainStep(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
@@ -61,41 +88,48 @@ class Trainer:
             self._restore(content)
 
     def train(self) -> None:
-        """All steps that are left."""
-        run, every = self.config.run, self.config.evaluation.every
+        """Train to the last step."""
         self.model.train()
+        log = None
         if self.process_group.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(self.config))
-        log = Log(self.folder, self.config, self.steps, self.step) if self.process_group.is_first else None
+            log = Log(self.folder, self.config, self.steps, self.step)
         try:
             with terminations() as terminated:
                 self.metrics.start_clock()
                 for batch, waited_s in timed(self.data.batches(self.step, self.steps)):
-                    self.bad.add(batch.bad)
-                    images = self.data.images(self.step)
-                    self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
-                    self.step += 1
+                    self._update(batch, waited_s)
                     stop = self.process_group.any(terminated.is_set())
-                    last = self.step == self.steps
-                    if log is not None:
-                        log.advance()
-                    logs = last or self.step % run.log_every == 0
-                    saves = last or stop or self.step % run.checkpoint_every == 0
-                    # On a GPU, reading what the device has measured would make every step wait for it.
-                    if run.non_finite == "stop" and (logs or saves or self.device.type == "cpu"):
-                        self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
-                    if logs:
-                        self._report(log)
-                    if every is not None and self.step % every == 0 and not last:
-                        self._evaluate(log)
-                    if saves:
-                        self.save()
-                    if stop and not last:
+                    self._after_step(log, stop)
+                    if stop and self.step < self.steps:
                         raise Stopped(self.folder, self.step)
         finally:
             if log is not None:
                 log.close()
+
+    def _update(self, batch: Batch, waited_s: float) -> None:
+        self.bad.add(batch.bad)
+        images = self.data.images(self.step)
+        self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
+        self.step += 1
+
+    def _after_step(self, log: Log | None, stop: bool) -> None:
+        """Log, evaluate and save where it is due."""
+        run, last = self.config.run, self.step == self.steps
+        logs = last or self.step % run.log_every == 0
+        saves = last or stop or self.step % run.checkpoint_every == 0
+        if log is not None:
+            log.advance()
+        # On a GPU, reading the measured values would make every step wait for the device.
+        if run.non_finite == "stop" and (logs or saves or self.device.type == "cpu"):
+            self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
+        if logs:
+            self._report(log)
+        if self.evaluate_every is not None and self.step % self.evaluate_every == 0 and not last:
+            self._evaluate(log)
+        if saves:
+            self.save()
 
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""
@@ -116,18 +150,20 @@ class Trainer:
 
     def _restore(self, content: dict[str, Any]) -> None:
         if content["columns"] != self.metrics.columns:
-            raise ConfigError("run.resume: the losses are others since the checkpoint. Start another run")
+            raise ConfigError("run.resume: the loss terms changed since the checkpoint; start a new run")
         changed = list(differences(content["order"], self.data.order))
         if changed:
             raise ConfigError(
-                f"run.resume: {', '.join(changed)} since the checkpoint: its place in the data means nothing now. "
-                "Start another run, with model.pretrained for the weights"
+                f"run.resume: {', '.join(changed)} since the checkpoint, which would continue at another place in the "
+                "data; start a new run, with model.pretrained for the weights"
             )
         if content["step"] > self.steps:
-            raise ConfigError(f"run.resume: the checkpoint is of step {content['step']}, beyond the run's {self.steps}")
+            raise ConfigError(
+                f"run.resume: the checkpoint is of step {content['step']}, beyond the run's {self.steps} steps"
+            )
         if self.process_group.is_first:
             for change in differences(content["config"], to_dict(self.config)):
-                print(f"changed since: {change}")
+                print(f"changed since the checkpoint: {change}")
         self.step = content["step"]
         checkpoints.restore(self.model, self.optimizer, content)
         self.train_step.scaler.load_state_dict(content["scaler"])
@@ -137,35 +173,41 @@ class Trainer:
             checkpoints.set_random_states(content["random"][self.process_group.rank])
 
     def _checkpoint(self) -> dict[str, Any] | None:
-        """What to go on from, if anything; the settings are printed."""
+        """The checkpoint to resume from, if there is one; prints the settings."""
         found = self.process_group.gather_objects(checkpoints.latest(self.folder))[0]
         if found is not None and not self.config.run.resume:
-            raise ConfigError(f"run.name: {self.folder} has a run already; --run.resume to go on, or another name")
+            raise ConfigError(
+                f"run.name: {self.folder} already holds a run; give --run.resume to continue it, or another name"
+            )
         content = None if found is None else checkpoints.read(found)
         if self.process_group.is_first:
             print(to_toml(self.config))
             if found is not None:
-                print(f"going on from {found}")
+                print(f"resuming from {found}")
         return content
 
     def _report(self, log: Log | None) -> None:
         if log is not None:
-            metrics = self.metrics.metrics(self.device)
+            metrics = self.metrics.means(self.device)
             metrics["epoch"] = self.step / self.data.steps_per_epoch
             rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
             log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
         self.metrics.clear()
 
     def _evaluate(self, log: Log | None) -> None:
-        states = checkpoints.random_states()  # looking at a run must not change it
-        results = self.evaluation(self.model, self.process_group, alike=isinstance(self.model, FSDPModule))
+        if self.evaluate is None:
+            return
+        # Every call of a sharded model is a collective, so that all ranks must evaluate the same samples.
+        group = SINGLE_PROCESS if isinstance(self.model, FSDPModule) else self.process_group
+        states = checkpoints.random_states()  # evaluation must not change the run
+        found = self.evaluate(self.model, group)
         checkpoints.set_random_states(states)
         if log is not None:
-            log.write_results(self.step, results)
+            log.write_evaluation(self.step, found.metrics, found.table)
 
 
 def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCLIP:
-    """Of a checkpoint that goes on, without weights: it brings them later."""
+    """When resuming, the model is built without pretrained weights; the checkpoint supplies them."""
     try:
         known = None
         if content is not None:
@@ -181,13 +223,13 @@ def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCL
 
 
 def compile_(model: BetaCLIP) -> None:
-    """Compile what has the same shapes in every batch: the blocks of the vision tower."""
+    """Compile the part with the same shapes in every batch: the vision tower's blocks."""
     for block in model.clip.visual.transformer.resblocks:
         block.compile()
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Batches, and how long each was waited for."""
+    """Batches, each with the seconds that it was waited for."""
     while True:
         begin = time.perf_counter()
         with nvtx.annotate("data", domain="betaclip"):
@@ -199,13 +241,13 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 @contextmanager
 def terminations() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of what it does otherwise."""
+    """An event that SIGTERM sets, instead of ending the process."""
     event = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
         event.set()
 
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody listen
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield event
         return
     before = signal.signal(signal.SIGTERM, handle)

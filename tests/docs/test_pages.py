@@ -10,7 +10,7 @@ import pytest
 from support.markdown import anchors, blocks, links, pages, read
 from support.paths import ROOT
 
-from betaclip.training.config import TrainConfig
+from betaclip.train import TrainConfig
 
 PAGES = pages()
 PYTHON = [page for page in PAGES if any(block.language == "python" and block.run for block in blocks(read(page)))]

@@ -20,8 +20,7 @@ multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "bet
 
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-# Of a collective. Only a hang lasts so long, however loaded the machine is.
-TIMEOUT_S = 600.0
+TIMEOUT_S = 600.0  # of a collective: only a hang lasts so long, however loaded the machine is
 
 
 def processes(

@@ -1,5 +1,6 @@
 """A BetaCLIP too small to learn anything, and batches for it."""
 
+import json
 import sys
 
 import torch
@@ -12,6 +13,15 @@ from betaclip.model.texts import RaggedTexts
 
 # How to start processes: a fork needs no imports, but cannot backpropagate once autograd has used a GPU.
 START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+
+# A ModelConfig.name: open_clip's vocabulary, and otherwise as small as can be.
+TOKENIZER_MODEL = json.dumps(
+    {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+)
 
 IMAGE_SIZE = 16
 WORDS = 50

@@ -10,7 +10,7 @@ from support.tiny import TinyDataset
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
-from betaclip.training.config import RunConfig, TrainConfig
+from betaclip.training.config import RunConfig, TrainingConfig
 from betaclip.training.data_source import DataSource, create_data_source
 
 MODEL: Any = SimpleNamespace(image_size=8, context_length=77)
@@ -27,7 +27,7 @@ def paths(some: DataSource, first: int, last: int) -> list[list[str]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_examples(monkeypatch, workers):
     monkeypatch.setattr(DataConfig, "create", lambda *_, **__: TinyDataset(11))
-    config = TrainConfig(run=RunConfig(batch_size=4, workers=workers))
+    config = TrainingConfig(run=RunConfig(batch_size=4, workers=workers))
     some = create_data_source(config, MODEL, *alone())
     assert some.steps_per_epoch == 3 and [some.images(step) for step in range(4)] == [4, 4, 3, 4]
     whole = paths(some, 0, 7)
@@ -45,7 +45,7 @@ def shards(tmp_path):
     data = DataConfig(
         kind="shards", shards=str(tmp_path / "{0..2}.tar"), epoch_samples=16, shuffle=3, phrase_extractor="rules"
     )
-    return TrainConfig(data=data, run=RunConfig(batch_size=4, workers=0))
+    return TrainingConfig(data=data, run=RunConfig(batch_size=4, workers=0))
 
 
 def test_shards(shards):
@@ -62,7 +62,7 @@ def test_shards(shards):
 def test_rejects(shards):
     for change, ranks, message in (
         ({"epoch_samples": None}, 1, "data: epoch_samples: shards need it"),
-        ({"epoch_samples": 3}, 1, "data: epoch_samples: 3 are less than a batch of 4"),
+        ({"epoch_samples": 3}, 1, "data: epoch_samples: 3 are fewer than a batch of 4"),
         ({}, 3, "run.batch_size: expected a multiple of 3 ranks for shards, got 4"),
         ({"shards": "nowhere.tar"}, 1, r"data: .*nowhere\.tar"),
     ):

@@ -2,52 +2,17 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from support.caching import IMAGES, Model, batch, gradients, objective, split
+from support.ranks import needs_gloo, processes
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from betaclip import BetaCALLoss
+from betaclip.process_group import ProcessGroup
 from betaclip.training.gradient_cache import cached_backward
-
-IMAGES, K, D = 7, 3, 8
-
-
-class Model(nn.Module):
-    """Towers with dropout, a scale that no micro-batch changes, and a mask without gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.5), nn.GELU(), nn.Linear(16, D))
-        self.text = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.GELU(), nn.Linear(16, D))
-        self.log_scale = nn.Parameter(torch.tensor(1.5))
-        self.unused = nn.Linear(2, 2)
-        self.unused.requires_grad_(False)
-
-    def forward(self, micro_batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        image, text = micro_batch
-        return {
-            "image": self.image(image),
-            "text": self.text(text),
-            "mask": image[..., 0] > -1,
-            "scale": self.log_scale.exp(),
-            "unused": self.unused(image[..., :2]),
-        }
-
-
-def objective(out: dict[str, Tensor]) -> Tensor:
-    torch.rand(3)  # a loss may draw too
-    return BetaCALLoss()(out["image"], out["text"], out["scale"], mask=out["mask"])
-
-
-def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(IMAGES, K, 5, dtype=dtype), torch.randn(IMAGES, K, 6, dtype=dtype)
-
-
-def split(whole: tuple[Tensor, Tensor], sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(whole[0].split(sizes), whole[1].split(sizes), strict=True))
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 2, 0, 4], [1] * 7, [7, 0]])
@@ -132,3 +97,36 @@ def test_other_outputs():
 def test_rejects():
     with pytest.raises(ValueError, match="micro_batches: expected at least one"):
         cached_backward(partial(Model()), [], objective)
+
+
+def ranks_equal_one_process() -> None:
+    group = ProcessGroup.of()
+    whole = batch()
+    torch.manual_seed(1)
+    model = Model().double().eval()
+    other = Model().double().eval()
+    other.load_state_dict(model.state_dict())
+    objective(model(whole)).backward()
+    wrapped = DistributedDataParallel(other)
+    image, text = (t[:5] if group.is_first else t[5:] for t in whole)
+    reduced = []
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reduced.append(bucket.index())
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def loss(out: dict[str, Tensor]) -> Tensor:
+        return BetaCALLoss(gather=True)(out["image"], out["text"], out["scale"], mask=out["mask"])
+
+    wrapped.register_comm_hook(None, count)
+    micro_batches = split((image, text), [[2, 1, 2], [1, 0, 1]][group.rank])
+    cached_backward(wrapped, micro_batches, loss, no_sync=wrapped.no_sync)
+    assert reduced == [0]
+    for a, t in zip(gradients(other), gradients(model), strict=True):
+        torch.testing.assert_close(a, t, atol=1e-13, rtol=0)
+
+
+@needs_gloo
+def test_ranks_equal_one_process(tmp_path):
+    """DistributedDataParallel reduces once, after the last micro-batch, and the loss spans both ranks."""
+    processes(2, ranks_equal_one_process, tmp_path)

@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from betaclip import BetaCALLoss, ClipLoss
+from betaclip.errors import ConfigError
 from betaclip.model.texts import RaggedTexts
+from betaclip.training.config import LossConfig
 from betaclip.training.objective import Objective, captions
 
 B, K, D = 5, 4, 8
@@ -24,7 +26,7 @@ def outputs(texts: int = K) -> dict[str, Tensor]:
 @pytest.mark.parametrize("form", ["ce", "bce"])
 def test_sum_of_both_losses(form):
     out = outputs()
-    losses = Objective(form, beta=0.3, alpha=0.9, global_weight=2.0, beta_cal_weight=0.5)(out)
+    losses = Objective(LossConfig(form, beta=0.3, alpha=0.9, global_weight=2.0, beta_cal_weight=0.5))(out)
     whole = ClipLoss()(out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"])
     parts = BetaCALLoss(form, beta=0.3, alpha=0.9)(
         out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=out["mask"]
@@ -43,7 +45,7 @@ def test_sum_of_both_losses(form):
 )
 def test_weight_of_zero_leaves_out(weights, names, untouched):
     out = outputs()
-    losses = Objective(global_weight=weights[0], beta_cal_weight=weights[1])(out)
+    losses = Objective(LossConfig(global_weight=weights[0], beta_cal_weight=weights[1]))(out)
     losses["loss"].backward()
     assert losses.keys() == names
     assert {name for name, t in out.items() if t.requires_grad and t.grad is None} == untouched
@@ -79,5 +81,7 @@ def test_captions():
 
 def test_rejects():
     for weights in ((0.0, 0.0), (-1.0, 1.0)):
-        with pytest.raises(ValueError, match="global_weight, beta_cal_weight: expected two numbers >= 0, not both 0"):
-            Objective(global_weight=weights[0], beta_cal_weight=weights[1])
+        with pytest.raises(ConfigError, match="loss: expected weights >= 0, at least one above 0, got global"):
+            Objective(LossConfig(global_weight=weights[0], beta_cal_weight=weights[1]))
+    with pytest.raises(ConfigError, match=r"loss\.weights: expected names of global, beta_cal, got globel"):
+        Objective(LossConfig(weights={"globel": 1.0}))

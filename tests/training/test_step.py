@@ -1,46 +1,21 @@
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.ranks import needs_gloo, processes
+from support.steps import OPTIMIZER, assert_same, config, create_step, double, parameters
 from support.tiny import tiny_batch, tiny_model
-from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
-from betaclip.process_group import SINGLE_PROCESS
-from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainConfig
+from betaclip.process_group import ProcessGroup
+from betaclip.training import parallel
+from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
+from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, create_objective, freeze_unused
-
-# Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
-OPTIMIZER = OptimizerConfig(
-    backbone=GroupConfig(1e-3, 1e-3, clip_norm=0.5), pool=GroupConfig(3e-3, 3e-3), eps=1e-4, weight_decay=0.1
-)
-
-
-def config(**run: Any) -> TrainConfig:
-    return TrainConfig(optimizer=OPTIMIZER, run=RunConfig(**run))
-
-
-def create_update(model: BetaCLIP, settings: TrainConfig) -> TrainStep:
-    objective = create_objective(settings, SINGLE_PROCESS)
-    freeze_unused(model, objective)
-    return TrainStep(model, model, objective, create_optimizer(model, settings.optimizer), settings, SINGLE_PROCESS, 10)
-
-
-def double(batch: Batch) -> Batch:
-    return replace(batch, images=batch.images.double())
-
-
-def parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float) -> None:
-    assert a.keys() == b.keys()
-    for name in b:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+from betaclip.training.step import TrainStep
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -48,10 +23,10 @@ def test_cached_micro_batches_equal_the_whole_batch():
     results, rows = [], []
     for size in (None, 3, 1):
         model = tiny_model().double()
-        update = create_update(model, config(micro_batch_size=size))
-        rows.append(torch.stack([update(batch, step, 7) for step in range(2)]))
+        train_step = create_step(model, config(micro_batch_size=size))
+        rows.append(torch.stack([train_step(batch, step, 7) for step in range(2)]))
         results.append(parameters(model))
-    assert update.columns == [
+    assert train_step.columns == [
         "loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale", "norm_backbone", "norm_pool",
     ]  # fmt: skip
     assert (rows[0][0] != rows[0][1]).all()  # everything moves
@@ -63,9 +38,9 @@ def test_cached_micro_batches_equal_the_whole_batch():
 def test_accumulation_is_the_mean_of_losses():
     batch = double(tiny_batch(6))
     model = tiny_model().double()
-    row = create_update(model, config(micro_batch_size=3, accumulation="mean"))(batch, 0, 6)
+    row = create_step(model, config(micro_batch_size=3, accumulation="mean"))(batch, 0, 6)
     losses, other = [], tiny_model().double()
-    objective = create_objective(config(), SINGLE_PROCESS)
+    objective = Objective(config().loss)
     for begin in (0, 3):
         part = batch.of_images(begin, begin + 3)
         loss = objective(other(part.images, part.texts))["loss"]
@@ -81,11 +56,11 @@ def test_global_loss_alone():
     batch = tiny_batch(5)
     model = tiny_model()
     before = parameters(model)
-    update = create_update(model, replace(config(), loss=LossConfig(beta_cal_weight=0.0)))
+    train_step = create_step(model, replace(config(), loss=LossConfig(beta_cal_weight=0.0)))
     encoded = []
     model.register_forward_pre_hook(lambda module, arguments: encoded.append(arguments[1]))
-    update(batch, 0, 5)
-    assert update.columns == ["loss", "global_loss", "logit_scale", "pool_logit_scale", "norm_backbone"]
+    train_step(batch, 0, 5)
+    assert train_step.columns == ["loss", "global_loss", "logit_scale", "pool_logit_scale", "norm_backbone"]
     assert len(encoded[0].lengths) == 5 < len(batch.texts.lengths)
     changed = {name for name, p in parameters(model).items() if not torch.equal(p, before[name])}
     assert changed and not any(name.startswith("pool.") for name in changed)
@@ -94,32 +69,32 @@ def test_global_loss_alone():
 def test_beta_cal_alone():
     model = tiny_model()
     before = model.logit_scale.item()
-    update = create_update(model, replace(config(), loss=LossConfig(global_weight=0.0)))
-    update(tiny_batch(5), 0, 5)
-    assert "global_loss" not in update.columns and model.logit_scale.item() == before
+    train_step = create_step(model, replace(config(), loss=LossConfig(global_weight=0.0)))
+    train_step(tiny_batch(5), 0, 5)
+    assert "global_loss" not in train_step.columns and model.logit_scale.item() == before
 
 
 def test_scales_are_clamped():
     model = tiny_model()
-    update = create_update(model, replace(config(), optimizer=replace(OPTIMIZER, backbone=GroupConfig(9.0, 9.0))))
+    train_step = create_step(model, replace(config(), optimizer=replace(OPTIMIZER, backbone=GroupConfig(9.0, 9.0))))
     with torch.no_grad():
         model.logit_scale.fill_(4.6)
     for step in range(3):
-        row = update(tiny_batch(5), step, 5)
+        row = train_step(tiny_batch(5), step, 5)
     assert 1 <= row[3].item() <= 100.001 and 0 <= model.logit_scale.item() <= 4.6052
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_update_that_is_not_finite_is_left_out(precision):
-    """Parameters, moments and their step count stay; the next update is as if it had not been."""
+    """Parameters, moments and their step count stay; the next train_step is as if it had not been."""
     model, other = tiny_model(), tiny_model()
-    update, truth = (create_update(m, config(precision=precision)) for m in (model, other))
+    train_step, truth = (create_step(m, config(precision=precision)) for m in (model, other))
     if precision == "fp16":
-        for u in (update, truth):
+        for u in (train_step, truth):
             u.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     bad = tiny_batch(5)
     bad.images[2, 0, 0, 0] = torch.nan
-    rows = [update(tiny_batch(5), 0, 5), update(bad, 1, 5), update(tiny_batch(5), 1, 5)]
+    rows = [train_step(tiny_batch(5), 0, 5), train_step(bad, 1, 5), train_step(tiny_batch(5), 1, 5)]
     assert rows[0].isfinite().all() and rows[1][0].isnan() and rows[2].isfinite().all()
     for step in range(2):
         truth(tiny_batch(5), step, 5)
@@ -130,13 +105,73 @@ def test_update_that_is_not_finite_is_left_out(precision):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision(precision):
     """Near float32's losses and norms, with parameters that stay float32."""
-    truth = create_update(tiny_model(), config())(tiny_batch(6), 0, 6)
+    truth = create_step(tiny_model(), config())(tiny_batch(6), 0, 6)
     model = tiny_model()
-    update = create_update(model, config(precision=precision, micro_batch_size=4))
+    train_step = create_step(model, config(precision=precision, micro_batch_size=4))
     if precision == "fp16":
-        assert update.scaler.is_enabled()
-        update.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the usual 2¹⁶ may overflow in a first step
-    row = update(tiny_batch(6), 0, 6)
+        assert train_step.scaler.is_enabled()
+        train_step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the usual 2¹⁶ may overflow in a first step
+    row = train_step(tiny_batch(6), 0, 6)
     torch.testing.assert_close(row, truth, atol=0, rtol=0.1 if precision == "bf16" else 0.02)
     assert not torch.equal(row[:3], truth[:3])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def create_step_of_rank(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
+    group = ProcessGroup.of()
+    wrapped, objective = (
+        parallel.wrap(model, settings.run.parallel, group),
+        Objective(settings.loss, several_ranks=True),
+    )
+    return TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
+
+
+def ranks_equal_one_process(how: str, cases: list[str]) -> None:
+    for case in cases:
+        rank_equals_one_process(how, case)
+        dist.barrier()
+
+
+def rank_equals_one_process(how: str, case: str) -> None:
+    """Two updates of a batch of 7 on 2 ranks, of which one may have nothing left, against one process."""
+    group, whole = ProcessGroup.of(), double(tiny_batch(7))
+    share = group.shard_range(7)
+    part = whole.of_images(share.start, share.stop)
+    if case == "empty":  # all of the second rank's part was bad
+        whole = whole.of_images(0, 3)
+        if group.rank == 1:
+            part = Batch(torch.empty(0, 3, 0, 0, dtype=torch.float64), whole.texts.of_images(0, 0), [], [])
+    model, settings = tiny_model().double(), config(parallel=how, micro_batch_size=2 if case == "cached" else None)
+    train_step = create_step_of_rank(model, settings)
+    rows = [train_step(part, step, 7) for step in range(2)]
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if group.is_first:
+        one = tiny_model().double()
+        alone = create_step(one, config())
+        truth = [alone(whole, step, 7) for step in range(2)]
+        assert_same(state, one.state_dict(), 1e-11)
+        torch.testing.assert_close(torch.stack(rows), torch.stack(truth), atol=2e-6, rtol=0)
+
+
+@needs_gloo
+@pytest.mark.parametrize("how, cases", [("ddp", ["whole", "cached", "empty"]), ("fsdp", ["cached", "empty"])])
+def test_ranks_equal_one_process(tmp_path, how, cases):
+    processes(2, ranks_equal_one_process, tmp_path, how, cases)
+
+
+def losses_of_each_rank_are_averaged() -> None:
+    whole, settings = double(tiny_batch(7)), config()
+    settings = replace(settings, loss=replace(settings.loss, gather="false"))
+    parts = [whole.of_images(0, 3), whole.of_images(3, 7)]
+    train_step = create_step_of_rank(tiny_model().double(), settings)
+    row = dict(zip(train_step.columns, train_step(parts[ProcessGroup.of().rank], 0, 7).tolist(), strict=True))
+    alone, one = Objective(config().loss), tiny_model().double()
+    of_parts = [alone(one(part.images, part.texts))["beta_cal_loss"].item() for part in parts]
+    assert row["beta_cal_loss"] == pytest.approx(sum(of_parts) / 2)
+    assert row["global_loss"] == pytest.approx(alone(one(whole.images, whole.texts))["global_loss"].item())
+
+
+@needs_gloo
+def test_losses_of_each_rank_are_averaged(tmp_path):
+    """β-CAL of the rank's own images as published, while the global loss is of all."""
+    processes(2, losses_of_each_rank_are_averaged, tmp_path)

@@ -7,15 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.tiny import START, TinyDataset, tiny_batch, tiny_model
-from torch import nn
+from support.ranks import needs_gloo, processes
+from support.runs import CPU, STEPS, at_step, config, put_tiny, train
+from support.steps import assert_same
+from support.tiny import START, TinyDataset, tiny_batch
 
 from betaclip import checkpoint as checkpoints
 from betaclip.data.batches import BadDataError
@@ -24,23 +25,12 @@ from betaclip.errors import ConfigError, NonFiniteError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training import trainer as loop
-from betaclip.training.config import EvaluationConfig, GroupConfig, OptimizerConfig, RunConfig, TrainConfig
+from betaclip.training.config import TrainingConfig
 from betaclip.training.log import read_metrics
 from betaclip.training.step import TrainStep
-from betaclip.training.trainer import Trainer
+from betaclip.training.trainer import Evaluated, Trainer
 
-CPU = torch.device("cpu")
-STEPS = 9
 MEASURED = ("loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale", "norm_backbone", "norm_pool")
-
-
-def config(folder: Path, name: str = "run", **run: Any) -> TrainConfig:
-    options: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "log_every": 1, "workers": 0, "tensorboard": False}
-    options |= run
-    return TrainConfig(
-        optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4), eps=1e-3),
-        run=RunConfig(folder=folder, name=name, **options),
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -53,24 +43,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None = None, dropout: float = 0.2) -> None:
-    def create_model(config: object) -> BetaCLIP:
-        model = tiny_model()
-        model.pool.mlp.append(nn.Dropout(dropout))  # something random in every step
-        return model
-
-    patch(loop, "create_model", create_model)
-    patch(DataConfig, "create", lambda *_, **__: dataset or TinyDataset(14))
-
-
-def train(settings: TrainConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> Trainer:
-    run = Trainer(settings, process_group, CPU)
-    run.train()
-    return run
-
-
 def measured(run: Trainer) -> list[list[float]]:
-    return [[row[name] for name in MEASURED] for row in read_metrics(run.folder / "metrics.jsonl")]
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    return [[row[name] for name in MEASURED] for row in rows if "loss" in row]
 
 
 def assert_same_run(ours: Trainer, truth: Trainer) -> None:
@@ -86,19 +61,7 @@ def whole(tmp_path: Path) -> Trainer:
     return train(config(tmp_path, "whole"))
 
 
-def at_step(number: int, do: Callable[[], None]) -> Callable[..., Any]:
-    """``TrainStep.__call__`` that does something first in one step."""
-    call = TrainStep.__call__
-
-    def patched(self: TrainStep, batch: Any, step: int, images: int) -> Any:
-        if step == number:
-            do()
-        return call(self, batch, step, images)
-
-    return patched
-
-
-def killed(settings: TrainConfig, step: int, number: int, group: bool) -> None:
+def killed(settings: TrainingConfig, step: int, number: int, group: bool) -> None:
     def kill() -> None:
         if group:  # from another process: what comes from their parent, workers take for the end of the run
             subprocess.run(["sh", "-c", f"kill -{number} -{os.getpid()}"], check=False)
@@ -114,10 +77,10 @@ def killed(settings: TrainConfig, step: int, number: int, group: bool) -> None:
     train(settings)
 
 
-def kill_in_child(settings: TrainConfig, step: int, number: int, group: bool = False) -> int | None:
+def kill_in_child(settings: TrainingConfig, step: int, number: int, group: bool = False) -> int | None:
     child = multiprocessing.get_context(START).Process(target=killed, args=(settings, step, number, group))
     child.start()
-    child.join(60)
+    child.join(600)
     return child.exitcode
 
 
@@ -149,27 +112,26 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
         patch.setattr(TrainStep, "__call__", at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(Stopped) as stopped:
             train(settings)
-    assert stopped.value.code == 143 and "after step 5; --run.resume goes on from" in stopped.value.message
+    assert stopped.value.code == 143 and "after step 5; --run.resume continues from" in stopped.value.message
     assert signal.getsignal(signal.SIGTERM) is before
     resumed = train(replace(settings, run=replace(settings.run, resume=True)))
     assert measured(resumed) == measured(truth) and len(measured(truth)) == 3
 
 
-def test_workers_and_evaluation_change_nothing(tmp_path, whole, monkeypatch):
+def test_workers_and_evaluation_change_nothing(tmp_path, whole, capsys):
     seen = []
 
-    def evaluate(
-        self: object, model: Any, process_group: ProcessGroup, *, alike: bool = False
-    ) -> dict[str, dict[str, float]]:
+    def evaluate(model: BetaCLIP, process_group: ProcessGroup) -> Evaluated:
         torch.rand(5)
-        seen.append(process_group.rank)
-        return {"noise": {"choices/hard": 0.5}}
+        seen.append(process_group)
+        return Evaluated({"noise/choices/hard": 0.5}, "a table of noise")
 
-    monkeypatch.setattr("betaclip.training.evaluation.Evaluation.__call__", evaluate)
-    settings = replace(config(tmp_path, workers=2), evaluation=EvaluationConfig(every=4))
-    monkeypatch.setattr(loop.Log, "write_results", lambda self, step, results: None)
-    assert_same_run(train(settings), whole)
-    assert len(seen) == 2
+    run = train(config(tmp_path, workers=2), evaluate=evaluate, evaluate_every=4)
+    assert "step 8/9, evaluated\na table of noise\n" in capsys.readouterr().out
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    found = [(row["step"], row["noise/choices/hard"]) for row in rows if "noise/choices/hard" in row]
+    assert found == [(4, 0.5), (8, 0.5)] and seen == [SINGLE_PROCESS] * 2
+    assert_same_run(run, whole)
 
 
 def test_logs(tmp_path, capsys):
@@ -226,17 +188,17 @@ def test_all_of_a_batch_is_bad(tmp_path, monkeypatch):
 
 def test_rejects(tmp_path, monkeypatch):
     train(config(tmp_path, steps=3))
-    with pytest.raises(ConfigError, match=r"run.name: .*run has a run already; --run.resume to go on"):
+    with pytest.raises(ConfigError, match=r"run.name: .*run already holds a run; give --run.resume"):
         Trainer(config(tmp_path), SINGLE_PROCESS, CPU)
     for change, message in (
-        ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2"),
+        ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2 steps"),
         ({"batch_size": 5}, "batch_size: 4 -> 5 since the checkpoint"),
         ({"seed": 9}, "seed: 0 -> 9 since the checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
             Trainer(config(tmp_path, resume=True, **{"steps": 9, **change}), SINGLE_PROCESS, CPU)
     assert "steps = 3\n" in (tmp_path / "run" / "config.toml").read_text()
-    with pytest.raises(ConfigError, match=r"optimizer.backbone.warmup: expected less than the run's 1 updates, got 1"):
+    with pytest.raises(ConfigError, match=r"optimizer.backbone.warmup: expected 0 to 0, .* of 1 updates, got 1"):
         Trainer(config(tmp_path, "short", steps=1), SINGLE_PROCESS, CPU)
 
     def missing(*_: object, **__: object) -> None:
@@ -283,3 +245,32 @@ def assert_same_model(ours: BetaCLIP, truth: BetaCLIP) -> None:
     a, t = (model.eval()(batch.images, batch.texts) for model in (ours, truth))
     for name in t:
         assert torch.equal(a[name], t[name]), name
+
+
+def stopped_run_goes_on(folder: Path, how: str, other: str) -> None:
+    group, settings = ProcessGroup.of(), config(folder, how, parallel=how)
+    sys.stdout = io.StringIO()
+    put_tiny(setattr, dropout=0.0)
+    call = TrainStep.__call__
+    if group.rank == 1:
+        TrainStep.__call__ = at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        train(settings, group)
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+    assert checkpoints.latest(folder / how) == folder / how / "checkpoint_00000004.pt"
+    group.barrier()
+    train(replace(settings, run=replace(settings.run, parallel=other, resume=True)), group)
+
+
+@needs_gloo
+@pytest.mark.parametrize("how, other", [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_stopped_run_goes_on_with_another_wrapper(tmp_path, monkeypatch, how, other):
+    """SIGTERM to one rank stops both after the same step; what they go on to is what one process trains."""
+    processes(2, stopped_run_goes_on, tmp_path, tmp_path, how, other)
+    put_tiny(monkeypatch.setattr, dropout=0.0)
+    whole = train(config(tmp_path, "whole")).folder
+    truth, content = (checkpoints.read(tmp_path / name / "checkpoint_00000009.pt") for name in ("whole", how))
+    assert_same(content["model"], truth["model"], 1e-4)
+    assert len(content["random"]) == 2
+    ours, of_one = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / how, whole))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in of_one], rel=1e-3)

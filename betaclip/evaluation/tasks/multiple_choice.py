@@ -1,10 +1,10 @@
 """Fine-grained choices: is the true text of a region preferred to texts that say something else of it?
 
 As FG-OVD is evaluated for CLIP models: the picture squashed to the model's square, RoIAlign of the projected patches
-over the box, cosines with all candidates; right if the true one is strictly the best.
+over the box, cosines with all candidates; an answer is right if the true text is strictly the best.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from betaclip.data.multiple_choice import Choice
 from betaclip.evaluation.encode import (
     NoPicturesError,
+    Picture,
     Source,
     Squash,
     batches,
@@ -28,6 +29,10 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
+Questions = Sequence[tuple[str, Choice]]  # with the name that each is counted under
+# The counts that are kept for each name.
+COLUMNS = RIGHT_BY_REGION, RIGHT_BY_POOLING, RIGHT_BY_CHANCE, ANSWERED, LEFT_OUT = range(5)
+
 
 def first_is_best(scores: Tensor, valid: Tensor) -> Tensor:
     """(Q,) bool: the first of each row is strictly above all others that are valid; NaN is neither above nor below.
@@ -38,15 +43,15 @@ def first_is_best(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def cosines_of_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """(...) of (..., D) and (..., D); computed in float64 and rounded to float32, so that equal embeddings tie."""
+    """(...) from (..., D) and (..., D); computed in float64 and rounded to float32, so that equal embeddings tie."""
     return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).float()
 
 
 def choose(
     model: BetaCLIP, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(Q,) bool each, whether the first candidate of a question is preferred: by its cosine with the region's feature,
-    and by its cosine with the embedding of the whole picture that it conditions.
+    """(Q,) bool each: whether a question's first candidate is preferred, by its cosine with the region's feature, and
+    by its cosine with the embedding of the whole picture that it conditions.
 
     Args:
         patches: (B, P, D).
@@ -64,69 +69,83 @@ def choose(
 def choice_accuracy(
     model: BetaCLIP,
     tokenizer: Tokenizer,
-    choices: Sequence[tuple[str, Choice]],
+    choices: Questions,
     *,
     batch_size: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Accuracies of the questions of each name; neighbours that share a picture share its encoding.
+    """Accuracies over the questions of each name; consecutive questions that share a picture share its encoding.
 
     Returns:
-        for each name ("hard", say) the accuracy by region features; "hard_conditioned", by text-conditioned embeddings;
-        "hard_chance", that of a guess; "hard_questions" that these are of; "hard_left_out", whose picture could not be
-        read. Of all ranks, on every rank.
+        for each name ("hard", for example) the accuracy by region features; "hard_conditioned", the one by
+        text-conditioned embeddings; "hard_chance", that of a guess; "hard_questions", the number of questions behind
+        these; "hard_left_out", the number of those whose picture could not be read. Over all ranks, on every rank.
 
     Raises:
-        NoPicturesError: none of the questions of a name could be read.
+        NoPicturesError: none of the pictures of a name could be read.
         ValueError: a question without negatives.
     """
     if any(not choice.negatives for _, choice in choices):
         raise ValueError("choices: expected at least one negative for each question")
-    number = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in choices))}
-    part = process_group.shard_range(len(choices))
-    plan = [(some, _pictures(some)) for some in batches(choices[part.start : part.stop], batch_size)]
-    device = model.logit_scale.device
-    # Right by region, right by pooling, right by chance, asked, left out.
-    totals = torch.zeros(len(number), 5, dtype=torch.float64, device=device)
+    row = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in choices))}
+    share = process_group.shard_range(len(choices))
+    counts = torch.zeros(len(row), len(COLUMNS), dtype=torch.float64, device=model.logit_scale.device)
     with evaluating(model):
-        sources = (picture for _, pictures in plan for picture in pictures.values())
-        found = read_pictures(sources, Squash(model.image_size), 2 * batch_size, upright=False)
-        for some, pictures in plan:
-            read = dict(zip(pictures, islice(found, len(pictures)), strict=True))
-            good = {key: picture for key, picture in read.items() if picture is not None}
-            asked = [(name, choice) for name, choice in some if _key(choice.image) in good]
+        for some, pictures in _with_pictures(choices[share.start : share.stop], Squash(model.image_size), batch_size):
+            readable = [(name, choice) for name, choice in some if _key(choice.image) in pictures]
             for name, choice in some:
-                totals[number[name], 4] += _key(choice.image) not in good
-            if not asked:
-                continue
-            place = {key: i for i, key in enumerate(good)}
-            keys = [_key(choice.image) for _, choice in asked]
-            _, patches = encode_images(model, [picture for picture, _ in good.values()])
-            texts, valid = encode_slots(model, tokenizer, [(c.positive, *c.negatives) for _, c in asked])
-            boxes = on_grid([choice.box for _, choice in asked], [good[key][1] for key in keys], model.patch_grid)
-            image_of_question = torch.tensor([place[key] for key in keys], device=device)
-            right = choose(model, patches, image_of_question, boxes.to(device), texts, valid)
-            columns = (*right, 1 / valid.sum(1), torch.ones(len(asked), device=device))
-            names = torch.tensor([number[name] for name, _ in asked], device=device)
-            totals[:, :4].index_add_(0, names, torch.stack([c.double() for c in columns], 1))
+                counts[row[name], LEFT_OUT] += _key(choice.image) not in pictures
+            if readable:
+                rows = torch.tensor([row[name] for name, _ in readable], device=counts.device)
+                counts.index_add_(0, rows, _answers(model, tokenizer, [choice for _, choice in readable], pictures))
+    return _accuracies(dict(zip(row, process_group.sum(counts).tolist(), strict=True)))
+
+
+def _with_pictures(
+    choices: Questions, transform: Squash, batch_size: int
+) -> Iterator[tuple[Questions, dict[Hashable, Picture]]]:
+    """Batches of questions, with each picture of a batch once; without those that cannot be read."""
+    plan = [(some, {_key(c.image): c.image for _, c in some}) for some in batches(choices, batch_size)]
+    sources: Iterator[Source] = (source for _, pictures in plan for source in pictures.values())
+    found = read_pictures(sources, transform, 2 * batch_size, upright=False)
+    for some, pictures in plan:
+        read = zip(pictures, islice(found, len(pictures)), strict=True)
+        yield some, {key: picture for key, picture in read if picture is not None}
+
+
+def _answers(
+    model: BetaCLIP, tokenizer: Tokenizer, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
+) -> Tensor:
+    """(Q, columns) float64, each question's contribution to the counts."""
+    keys = [_key(choice.image) for choice in choices]
+    number = {key: i for i, key in enumerate(pictures)}
+    device = model.logit_scale.device
+    _, patches = encode_images(model, [picture for picture, _ in pictures.values()])
+    texts, valid = encode_slots(model, tokenizer, [(choice.positive, *choice.negatives) for choice in choices])
+    boxes = on_grid([choice.box for choice in choices], [pictures[key][1] for key in keys], model.patch_grid)
+    image_of_question = torch.tensor([number[key] for key in keys], device=device)
+    answers = torch.zeros(len(choices), len(COLUMNS), dtype=torch.float64, device=device)
+    right = choose(model, patches, image_of_question, boxes.to(device), texts, valid)
+    answers[:, RIGHT_BY_REGION], answers[:, RIGHT_BY_POOLING] = right
+    answers[:, RIGHT_BY_CHANCE] = 1 / valid.sum(1)
+    answers[:, ANSWERED] = 1
+    return answers
+
+
+def _accuracies(counts: dict[str, list[float]]) -> dict[str, float]:
     result: dict[str, float] = {}
-    for name, values in zip(number, process_group.sum(totals).tolist(), strict=True):
-        region, conditioned, chance, questions, left_out = values
-        if not questions:
+    for name, values in counts.items():
+        answered, left_out = values[ANSWERED], values[LEFT_OUT]
+        if not answered:
             raise NoPicturesError(f"{name}: no picture of {left_out:.0f} questions could be read")
         result |= {
-            name: region / questions,
-            f"{name}_conditioned": conditioned / questions,
-            f"{name}_chance": chance / questions,
-            f"{name}_questions": questions,
+            name: values[RIGHT_BY_REGION] / answered,
+            f"{name}_conditioned": values[RIGHT_BY_POOLING] / answered,
+            f"{name}_chance": values[RIGHT_BY_CHANCE] / answered,
+            f"{name}_questions": answered,
             f"{name}_left_out": left_out,
         }
     return result
-
-
-def _pictures(choices: Sequence[tuple[str, Choice]]) -> dict[Hashable, Source]:
-    """Each picture of these questions once."""
-    return {_key(choice.image): choice.image for _, choice in choices}
 
 
 def _key(source: Source) -> Hashable:

@@ -1,4 +1,4 @@
-"""Pointing: does a phrase attend to what it names? The share of its attention inside its box."""
+"""Pointing: the share of a phrase's attention inside the box of the thing that it names."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(N,) each: the share of the attention inside the box, where a patch counts as far as the box covers it, and the
-    box's share of the picture, which even attention would have.
+    """(N,) each: the share of the attention inside the box, where a patch counts in proportion to the part that the box
+    covers, and the box's share of the picture, which is the result for even attention.
 
     attention: (N, P), sums of 1; boxes: (N, 4) in units of patches.
     """
@@ -32,30 +32,30 @@ def pointing(
     batch_size: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Means over all phrases of the scenes, on every rank: "mass_in_box", "box_share", the "ratio" of the two, and
-    "phrases", their number. Attention is averaged over heads.
+    """Means over the phrases of all scenes, on every rank: "mass_in_box", "box_share", the "ratio" of the two; and the
+    number of "phrases". Attention is averaged over heads.
 
     Raises:
-        ValueError: there are no phrases.
+        ValueError: the scenes have no phrases.
     """
-    part = process_group.shard_range(len(scenes))
+    share = process_group.shard_range(len(scenes))
     device, squash = model.logit_scale.device, Squash(model.image_size)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluating(model):
-        for some in batches(scenes[part.start : part.stop], batch_size):
+        for some in batches(scenes[share.start : share.stop], batch_size):
             _, patches = encode_images(model, [squash(Image.fromarray(scene.image)) for scene in some])
             texts, valid = encode_slots(model, tokenizer, [scene.phrases for scene in some])
             attention = model.pool(patches, texts, need_weights=True)[1][valid]
             boxes = [box for scene in some for box in scene.boxes]
             sizes = [scene.image.shape[1::-1] for scene in some for _ in scene.boxes]
-            mass, share = mass_in_boxes(attention, on_grid(boxes, sizes, model.patch_grid).to(device), model.patch_grid)
-            totals += torch.stack((mass.double().sum(), share.double().sum(), valid.sum()))
-    mass_sum, share_sum, phrases = process_group.sum(totals).tolist()
+            mass, area = mass_in_boxes(attention, on_grid(boxes, sizes, model.patch_grid).to(device), model.patch_grid)
+            totals += torch.stack((mass.double().sum(), area.double().sum(), valid.sum()))
+    mass_sum, area_sum, phrases = process_group.sum(totals).tolist()
     if not phrases:
-        raise ValueError("scenes: no phrases to point with")
+        raise ValueError("scenes: expected at least one phrase in all of them, got none")
     return {
         "mass_in_box": mass_sum / phrases,
-        "box_share": share_sum / phrases,
-        "ratio": mass_sum / share_sum,
+        "box_share": area_sum / phrases,
+        "ratio": mass_sum / area_sum,
         "phrases": phrases,
     }

@@ -1,8 +1,8 @@
-"""Retrieval: the rank of what belongs together among all images, or all texts.
+"""Retrieval: the place of a text's image among all images, and of an image's text among all texts.
 
-Scores come in blocks of some of this rank's images with the texts of all ranks; a block serves both directions, and
-each pair is scored where its image is. An image may have several texts: any of them finds it, and it finds the best of
-them. What scores as high as the right one, or NaN, is ranked before it.
+Scores come in blocks: some of this rank's images with the texts of all ranks. A block serves both directions, and each
+pair is scored on the rank that has its image. An image may have several texts: each of them retrieves it, and it
+retrieves the best of them. Candidates that score as high as the right one, or NaN, are placed before it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +27,7 @@ from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 RECALLS_AT = (1, 5, 10)
-# Pairs that are compared at a time.
-PAIRS = 2**22
+MAX_PAIRS = 2**22  # that are scored at a time
 
 # (hi - lo, M) scores of this rank's images lo to hi with the M texts of all ranks.
 Scores = Callable[[int, int], Tensor]
@@ -44,17 +43,23 @@ def cosines(images: Tensor, texts: Tensor) -> Scores:
 
 
 def retrieval_ranks(
-    scores: Scores, images: int, image_of_text: Tensor, process_group: ProcessGroup = SINGLE_PROCESS
+    scores: Scores,
+    images: int,
+    image_of_text: Tensor,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    max_pairs: int = MAX_PAIRS,
 ) -> tuple[Tensor, Tensor]:
-    """Ranks, from 1, of each text's image among all images, and of each image's best text among those of other images.
+    """Places, from 1, of each text's image among all images, and of each image's best text among other images' texts.
 
     Args:
-        scores: of this rank's images and all texts.
-        images: how many images this rank has; those of all ranks are numbered in the order of the ranks.
-        image_of_text: (M,) int64 image of each text of all ranks; every image has one or more.
+        scores: the scores of this rank's images with all texts.
+        images: number of images that this rank has; the images of all ranks are numbered in the order of the ranks.
+        image_of_text: (M,) int64, the image of each text of all ranks; every image has at least one text.
+        max_pairs: number of scores computed at a time.
 
     Returns:
-        (M,) int64 for the texts of all ranks, and (images,) int64 for the images of this one.
+        (M,) int64 for the texts of all ranks, and (images,) int64 for the images of this rank.
 
     Raises:
         ValueError: an image without a text, or a text without an image.
@@ -64,7 +69,7 @@ def retrieval_ranks(
     first, total = int(numbers[: process_group.rank].sum()), int(numbers.sum())
     if not torch.equal(image_of_text.unique(), torch.arange(total, device=device)):
         raise ValueError(f"image_of_text: expected every number below {total}, the images of all ranks, and no other")
-    rows = max(1, PAIRS // max(1, count))
+    rows = max(1, max_pairs // max(1, count))
     blocks = [(lo, min(images, lo + rows)) for lo in range(0, images, rows)]
 
     def own(lo: int, hi: int) -> Tensor:
@@ -83,24 +88,29 @@ def retrieval_ranks(
     before_text = torch.zeros(images, dtype=torch.int64, device=device)
     for lo, hi in blocks:
         block, other = scores(lo, hi), ~own(lo, hi)
-        # Not "block >= right": what is NaN goes before it.
+        # Not "block >= right": NaN counts as better.
         before_image += (~(block < of_text) & other).sum(0)
         before_text[lo:hi] = (~(block < of_image[lo:hi, None]) & other).sum(1)
     return 1 + process_group.sum(before_image), 1 + before_text
 
 
 def recalls(
-    scores: Scores, images: int, image_of_text: Tensor, process_group: ProcessGroup = SINGLE_PROCESS
+    scores: Scores,
+    images: int,
+    image_of_text: Tensor,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    max_pairs: int = MAX_PAIRS,
 ) -> dict[str, float]:
-    """Share of the texts whose image ("t2i_r1" …) and of the images one of whose texts ("i2t_r1" …) is among the first
-    1, 5, 10; of all ranks, on every rank. The arguments are :func:`retrieval_ranks`'s."""
-    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, process_group)
+    """The share of texts whose image is among the first 1, 5, 10 ("t2i_r1" …), and of images with one of their texts
+    among these ("i2t_r1" …); over all ranks, on every rank. The arguments are those of :func:`retrieval_ranks`."""
+    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, process_group, max_pairs=max_pairs)
     directions = (("t2i", text_to_image), ("i2t", process_group.gather_rows(image_to_text)))
     return {f"{name}_r{k}": float((ranks <= k).double().mean()) for name, ranks in directions for k in RECALLS_AT}
 
 
 def texts_of_pictures(pairs: Iterable[tuple[Path, str]]) -> list[tuple[Path, list[str]]]:
-    """Each picture once, with all of its texts."""
+    """Each picture once, with all its texts."""
     texts: dict[Path, list[str]] = {}
     for picture, text in pairs:
         texts.setdefault(picture, []).append(text)
@@ -117,20 +127,21 @@ def retrieval(
     batch_size: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Recalls of CLS embeddings against texts; with ``conditioned`` also ("conditioned_t2i_r1" …) of the cosine between
-    a text and the embedding of the image that it conditions, for all pairs.
+    """Recalls by the cosines of texts with CLS embeddings; with ``conditioned`` also ("conditioned_t2i_r1" …) by the
+    cosines of texts with the image embeddings that they condition, for all pairs.
 
-    A picture that cannot be read is left out with its texts. Beside the texts' embeddings a rank holds one row of
-    scores per picture of its own, and the patches of one batch.
+    A picture that cannot be read is left out with its texts. Besides all texts' embeddings, a rank holds a row of
+    scores for each of its pictures, and the patches of one batch.
 
     Returns:
-        the recalls, and "images", "texts" that they are of, and "left_out" pictures; of all ranks, on every rank.
+        the recalls, the numbers of "images" and "texts" behind them, and that of "left_out" pictures; over all ranks,
+        on every rank.
 
     Raises:
-        NoPicturesError: none could be read.
+        NoPicturesError: none of the pictures can be read.
     """
-    part = process_group.shard_range(len(pictures))
-    mine = pictures[part.start : part.stop]
+    share = process_group.shard_range(len(pictures))
+    mine = pictures[share.start : share.stop]
     device = model.logit_scale.device
     read: list[bool] = []
     with evaluating(model):
@@ -147,7 +158,7 @@ def retrieval(
                 image_embeds[rows], patches = encode_images(model, images)
                 if conditioned:
                     matrix[rows] = model.pool.score(patches, text_embeds).cpu()
-    # Numbered again without the pictures that could not be read.
+    # Pictures are numbered anew, without those that could not be read.
     usable = process_group.gather_rows(torch.tensor(read, dtype=torch.bool, device=device))
     if not usable.any():
         raise NoPicturesError(f"none of {len(pictures)} pictures could be read")
@@ -159,9 +170,9 @@ def retrieval(
     result |= recalls(cosines(image_embeds[:own], text_embeds[kept]), own, image_of_text, process_group)
     if conditioned:
 
-        def of_pairs(lo: int, hi: int) -> Tensor:
+        def conditioned_scores(lo: int, hi: int) -> Tensor:
             return matrix[lo:hi].to(device)[:, kept]
 
-        found_by_pooling = recalls(of_pairs, own, image_of_text, process_group)
+        found_by_pooling = recalls(conditioned_scores, own, image_of_text, process_group)
         result |= {f"conditioned_{name}": value for name, value in found_by_pooling.items()}
     return result

@@ -1,4 +1,4 @@
-"""All measures on rendered scenes that no training run has seen."""
+"""All tasks on rendered test scenes, which no training run sees."""
 
 from betaclip.data.multiple_choice import Choice
 from betaclip.data.scenes import dataset as scenes
@@ -29,9 +29,10 @@ def evaluate_scenes(
     as they are.
 
     Returns:
-        "retrieval/t2i_r1" … (``tasks/retrieval.py``), "choices/hard", "choices/hard_chance" …
-        (``tasks/multiple_choice.py``; one thing of each scene), "pointing/mass_in_box",
-        "pointing/box_share" … (:func:`betaclip.evaluation.tasks.pointing.pointing`; all phrases of each scene).
+        "retrieval/t2i_r1" … as :func:`betaclip.evaluation.tasks.retrieval.retrieval` names them; "choices/hard",
+        "choices/hard_chance" … as :func:`betaclip.evaluation.tasks.multiple_choice.choice_accuracy` does, for one thing
+        of each scene; "pointing/mass_in_box" … as :func:`betaclip.evaluation.tasks.pointing.pointing` does, for all
+        phrases of each scene.
 
     Raises:
         ValueError: ``count`` is not positive.

@@ -58,7 +58,7 @@ def test_even_attention_is_chance():
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="no phrases"):
+    with pytest.raises(ValueError, match="at least one phrase"):
         pointing(colours.ColourModel(), Tokenizer(), [coloured({}, {}, 32)], batch_size=1)
 
 

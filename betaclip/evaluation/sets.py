@@ -1,0 +1,68 @@
+"""The sets that a model is evaluated on: the settings that name them, and their contents without the pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from betaclip.data.batches import Bad
+from betaclip.data.multiple_choice import ChoiceSet
+from betaclip.data.readers import fg_ovd
+from betaclip.data.readers.retrieval_set import RetrievalSet
+from betaclip.data.registry import RetrievalConfig
+from betaclip.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(RetrievalConfig):
+    """The sets to evaluate on, and how."""
+
+    scenes: int | None = None
+    """Number of rendered scenes: retrieval, choices and pointing. By default none."""
+    fg_ovd: Path | None = None
+    """Folder of FG-OVD's files, in either form: choices, for each difficulty whose file is there."""
+    fg_ovd_images: Path | None = None
+    """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
+    conditioned: bool = True
+    """Also text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
+    batch_size: int = 64
+    """Pictures, texts or questions that a rank encodes at a time."""
+    seed: int = 0
+    """Seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Retrieval sets, and choices by difficulty."""
+
+    retrieval: list[RetrievalSet]
+    choices: dict[str, ChoiceSet]
+
+    @property
+    def unusable(self) -> list[list[Bad]]:
+        """For each set, the samples that cannot be used."""
+        return [*(one.missing for one in self.retrieval), *(one.bad for one in self.choices.values())]
+
+
+def read_sets(config: EvaluationConfig) -> Sets:
+    """
+    Raises:
+        ConfigError: a set is not there, or nothing in it can be used.
+    """
+    try:
+        return Sets(config.read_retrieval_sets(), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _choices(config: EvaluationConfig, folder: Path) -> dict[str, ChoiceSet]:
+    found = {}
+    for difficulty in fg_ovd.DIFFICULTIES:
+        try:
+            file = fg_ovd.fg_ovd_file(folder, difficulty)
+        except FileNotFoundError:
+            continue
+        found[difficulty] = fg_ovd.load_fg_ovd(
+            file, config.fg_ovd_images or folder, allow_outside_root=config.allow_outside_root
+        )
+    if not found:
+        raise FileNotFoundError(f"fg_ovd: {folder} has no file of any difficulty")
+    return found

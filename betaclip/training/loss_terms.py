@@ -1,0 +1,65 @@
+"""The terms of the training objective. A new term is a class in a file of its own, and a line in LOSS_TERMS."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.training.config import LossConfig
+
+_GATHER: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
+
+
+class LossTerm(Protocol):
+    """Computes an unweighted loss, (), from the outputs of a BetaCLIP.
+
+    needs: names of the outputs that it reads. A part of the model behind outputs that no term needs is frozen.
+    captions_only: it reads the first text of each image only. If all terms do, no other text is encoded.
+    """
+
+    needs: frozenset[str]
+    captions_only: bool
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor: ...
+
+
+class GlobalLoss:
+    """CLIP's loss between whole images (CLS) and captions, always over all ranks."""
+
+    needs = frozenset({"image_embeds", "text_embeds", "mask", "logit_scale"})
+    captions_only = True
+
+    def __init__(self, config: LossConfig, several_ranks: bool) -> None:
+        self.backend = config.backend
+        self.gather = several_ranks and (_GATHER[config.gather] or True)
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        # K = 1 with a mask, which ClipLoss does not take: an image may have no text at all.
+        return beta_cal_ce_loss(
+            out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
+            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather,
+        )  # fmt: skip
+
+
+class BetaCALTerm:
+    """β-CAL between text-conditioned images and all texts."""
+
+    needs = frozenset({"pooled_embeds", "text_embeds", "mask", "pool_logit_scale"})
+    captions_only = False
+
+    def __init__(self, config: LossConfig, several_ranks: bool) -> None:
+        gather = several_ranks and _GATHER[config.gather]
+        self.loss = BetaCALLoss(config.form, config.beta, config.alpha, backend=config.backend, gather=gather)
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.loss(out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=out["mask"])
+        return loss
+
+
+# By name: a term's weight is loss.NAME_weight or loss.weights' NAME, its value is logged as NAME_loss. Made from the
+# settings and whether there are several ranks.
+LOSS_TERMS: dict[str, Callable[[LossConfig, bool], LossTerm]] = {
+    "global": GlobalLoss,
+    "beta_cal": BetaCALTerm,
+}

@@ -1,0 +1,59 @@
+"""Runs of a tiny model on noise, in place of the model and the data that the settings name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.tiny import TinyDataset, tiny_model
+from torch import nn
+
+from betaclip.data.registry import DataConfig
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
+from betaclip.training import trainer
+from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.step import TrainStep
+from betaclip.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+STEPS = 9
+LOSS = TrainingConfig().loss
+
+
+def config(folder: Path, name: str = "run", loss: LossConfig = LOSS, **run: Any) -> TrainingConfig:
+    options: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "log_every": 1, "workers": 0, "tensorboard": False}
+    options |= run
+    return TrainingConfig(
+        loss=loss,
+        optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4), eps=1e-3),
+        run=RunConfig(folder=folder, name=name, **options),
+    )
+
+
+def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None = None, dropout: float = 0.2) -> None:
+    def create_model(config: object) -> BetaCLIP:
+        model = tiny_model()
+        model.pool.mlp.append(nn.Dropout(dropout))  # something random in every step
+        return model
+
+    patch(trainer, "create_model", create_model)
+    patch(DataConfig, "create", lambda *_, **__: dataset or TinyDataset(14))
+
+
+def train(settings: TrainingConfig, process_group: ProcessGroup = SINGLE_PROCESS, **options: Any) -> Trainer:
+    run = Trainer(settings, process_group, CPU, **options)
+    run.train()
+    return run
+
+
+def at_step(number: int, do: Callable[[], None]) -> Callable[..., Any]:
+    """``TrainStep.__call__`` that does something first in one step."""
+    call = TrainStep.__call__
+
+    def patched(self: TrainStep, batch: Any, step: int, images: int) -> Any:
+        if step == number:
+            do()
+        return call(self, batch, step, images)
+
+    return patched
