@@ -23,9 +23,10 @@ from pools import PublishedPool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from betaclip.data.hierarchy import clean, distinct_phrases, split_sentences
+from betaclip.data.hierarchy import distinct_phrases
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.phrases.spans import cut_phrases
+from betaclip.data.sentences import clean, split_sentences
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.text_tower import text_modules
 from betaclip.model.texts import RaggedTexts

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from betaclip.data.hierarchy import clean, split_sentences
-from betaclip.data.phrases.cache import pack, write_cache
+from betaclip.data.phrases.cache import VERSION, pack, write_cache
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
 from betaclip.data.phrases.spans import Extractor
 from betaclip.data.readers.annotations import Annotations, BadRowError
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
+from betaclip.data.sentences import clean, split_sentences
 from betaclip.errors import ConfigError
 
 
@@ -54,7 +54,8 @@ def prepare(config: PrepareConfig) -> None:
             raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
         work = _Work(config)
         extractor = create_extractor(config.phrase_extractor, config.spacy_model)
-        _claim(folder, {"extractor": extractor.name, "source": work.identity, "part_rows": config.part_rows})
+        about = {"version": VERSION, "extractor": extractor.name, "part_rows": config.part_rows}
+        _claim(folder, about | {"source": work.identity})
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     files = [folder / f"{number:06d}.npz" for number in range(len(work.parts))]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from betaclip.data import prepare
-from betaclip.data.hierarchy import clean, split_sentences
 from betaclip.data.phrases import extraction
 from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.prepare import PrepareConfig
+from betaclip.data.sentences import clean, split_sentences
 from betaclip.errors import ConfigError
 
 CAPTIONS = [f"A cat sits on {n} mats.\nThe same sentence. It is near door {n}" for n in range(23)]

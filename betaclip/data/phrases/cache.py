@@ -23,6 +23,7 @@ from betaclip.data.phrases.extraction import ExtractorName, create_extractor
 from betaclip.data.phrases.spans import Extractor, Phrase, Span, cut_phrases
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
+VERSION = 2  # of the file, and of how captions are split into sentences
 _MAGIC = b"betaclip phrases\n"
 _HEADER = 512
 
@@ -53,13 +54,18 @@ class PhraseCache:
             header = file.read(_HEADER)
         if not header.startswith(_MAGIC) or len(header) < _HEADER:
             raise ValueError(f"phrases: {self.path} was not made by betaclip prepare")
-        about = json.loads(header[len(_MAGIC) :])
-        self.extractor: str = about["extractor"]
-        sentences, spans = about["sentences"], about["spans"]
+        try:
+            about = json.loads(header[len(_MAGIC) :])
+            version, sentences, spans = (int(about[name]) for name in ("version", "sentences", "spans"))
+            self.extractor = str(about["extractor"])
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"phrases: {self.path} has a damaged header; run betaclip prepare again") from error
+        if version != VERSION:
+            raise ValueError(f"phrases: {self.path} has version {version}, not {VERSION}; run betaclip prepare again")
         layout = (("keys", "<u8", sentences), ("firsts", "<u8", sentences + 1), ("spans", SPANS, spans))
         expected = _HEADER + sum(np.dtype(dtype).itemsize * count for _, dtype, count in layout)
-        if about["version"] != 1 or self.path.stat().st_size != expected:
-            raise ValueError(f"phrases: {self.path} is not whole, or of a later version: make it again")
+        if self.path.stat().st_size != expected:
+            raise ValueError(f"phrases: {self.path} is not whole; run betaclip prepare again")
         data = np.asarray(np.memmap(self.path, np.uint8, "r", offset=_HEADER))
         arrays, begin = [], 0
         for _, dtype, count in layout:
@@ -136,7 +142,7 @@ def write_cache(path: str | Path, extractor: str, parts: Iterable[dict[str, npt.
     counts = counts[rows]
     ends = counts.cumsum()
     gathered = spans[np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)]
-    about = {"version": 1, "extractor": extractor, "sentences": len(keys), "spans": len(gathered)}
+    about = {"version": VERSION, "extractor": extractor, "sentences": len(keys), "spans": len(gathered)}
     header = (_MAGIC + json.dumps(about).encode()).ljust(_HEADER)
     if len(header) != _HEADER:
         raise ValueError(f"extractor: expected a short name, got {extractor!r}")

@@ -1,4 +1,4 @@
-"""Lists of English words by which phrases of captions are found."""
+"""Lists of English words by which phrases and sentences of captions are found."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,3 +81,11 @@ NOT_PARTICIPLES = _words(
 )
 TRANSITIVE = _words("holding wearing carrying showing featuring displaying selling containing including eating playing")
 PLURALS = _words("people children men women fish sheep geese feet teeth")
+
+# Abbreviations. A sentence ends after the first only before a word that is no name ("St. Mary", but "Main St. The"),
+# after the second before a capital, and after the third never.
+BEFORE_NAMES = _words(
+    "st dr mr mrs ms mx prof mt ft gen col sgt capt lt rev hon gov sen rep jr sr ave blvd rd inc ltd co corp"
+)
+ALSO_LAST = _words("etc a.m p.m")
+NEVER_LAST = _words("e.g i.e cf vs approx")

@@ -73,9 +73,26 @@ def test_rejects(path, tmp_path):
     (tmp_path / "other").write_text("{}")
     with pytest.raises(ValueError, match="other was not made by betaclip prepare"):
         PhraseCache(tmp_path / "other")
-    (tmp_path / "part").write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="part is not whole, or of a later version"):
-        PhraseCache(tmp_path / "part")
+    whole = path.read_bytes()
+    for content, message in (
+        (whole[:-1], "is not whole; run betaclip prepare again"),
+        (
+            whole.replace(b'"version": 2', b'"version": 1'),
+            "has version 1, not 2; run betaclip prepare again",
+        ),
+        (
+            whole.replace(b'"version": 2', b'"version": 3'),
+            "has version 3, not 2; run betaclip prepare again",
+        ),
+        (whole.replace(b'"version"', b'"Version"'), "has a damaged header"),
+        (whole.replace(b'"spans"', b'"Spans"'), "has a damaged header"),
+        (whole.replace(b'"sentences": 5', b'"sentences": x'), "has a damaged header"),
+        (whole.replace(b"{", b"["), "has a damaged header"),
+        (whole[:17] + b"3".ljust(495) + whole[512:], "has a damaged header"),
+    ):
+        (tmp_path / "part").write_bytes(content)
+        with pytest.raises(ValueError, match=f"part {message}"):
+            PhraseCache(tmp_path / "part")
     with pytest.raises(ValueError, match="extractor: expected a short name"):
         write_cache(tmp_path / "long", "x" * 600, [pack([], [])])
     assert not (tmp_path / "long").exists()

@@ -5,9 +5,9 @@ import json
 import pytest
 from support.paths import ROOT
 
-from betaclip.data.hierarchy import split_sentences
 from betaclip.data.phrases.rules import RuleExtractor, find_spans
 from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, cut_phrases
+from betaclip.data.sentences import split_sentences
 
 KINDS = {NOUN: "noun", VERB: "verb", SPATIAL: "spatial"}
 
