@@ -267,18 +267,19 @@ def test_half_precision_parameters(dtype):
     torch.testing.assert_close(out.double(), expected, atol=3e-2 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(compiler):
-    """One graph, also when the sizes change."""
-    pool = block()
+@pytest.mark.parametrize("compiler, dtype", [("aot_eager", torch.float64), ("inductor", torch.float32)])
+def test_compile(compiler, dtype):
+    """One graph, also when the sizes change. Inductor of torch 2.9 fails on SDPA's gradient in float64 on the CPU."""
+    pool = block().to(dtype)
     compiled = torch.compile(pool, fullgraph=True, backend=compiler)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
     for b, k in ((2, 3), (3, 4)) if compiler == "aot_eager" else ((2, 3),):
-        leaves = [t.requires_grad_() for t in inputs(b, k)]
+        leaves = [t.to(dtype).requires_grad_() for t in inputs(b, k)]
         eager, graph = pool(*leaves), compiled(*leaves)
-        torch.testing.assert_close(graph, eager)
+        torch.testing.assert_close(graph, eager, **close)
         weight = torch.randn_like(eager)
         for a, e in zip(*(torch.autograd.grad(out, leaves, weight) for out in (graph, eager)), strict=True):
-            torch.testing.assert_close(a, e)
+            torch.testing.assert_close(a, e, **close)
 
 
 @pytest.mark.parametrize("backend", PROJECTED)

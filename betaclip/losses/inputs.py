@@ -141,7 +141,7 @@ def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weig
 
 def as_scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
-    if isinstance(value, int | float):
+    if isinstance(value, (int, float)):  # not a union, which Dynamo of torch 2.9 cannot trace
         return torch.full((), float(value), dtype=dtype, device=like.device)  # unlike torch.tensor, no copy to wait for
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
@@ -168,7 +168,7 @@ def check_weight(name: str, value: Tensor | float) -> None:
         if value.device.type != "cpu" or value.requires_grad or value.numel() != 1 or torch.compiler.is_compiling():
             return
         value = float(value)
-    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite weight >= 0, got {value!r}")
 
 
