@@ -36,7 +36,7 @@ from global_losses import FORMS, global_losses
 from harness import Provenance, append_rows, as_row, read_rows, release
 from report import Progress, Row, plot, table
 
-from betaclip.losses.ranks import TRANSPORTS
+from betaclip.losses.across_ranks import TRANSPORTS
 
 SIZES = (1152, 4608)
 TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that died, or goes another way, is not waited for for ever

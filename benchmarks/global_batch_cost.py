@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from betaclip.losses.ranks import pieces
+from betaclip.losses.across_ranks import pieces
 
 PRODUCTS = {  # of each pass
     ("ce", "forward"): (1,),

@@ -15,9 +15,9 @@ from global_losses import beta_cal
 from harness import Run, percentiles
 
 from betaclip.kernels.backends import resolve
-from betaclip.kernels.similarity.operand import Operand
-from betaclip.kernels.similarity.operators import BACKENDS, implementation
-from betaclip.losses.ranks import TRANSPORTS
+from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.operators import BACKENDS, local_backend
+from betaclip.losses.across_ranks import TRANSPORTS
 
 
 class Rates:
@@ -37,9 +37,7 @@ class Rates:
         parts = {"all_gather": [(y, group)], "ring": zip(y.split(work.rows), group.split(work.rows), strict=True)}
         self.columns = {way: [Operand(t, g, None, t.dtype) for t, g in parts[way]] for way in TRANSPORTS}
         operation = "similarity_softplus" if work.form == "bce" else "similarity_logsumexp"
-        self.module = implementation(
-            resolve(operation, "auto", BACKENDS, x[:0], y[:0]), self.x, self.columns["ring"][0]
-        )
+        self.module = local_backend(resolve(operation, "auto", BACKENDS, x[:0], y[:0]), self.x, self.columns["ring"][0])
 
     def runs(self, phase: str) -> dict[str, Run]:
         """The kernel on all columns as each way brings them, the loss of this rank alone, a message of its texts, a sum

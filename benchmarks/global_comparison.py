@@ -31,7 +31,7 @@ from torch import Tensor
 from traffic import Traffic
 
 from betaclip.kernels.memory import forget
-from betaclip.losses.ranks import TRANSPORTS
+from betaclip.losses.across_ranks import TRANSPORTS
 
 BENCHMARK = "global_batch"
 TRUTH_ROWS = 4608  # up to here the first rank computes the float64 truth

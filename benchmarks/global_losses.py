@@ -18,7 +18,7 @@ from implementations import BETA
 from torch import Tensor
 
 from betaclip import BetaCALLoss
-from betaclip.losses.ranks import TRANSPORTS
+from betaclip.losses.across_ranks import TRANSPORTS
 
 FORMS = ("ce", "bce", "clip")
 Loss = Callable[[Batch], Tensor]

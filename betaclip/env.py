@@ -16,10 +16,10 @@ import betaclip
 from betaclip.errors import closed_pipe_ends_output
 from betaclip.kernels import libbetaclip as cuda
 from betaclip.kernels.attention_pool import operators as attention_pool
-from betaclip.kernels.backends import WhyNot, resolve
+from betaclip.kernels.backends import NotSupportedReasons, resolve
 from betaclip.kernels.similarity import operators as similarity
 
-OPERATIONS: dict[str, Mapping[str, WhyNot]] = {
+OPERATIONS: dict[str, Mapping[str, NotSupportedReasons]] = {
     "similarity_logsumexp": similarity.BACKENDS,
     "similarity_softplus": similarity.BACKENDS,
     "attention_pool": attention_pool.BACKENDS,
@@ -79,7 +79,7 @@ def _probes() -> Iterator[Tensor]:
             yield torch.zeros(_PROBE_SHAPE, dtype=dtype, device=device)
 
 
-def _probe(operation: str, table: Mapping[str, WhyNot], probe: Tensor) -> dict[str, Any]:
+def _probe(operation: str, table: Mapping[str, NotSupportedReasons], probe: Tensor) -> dict[str, Any]:
     try:
         auto = resolve(operation, "auto", table, probe, probe)
     except (NotImplementedError, ValueError) as error:  # a mistaken BETACLIP_BACKEND belongs into the report
@@ -88,7 +88,7 @@ def _probe(operation: str, table: Mapping[str, WhyNot], probe: Tensor) -> dict[s
         "device": probe.device.type,
         "dtype": str(probe.dtype).removeprefix("torch."),
         "auto": auto,
-        "backends": {name: why_not(probe, probe) for name, why_not in table.items()},
+        "backends": {name: not_supported_reasons(probe, probe) for name, not_supported_reasons in table.items()},
     }
 
 

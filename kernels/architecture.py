@@ -1,10 +1,19 @@
-"""What the launchers of all Triton kernels share: can they run, and on what."""
+"""Which architecture the Triton kernels run on, whether they can run at all, and which tile they take there.
+
+A tile table maps (architecture, bytes per element) to a value, and :func:`choose` reads it. To tune an architecture,
+add its entry to the tables in ``similarity/tiles.py`` and ``attention_pool/tiles.py``. To give it other kernels, write
+a backend class in a file of its own, such as ``similarity/triton_sm100.py``, and return it from the operation's
+``local_backend`` where :func:`architecture` asks for it.
+"""
 
 import functools
 import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TypeVar
 
 import numpy
 import torch
@@ -12,9 +21,39 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+_Entry = TypeVar("_Entry")
 
-def _missing() -> list[str]:
-    """What keeps the kernels from running on any tensor."""
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes and compiler options of one kernel.
+
+    ``block_m`` by ``block_n`` logits are formed at a time, from the depth D in steps of ``block_d``. In the similarity
+    kernels m counts rows of x and n rows of y; in attention pooling m counts latent queries and n patches.
+
+    programs: how many programs share a multiprocessor. tma: operands come through the tensor memory accelerator.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+    tma: bool = False
+
+
+def choose(table: Mapping[tuple[str, int], _Entry], architecture: str, itemsize: int) -> _Entry:
+    """The entry for an architecture such as ``"sm_90"`` and elements of ``itemsize`` bytes (8 counts as 4).
+
+    An architecture without an entry takes that of the oldest of its make, gfx942 or sm_80.
+    """
+    itemsize = min(itemsize, 4)
+    oldest = "gfx942" if architecture.startswith("gfx") else "sm_80"
+    return table.get((architecture, itemsize), table[oldest, itemsize])
+
+
+def _reasons_on_every_device() -> list[str]:
     if not find_spec("triton"):
         return ["triton is not installed"]
     if INTERPRETED and import_module("triton").__version__.startswith("3.6."):
@@ -27,12 +66,12 @@ def _missing() -> list[str]:
     return []
 
 
-_MISSING = _missing()
+_REASONS_ON_EVERY_DEVICE = _reasons_on_every_device()
 
 
-def why_not(x: Tensor) -> list[str]:
-    """Reasons against an operation on ``x`` and others of its dtype and device; from metadata alone."""
-    reasons = list(_MISSING)
+def triton_not_supported_reasons(x: Tensor, *others: Tensor) -> list[str]:
+    """Why Triton cannot run an operation on ``x`` and others of its dtype and device; from metadata alone."""
+    reasons = list(_REASONS_ON_EVERY_DEVICE)
     if INTERPRETED:
         if x.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 products wrongly")
@@ -55,10 +94,5 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return 4 if INTERPRETED else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def precision(arch: str, dtype: torch.dtype) -> str:
-    """Of tl.dot: float32 at float32's error everywhere (AMD knows no TF32x3)."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"

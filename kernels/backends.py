@@ -1,39 +1,41 @@
-"""Which backend serves which tensors: one rule for every operation.
+"""Names and choice of backends, by one rule for every operation, and what all operators share.
 
-An operation lists its backends as a table ``{name: why_not}``, where ``why_not(*tensors)`` returns the
-reasons for which that backend cannot serve these tensors (an empty list: it can). Only metadata may be
-read (device, dtype, shape), so that resolving works under ``torch.compile`` and never synchronises.
+An operation lists its backends in a table ``{name: not_supported_reasons}``. The function
+``not_supported_reasons(*tensors)`` returns why that backend cannot serve these tensors; an empty list means that it
+can. It may read only metadata (device, dtype, shape), so that a choice works under ``torch.compile`` and never
+synchronises. The contracts that backends keep are ``similarity.contract.SimilarityBackend`` and
+``attention_pool.folded.Attention``.
 """
 
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-WhyNot = Callable[..., list[str]]
+NotSupportedReasons = Callable[..., list[str]]
 
-# Of all operations: BETACLIP_BACKEND may name one that an operation does not have.
+# The names of all operations: BETACLIP_BACKEND may be set to one that only some operations have.
 NAMES = ("triton", "cuda", "blockwise", "folded", "sdpa", "reference")
 
-# What keeps "auto" from choosing a backend that could serve: it is for those who ask for it by name.
-ONLY_BY_NAME: Mapping[str, WhyNot] = {
+# Reasons for which "auto" passes over a backend that could serve the tensors; it runs only when it is named.
+NOT_AUTOMATIC_REASONS: Mapping[str, NotSupportedReasons] = {
     "triton": lambda x, *others: [] if x.is_cuda else ["its interpreter is for tests and is never chosen by 'auto'"],
     "cuda": lambda *tensors: ["never chosen by 'auto' until a recorded run on a GPU shows it correct and faster"],
 }
 
 
-def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensors: Tensor) -> str:
+def resolve(operation: str, requested: str, table: Mapping[str, NotSupportedReasons], *tensors: Tensor) -> str:
     """The name of the backend that runs ``operation`` on ``tensors``.
 
-    ``"auto"`` takes the first of the table that can serve; the environment variable ``BETACLIP_BACKEND``
-    stands in for ``"auto"``, in operations that have a backend of its name. A backend asked for by name is never
-    replaced by another.
+    ``"auto"`` takes the first backend of the table that can serve. The environment variable ``BETACLIP_BACKEND``
+    replaces ``"auto"`` in operations that have a backend of that name. A backend requested by name is never replaced
+    by another.
 
     Raises:
-        ValueError: no backend of that name.
+        ValueError: there is no backend of that name.
         NotImplementedError: the named backend (or, for ``"auto"``, every backend) cannot serve the
             tensors; the message lists the reasons.
     """
@@ -49,8 +51,8 @@ def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensor
     refusals = {}
     for name in candidates:
         reasons = table[name](*tensors)
-        if requested == "auto" and not reasons and name in ONLY_BY_NAME:
-            reasons = ONLY_BY_NAME[name](*tensors)
+        if requested == "auto" and not reasons and name in NOT_AUTOMATIC_REASONS:
+            reasons = NOT_AUTOMATIC_REASONS[name](*tensors)
         if not reasons:
             return name
         refusals[name] = reasons
@@ -58,8 +60,26 @@ def resolve(operation: str, requested: str, table: Mapping[str, WhyNot], *tensor
     raise NotImplementedError(f"{operation}: no backend can serve these tensors:\n{lines}")
 
 
+def always_supported(*tensors: Tensor) -> list[str]:
+    """The ``not_supported_reasons`` of backends that need nothing but PyTorch."""
+    return []
+
+
+def expect(name: str, tensor: Tensor | None, like: str = "", **expected: Any) -> None:
+    """Raise a ValueError unless the attributes of ``tensor`` are the ``expected`` ones; None passes.
+
+    like: completes the message, such as "as in x".
+    """
+    for attribute, value in expected.items():
+        if tensor is None or (actual := getattr(tensor, attribute)) == value:
+            continue
+        if attribute == "shape":
+            value, actual = (tuple(shape) for shape in (value, actual))
+        raise ValueError(f"{name}: expected {attribute} {value}{like and ' ' + like}, got {actual}")
+
+
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation, run as if autocast were off: it chooses its own precisions."""
+    """Run an operator's implementation as if autocast were off: it chooses its own precisions."""
 
     @functools.wraps(implementation)
     def run(x: Tensor, *args: Any) -> Any:
@@ -67,3 +87,36 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
             return implementation(x, *args)
 
     return run
+
+
+def define_operator(name: str, function: Callable[..., Any], arguments: str, results: int) -> Any:
+    """The operator ``betaclip::name`` of a ``function`` that takes ``arguments``, in the language of PyTorch's schemas,
+    and returns so many tensors."""
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    return torch.library.custom_op(f"betaclip::{name}", function, mutates_args=(), schema=schema)
+
+
+def run_operator(operator: Callable[..., Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the ``operator`` of ``function`` where the last argument is a backend's name.
+
+    A backend that is an object cannot be an operator's argument: the function itself is called with it.
+    """
+    if isinstance(arguments[-1], str):
+        return operator(*arguments)
+    if torch.is_grad_enabled():  # in a backward that is to be differentiated; a forward runs without
+        refuse_second_derivative()
+    return function(*arguments)
+
+
+def needed_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the backward of an autograd.Function returns, from the gradients of its first inputs.
+
+    Gradients that nobody needs become None, as do those of all further inputs.
+    """
+    needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
+    return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
+
+
+def refuse_second_derivative(*_: Any) -> NoReturn:
+    """The autograd formula of every backward operator."""
+    raise RuntimeError("betaclip's operations can be differentiated once, not twice (create_graph=True)")

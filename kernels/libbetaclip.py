@@ -102,8 +102,8 @@ def status() -> str:
     return f"{_library.betaclip_architectures().decode()}, not yet run on hardware ({FOLDER / 'libbetaclip.so'})"
 
 
-def why_not(device: torch.device) -> list[str]:
-    """Reasons against running on ``device``."""
+def not_supported_reasons(device: torch.device) -> list[str]:
+    """Why the library cannot run on ``device``."""
     reasons = [_missing] if _missing else []
     if device.type != "cuda" or torch.version.hip:
         reasons.append(f"needs an NVIDIA GPU, the tensors are on {device}")

@@ -1,43 +1,79 @@
-"""Scratch memory of the CPU backends, kept between calls, and of the others, taken anew.
+"""Scratch memory that the CPU keeps between calls, and copies whose rows are aligned for vector loads.
 
-Fresh pages cost the CPU several times what is done with them, and its allocator returns large blocks at once.
+Fresh pages cost the CPU several times as much as the work done in them, and its allocator returns large blocks at once.
 """
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-# More than any tile or group of images takes that is meant to stay in cache; a call that needs more gives it back.
-MOST_KEPT_BYTES = 64 * 2**20
-
-_kept = threading.local()
+# More than the tiles that are meant to stay in cache ever take. A larger request is freed after its use.
+MAX_KEPT_BYTES = 64 * 2**20
 
 
-def scratch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor of each shape, not initialised. On the CPU the same memory in every call of a thread, up to
-    ``MOST_KEPT_BYTES``: an operator asks once, and nothing that it returns may lie in there."""
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.in_use = False
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def scratch(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, max_kept_bytes: int = MAX_KEPT_BYTES
+) -> Iterator[list[Tensor]]:
+    """One uninitialised tensor of each shape, valid inside the ``with`` block.
+
+    On the CPU they lie in the same memory at every use by a thread, unless they take more than ``max_kept_bytes``.
+
+    Raises:
+        RuntimeError: a block is already open in this thread; both would have the same memory.
+    """
+    if _kept.in_use:
+        raise RuntimeError(
+            "scratch: expected no open block in this thread, got a nested one; ask for all shapes at once"
+        )
     sizes = [math.prod(shape) for shape in shapes]
-    whole = sum(sizes)
-    if device.type == "cpu" and whole * dtype.itemsize <= MOST_KEPT_BYTES:
-        buffers = _kept.__dict__
-        key = str(dtype)
-        if key not in buffers or buffers[key].numel() < whole:
+    total = sum(sizes)
+    if device.type == "cpu" and total * dtype.itemsize <= max_kept_bytes:
+        buffer = _kept.buffers.get(dtype)
+        if buffer is None or buffer.numel() < total:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written in training
-                buffers[key] = torch.empty(whole, dtype=dtype, device=device)
-        buffer = buffers[key][:whole]
+                buffer = _kept.buffers[dtype] = torch.empty(total, dtype=dtype, device=device)
     else:
-        buffer = torch.empty(whole, dtype=dtype, device=device)
-    return [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes, strict=True)]
+        buffer = torch.empty(total, dtype=dtype, device=device)
+    _kept.in_use = True
+    try:
+        yield [part.view(shape) for part, shape in zip(buffer[:total].split(sizes), shapes, strict=True)]
+    finally:
+        _kept.in_use = False
 
 
 def kept_bytes() -> int:
-    """How much this thread keeps."""
-    return sum(buffer.nbytes for buffer in _kept.__dict__.values())
+    """How many bytes of scratch this thread keeps."""
+    return sum(buffer.nbytes for buffer in _kept.buffers.values())
 
 
 def forget() -> None:
-    """Let go of what this thread keeps."""
-    _kept.__dict__.clear()
+    """Free the scratch that this thread keeps."""
+    _kept.buffers.clear()
+
+
+def aligned(t: Tensor, multiple: int) -> Tensor:
+    """``t`` (rows, D), or a copy with zero columns, that vector loads and the tensor memory accelerator can read.
+
+    Depth and stride are multiples of ``multiple`` elements, and rows start at multiples of 16 bytes.
+    """
+    rows, depth = t.shape
+    in_place = t.stride(1) == 1 and t.stride(0) >= depth and t.data_ptr() % 16 == 0
+    if in_place and depth % multiple == 0 and t.stride(0) % multiple == 0:
+        return t
+    padded = t.new_zeros(rows, -(-depth // multiple) * multiple)
+    padded[:, :depth] = t
+    return padded

@@ -1,4 +1,4 @@
-"""The dtypes of operands, of accumulation and of matrix products, and the norm below which a row counts as zero."""
+"""Dtypes of operands, accumulation and matrix products, and the norm up to which a vector counts as zero."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,9 +17,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def float32_products(precision: str, device_type: str) -> Iterator[None]:
-    """float32 matrix products in ``"ieee"`` precision, or on the CPU with operands rounded to ``"bf16"``, meanwhile.
+    """Run float32 matrix products in ``"ieee"`` precision, or on the CPU with operands rounded to ``"bf16"``.
 
-    The setting belongs to the process: another thread's float32 product that runs meanwhile is affected too.
+    The setting belongs to the process, so it also affects float32 products that other threads run in the meantime.
     """
     backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     before = backend.matmul.fp32_precision
@@ -31,10 +31,10 @@ def float32_products(precision: str, device_type: str) -> Iterator[None]:
 
 
 def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """The context for products of operands of ``dtype`` that were widened to float32.
+    """The context in which to multiply operands of ``dtype`` that were widened to float32.
 
     16-bit operands are multiplied as bfloat16 on the CPU, at four times float32's rate where it has AMX, and in TF32
-    on a GPU; wider ones as the user's settings say.
+    on a GPU. Products of wider operands follow the user's settings.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
@@ -45,8 +45,9 @@ def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextMa
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or = if ``first``, of matrices or batches of them; 16-bit operands with accumulation and result
-    in float32."""
+    """Add a @ b to ``total`` in place, or write it there if ``first``; matrices, or batches of matrices.
+
+    16-bit operands are accumulated in float32, the dtype of ``total``."""
     add = torch.ops.aten.addmm if total.dim() == 2 else torch.ops.aten.baddbmm
     beta = 0 if first else 1
     if a.dtype == total.dtype:
@@ -57,13 +58,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         add.out(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
-def least_norm(dtype: torch.dtype) -> float:
-    """Rows with a smaller norm count as zero: 1e-12, as in torch.nn.functional.normalize; for float16, which must hold
-    the inverse, its smallest normal number."""
+def dot_precision(architecture: str, dtype: torch.dtype) -> str:
+    """The ``input_precision`` of tl.dot that gives float32 products float32's error (AMD has no TF32x3)."""
+    return "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee"
+
+
+def norm_eps(dtype: torch.dtype) -> float:
+    """Vectors whose norm is at most this count as zero: they have no direction and receive no gradient.
+
+    It is 1e-12, as in torch.nn.functional.normalize, where the inverse norm is held in ``dtype``; for float16, which
+    could not hold 1e12, its smallest normal number.
+    """
     return 2.0**-14 if dtype == torch.float16 else 1e-12
 
 
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| along the last dimension, in the dtype of x; 0, as is the gradient, where x counts as zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
-    return (x * norm.masked_fill(norm < least_norm(x.dtype), torch.inf).reciprocal()).to(x.dtype)
+    return (x * norm.masked_fill(norm <= norm_eps(x.dtype), torch.inf).reciprocal()).to(x.dtype)

@@ -67,15 +67,13 @@ def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """Let the backend "cuda" serve CPU tensors, in chunks so small that a few dozen rows need several."""
+    """Let the backend "cuda" serve CPU tensors."""
     from betaclip.kernels import libbetaclip as cuda
-    from betaclip.kernels.similarity import cuda_backend as similarity_cuda
 
     monkeypatch.setattr(cuda, "_library", stand_in_library)
-    monkeypatch.setattr(cuda, "why_not", lambda device: [])
+    monkeypatch.setattr(cuda, "not_supported_reasons", lambda device: [])
     monkeypatch.setattr(cuda, "current", lambda device: nullcontext(0))
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(similarity_cuda, "SIDE", 48)
     return stand_in_library
 
 

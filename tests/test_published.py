@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.paths import GOLDEN
 from support.towers import clip_model
 
-from betaclip.losses.beta_cal import BetaCALLoss, ClipLoss
+from betaclip import BetaCALLoss, ClipLoss
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.model.published_layout import from_published, to_published
 from betaclip.model.text_tower import stretch_positions

@@ -1,17 +1,23 @@
-"""Run the Triton launchers without a GPU, compiling for one, and report what the machine code says.
+"""Compile every Triton kernel for every architecture of the tile tables, without a GPU, and report its machine code.
 
-    python tests/aot.py sm_90 bfloat16
+    python tools/aot.py sm_90 bfloat16     # one line of JSON per kernel
+    python tools/aot.py --update           # all targets, into tools/aot_verdicts.json
 
 Run as a program of its own, since the kernels must be compiled ones and not the interpreter's. The launchers do
-all that they would do on a GPU, except that a kernel is compiled and not started; each compiled kernel is one
-line of JSON. What they return is meaningless.
+all that they would do on a GPU, except that a kernel is compiled and not started. Their results are meaningless.
+
+Compiling all targets takes minutes, so the verdicts are kept, under a key of everything that they depend on: a test
+checks the kept ones if the key is still that of the sources and of the installed Triton, and else compiles anew.
 """
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +27,37 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from betaclip.kernels import architecture as triton_support
+from betaclip.kernels import architecture as architectures
 from betaclip.kernels.attention_pool.folded import Patches
-from betaclip.kernels.attention_pool.triton_backend import Fused
-from betaclip.kernels.similarity import triton_backend as similarity_triton
-from betaclip.kernels.similarity.operand import Operand
+from betaclip.kernels.attention_pool.triton_kernels import Fused
+from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.tiles import TILES
+from betaclip.kernels.similarity.triton_kernels import Triton
 
+ROOT = Path(__file__).resolve().parents[1]
+VERDICTS = ROOT / "tools" / "aot_verdicts.json"
+SOURCES = [
+    "tools/aot.py",
+    "kernels/architecture.py",
+    "kernels/memory.py",
+    "kernels/precision.py",
+    *(
+        f"kernels/{folder}/{name}.py"
+        for folder in ("similarity", "attention_pool")
+        for name in ("tiles", "triton_kernels")
+    ),
+    "kernels/attention_pool/folded.py",
+    "kernels/similarity/chunks.py",
+    "kernels/similarity/contract.py",
+    "kernels/similarity/exponent_range.py",
+]
+_DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
+TARGETS = [(name, dtype) for name, size in TILES if name != "interpreter" for dtype in _DTYPES[size]]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class CompileOnly:
-    """A Triton driver that knows its target and nothing else."""
+    """A Triton driver that knows only its target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -47,12 +73,12 @@ class CompileOnly:
 
 
 def compile_launches(architecture: str) -> list[Any]:
-    """Point launchers and compiler at ``architecture``; the list that every compiled kernel will be added to."""
+    """Point launchers and compiler at ``architecture``; return the list that compiled kernels will be added to."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     driver.set_active(CompileOnly(target))
-    triton_support.architecture = lambda device: architecture
-    triton_support.processors = lambda device: 132
+    architectures.architecture = lambda device: architecture
+    architectures.multiprocessors = lambda device: 132
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -65,47 +91,47 @@ def compile_launches(architecture: str) -> list[Any]:
 
 
 def launch_similarity(dtype: torch.dtype) -> None:
-    """The depths' ends and the usual one; one whose rows are not aligned for TMA; with and without groups and bias."""
-    for depth, groups, bias in (
+    """Least, usual and greatest depths, one whose rows are not aligned for TMA; with and without image ids and bias."""
+    for depth, with_ids, bias in (
         (512, True, True),
         (512, False, False),
         (64, True, False),
         (1024, True, True),
         (100, True, True),
     ):
-        _launch_similarity(dtype, depth, groups, bias)
+        _launch_similarity(dtype, depth, with_ids, bias)
 
 
-def _launch_similarity(dtype: torch.dtype, depth: int, groups: bool, bias: bool) -> None:
+def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, bias: bool) -> None:
     """Every launcher once, N and M no multiple of a tile."""
     n, m = 300, 200
-    x_group, y_group = (torch.arange(rows, dtype=torch.int32) if groups else None for rows in (n, m))
-    x = Operand(torch.zeros(n, depth, dtype=dtype), x_group, None, dtype)
-    y = Operand(torch.zeros(m, depth, dtype=dtype), y_group, None, dtype)
+    x_id, y_id = (torch.arange(rows, dtype=torch.int32) if with_ids else None for rows in (n, m))
+    x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype)
+    y = Operand(torch.zeros(m, depth, dtype=dtype), y_id, None, dtype)
     scale, b, of_x, of_y = torch.tensor(10.0), torch.tensor(-1.0) if bias else None, torch.zeros(n), torch.zeros(m)
-    similarity_triton.similarity_logsumexp_fwd(x, y, scale)
-    similarity_triton.similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
-    similarity_triton.similarity_softplus_fwd(x, y, scale, b)
-    similarity_triton.similarity_softplus_fwd_bwd(x, y, scale, b, of_x, True, True)
+    Triton().similarity_logsumexp_fwd(x, y, scale)
+    Triton().similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
+    Triton().similarity_softplus_fwd(x, y, scale, b)
+    Triton().similarity_softplus_fwd_bwd(x, y, scale, b, of_x, True, True)
 
 
 def launch_attention_pool(dtype: torch.dtype) -> None:
     """Both kernels at aligned and odd widths and numbers of patches, in one block and in several, masked and not."""
-    for width, heads, patches, masked, least in (
+    for width, heads, patches, masked, norm_eps in (
         (64, 8, 196, False, 1e-12),
         (96, 4, 577, True, None),
         (512, 8, 196, False, 1e-12),
         (768, 12, 577, True, 1e-12),
         (1024, 16, 1024, True, 1e-12),
     ):
-        images, texts = 2, 9
+        images, queries = 2, 9
         # As in training: the patches are a view that leaves out the class token.
         rows = torch.zeros(images, patches + 1, width, dtype=dtype)[:, 1:]
-        x = Patches(rows, torch.ones(images, patches, dtype=torch.bool) if masked else None, least)
-        z, spare = torch.zeros(images, texts * heads, width, dtype=dtype), torch.empty(0)
-        lse = Fused().forward(x, z, torch.empty_like(z), spare)
-        zg, weights = (torch.zeros(images, texts, 2, heads, n, dtype=dtype) for n in (width, patches))
-        Fused().backward(x, zg, lse, lse.view(images, texts, heads, 1), weights, spare)
+        x = Patches(rows, torch.ones(images, patches, dtype=torch.bool) if masked else None, norm_eps)
+        z, no_tiles = torch.zeros(images, queries * heads, width, dtype=dtype), torch.empty(0)
+        lse = Fused().forward(x, z, torch.empty_like(z), no_tiles)
+        zg, weights = (torch.zeros(images, queries, 2, heads, n, dtype=dtype) for n in (width, patches))
+        Fused().backward(x, zg, lse, lse.view(images, queries, heads, 1), weights, no_tiles)
 
 
 def nvidia_spills(cubin: bytes) -> int:
@@ -142,7 +168,47 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
-def main(architecture: str, dtype: str) -> None:
+def key() -> str:
+    """The hash of all that the verdicts depend on."""
+    parts = [triton.__version__.encode(), *((ROOT / source).read_bytes() for source in SOURCES)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def verdicts(architecture: str, dtype: str) -> list[dict[str, Any]]:
+    """What the machine code of each kernel says: kept if still valid, else by compiling in a process of its own."""
+    kept = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    if kept.get("key") == key():
+        return kept["targets"][f"{architecture} {dtype}"]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, architecture, dtype],
+            env=environment | {"TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode != 0:
+        raise RuntimeError(f"{architecture} {dtype}: {run.stderr[-3000:]}")
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def update() -> None:
+    """Write the verdicts of all targets."""
+    VERDICTS.unlink(missing_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda target: verdicts(*target), TARGETS)
+    targets = {" ".join(target): kernels for target, kernels in zip(TARGETS, found, strict=True)}
+    lines = ",\n".join(
+        f'  "{target}": [\n' + ",\n".join(f"    {json.dumps(kernel)}" for kernel in kernels) + "\n  ]"
+        for target, kernels in targets.items()
+    )
+    head = f'{{\n"key": "{key()}",\n"triton": "{triton.__version__}",\n'
+    VERDICTS.write_text(f'{head}"targets": {{\n{lines}\n}}\n}}\n')
+
+
+def main(architecture: str, dtype: str = "") -> None:
+    if architecture == "--update":
+        return update()
     compiled = compile_launches(architecture)
     launch_similarity(getattr(torch, dtype))
     launch_attention_pool(getattr(torch, dtype))

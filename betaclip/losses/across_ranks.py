@@ -1,47 +1,95 @@
-"""Statistics of all pairs of different images when each rank of a process group holds some of the images.
+"""The similarity backend between the images of all ranks of a process group, each of which holds some of them.
 
 Rows are image embeddings, columns are texts. A rank contrasts its rows with the columns of all ranks, and one tile
-still serves both directions: the statistics of its rows are then complete, and what it knows of each column is merged
-over ranks, which costs a vector. The gradient of a remote text is formed where the row is, and summed at its owner.
-Each pair is computed once in the whole group. ``betaclip.losses.ranks`` has the two ways in which texts move.
+still serves both directions: the statistics of its rows are then complete, and its share of each column's statistic is
+merged over ranks, which costs a vector. The gradient of a remote text is formed where the row is, and summed at its
+owner. Each pair is computed once in the whole group. Columns move in one of two ways:
+
+* ``"all_gather"``: every rank holds all columns at once, O(N D) memory, from forward to backward; their gradients
+  return by a reduce-scatter. On GPUs they come in pieces, one on its way while another is computed.
+* ``"ring"``: shards go round, the next one on its way while this one is computed; statistics and gradients of a shard's
+  columns follow it, one step behind, and are home after the last rank. O(N D / W) memory on each of W ranks.
 
 Ranks may hold different numbers of rows, or none: shards are filled up to the largest with rows that take no part.
 All ranks must call the same losses in the same order.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from betaclip.kernels.similarity.operand import Operand
-from betaclip.kernels.similarity.operators import implementation
-from betaclip.losses.ranks import Ranks
+from betaclip.kernels.precision import DTYPES
+from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
+from betaclip.kernels.similarity.operators import Backend, local_backend
+from betaclip.process_group import ProcessGroup
+
+TRANSPORTS = ("all_gather", "ring")
+# Limits of the pieces that are gathered at a time. This many bytes of a shard take longer than the way to the next GPU,
+# as its bandwidth is some 400 GB/s and its latency 1 µs.
+_MAX_PIECES, _MIN_COLUMNS, _MIN_BYTES = 8, 4096, 2**19
+
+# This rank's normalised columns and their image ids, filled up to the largest shard.
+LoadShard = Callable[[], list[Tensor]]
+# From the columns of one shard or of several (normalised rows, image ids, extras), what is merged at their owner.
+Compute = Callable[..., Tensor | None]
+
+
+def pieces(ranks: int, max_rows: int, nbytes: int, device_type: str) -> int:
+    """Into how many pieces each shard is cut when shards of up to ``max_rows`` rows, ``nbytes`` each, are gathered.
+
+    A piece hides the messages of others, but costs launches and each link's latency again, so it is to have enough
+    columns and bytes. On the CPU there is one piece, because the cores that compute also carry the messages.
+    """
+    if device_type == "cpu":
+        return 1
+    return max(1, min(_MAX_PIECES, ranks * max_rows // _MIN_COLUMNS, nbytes // _MIN_BYTES))
+
+
+class Wanted(NamedTuple):
+    """Which gradients a rank wants: any at all, and that of its texts. The others have to help with the latter."""
+
+    any: bool
+    text: bool
 
 
 class AcrossRanks:
-    """The functions of a backend's module, between the rows of this rank and the columns of all.
+    """The ``SimilarityBackend`` between the rows of this rank and the columns of all; made for one call of one loss.
 
-    Groups are this rank's own; those of other ranks differ from them. Statistics and gradients are of this rank's rows
-    and columns; dscale and dbias are of this rank's rows, so that their sum over ranks is that of all pairs.
+    Image ids are this rank's own; those of other ranks differ from them. Statistics and gradients are those of this
+    rank's rows and columns. dscale and dbias are those of this rank's rows, so that their sum over ranks is that of all
+    pairs. The incoming gradients of all ranks add up.
+
+    backend: between this rank's rows and the columns that have arrived. num_pieces: as :func:`pieces`.
     """
 
-    def __init__(self, backend: str, ranks: Ranks) -> None:
-        self.backend, self.ranks = backend, ranks
+    def __init__(
+        self,
+        backend: Backend,
+        transport: str,
+        group: ProcessGroup,
+        wanted: Wanted,
+        num_pieces: Callable[[int, int, int, str], int] = pieces,
+    ) -> None:
+        self.backend, self.group, self.wanted = backend, group, wanted
+        self.shards = _Shards(transport, group, num_pieces)
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._local(x)
+        x = self._agree(x)
         rows = scale.new_full((x.rows.shape[0],), -torch.inf)
 
-        def contrast(texts: Tensor, group: Tensor) -> Tensor:
-            columns = Operand(texts, group, None, y.dtype)
-            lse_x, lse_y = self._module(x, columns).similarity_logsumexp_fwd(x, columns, scale)
+        def contrast(texts: Tensor, image_id: Tensor) -> Tensor:
+            columns = Operand(texts, image_id, None, y.dtype)
+            lse_x, lse_y = self._local(x, columns).similarity_logsumexp_fwd(x, columns, scale)
             torch.logaddexp(rows, lse_x, out=rows)
             return lse_y
 
-        keep = self.ranks.backward_wanted
-        return rows, _own(self.ranks.visit(partial(self._shard, y), [], contrast, "logsumexp", keep), y, scale)
+        lse_y = self.shards.for_each(partial(self._shard, y), [], contrast, "logsumexp", keep=self.wanted.any)
+        return rows, _own(lse_y, y, scale)
 
     def similarity_logsumexp_bwd(
         self,
@@ -55,29 +103,30 @@ class AcrossRanks:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, sums, dy_wanted = self._local(x), _Sums(), self.ranks.text_wanted
-        statistics = torch.stack((_fill(lse_y, self.ranks.most, -torch.inf), _fill(dlse_y, self.ranks.most, 0)), 1)
+        x, sums, dy_wanted = self._across(x), _Sums(), self.wanted.text
+        max_rows = self.shards.max_rows
+        statistics = torch.stack((_fill(lse_y, max_rows, -torch.inf), _fill(dlse_y, max_rows, 0)), 1)
 
-        def contrast(texts: Tensor, group: Tensor, statistics: Tensor) -> Tensor | None:
-            columns, (lse, dlse) = Operand(texts, group, None, y.dtype), statistics.T.contiguous()
-            dx, dy, dscale = self._module(x, columns).similarity_logsumexp_bwd(
+        def contrast(texts: Tensor, image_id: Tensor, statistics: Tensor) -> Tensor | None:
+            columns, (lse, dlse) = Operand(texts, image_id, None, y.dtype), statistics.T.contiguous()
+            dx, dy, dscale = self._local(x, columns).similarity_logsumexp_bwd(
                 x, columns, scale, lse_x, lse, dlse_x, dlse, need_dx, dy_wanted
             )
             sums.add(dx, dscale)
             return dy if dy_wanted else None
 
-        dy = self.ranks.visit(partial(self._shard, y), [statistics], contrast, "sum")
+        dy = self.shards.for_each(partial(self._shard, y), [statistics], contrast, "sum")
         dx, dscale = sums.totals
         return dx, _own(dy if need_dy else None, y, scale), dscale
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
-        x, sums = self._local(x), _Sums()
+        x, sums = self._agree(x), _Sums()
 
-        def contrast(texts: Tensor, group: Tensor) -> None:
-            columns = Operand(texts, group, None, y.dtype)
-            sums.add(self._module(x, columns).similarity_softplus_fwd(x, columns, scale, bias))
+        def contrast(texts: Tensor, image_id: Tensor) -> None:
+            columns = Operand(texts, image_id, None, y.dtype)
+            sums.add(self._local(x, columns).similarity_softplus_fwd(x, columns, scale, bias))
 
-        self.ranks.visit(partial(self._shard, y), [], contrast, "sum")
+        self.shards.for_each(partial(self._shard, y), [], contrast, "sum")
         return sums.totals[0]
 
     def similarity_softplus_fwd_bwd(
@@ -90,40 +139,212 @@ class AcrossRanks:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, sums, dy_wanted = self._local(x), _Sums(), self.ranks.text_wanted
+        x, sums = self._agree(x), _Sums()
+        dy_wanted = self.wanted.text
 
-        def contrast(texts: Tensor, group: Tensor) -> Tensor | None:
-            columns = Operand(texts, group, None, y.dtype)
-            rows, dx, dy, dscale, dbias = self._module(x, columns).similarity_softplus_fwd_bwd(
+        def contrast(texts: Tensor, image_id: Tensor) -> Tensor | None:
+            columns = Operand(texts, image_id, None, y.dtype)
+            rows, dx, dy, dscale, dbias = self._local(x, columns).similarity_softplus_fwd_bwd(
                 x, columns, scale, bias, drows, need_dx, dy_wanted
             )
             sums.add(rows, dx, dscale, dbias)
             return dy if dy_wanted else None
 
-        dy = self.ranks.visit(partial(self._shard, y), [], contrast, "sum")
+        dy = self.shards.for_each(partial(self._shard, y), [], contrast, "sum")
         rows, dx, dscale, dbias = sums.totals
         return rows, dx, _own(dy if need_dy else None, y, scale), dscale, dbias
 
-    def _module(self, x: Operand, y: Operand) -> ModuleType:
-        return implementation(self.backend, x, y)
+    def _agree(self, x: Operand) -> Operand:
+        """Find the largest shard, and whether any rank wants the gradient of its texts; ``x`` as :meth:`_across`.
 
-    def _groups(self, operand: Operand) -> Tensor:
-        """(N,) int32 that no other rank has; -1 stays. They grow with the rank: sorted ones stay so once gathered, and
-        backends need not look for equal ones everywhere."""
-        assert operand.group is not None
-        return torch.where(operand.group < 0, -1, operand.group + self.ranks.rank * self.ranks.most)
+        Raises:
+            RuntimeError: ranks disagree on what can be contrasted. It is raised on all ranks, which would else wait for
+                each other for ever.
+        """
+        self.wanted = self.shards.agree(x, self.wanted)
+        return self._across(x)
 
-    def _local(self, x: Operand) -> Operand:
-        return Operand(x.rows, self._groups(x), x.inverse_norm, x.dtype)
+    def _across(self, x: Operand) -> Operand:
+        """``x`` with image ids that no other rank has; -1 stays. They grow with the rank: sorted ones stay so once
+        gathered, and backends need not look for equal ones everywhere."""
+        assert x.image_id is not None
+        ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.max_rows)
+        return Operand(x.rows, ids, x.inverse_norm, x.dtype)
+
+    def _local(self, x: Operand, y: Operand) -> SimilarityBackend:
+        return local_backend(self.backend, x, y)
 
     def _shard(self, y: Operand) -> list[Tensor]:
-        """Normalised rows and groups, filled up to the largest shard of any rank."""
-        most = self.ranks.most
-        return [_fill(y.matrix(y.dtype), most, 0), _fill(self._groups(y), most, -1)]
+        image_id = self._across(y).image_id
+        assert image_id is not None
+        return [_fill(y.matrix(y.dtype), self.shards.max_rows, 0), _fill(image_id, self.shards.max_rows, -1)]
+
+
+def over_ranks(terms: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The sums of ``terms`` and integer ``counts`` over ranks.
+
+    The gradient of the terms is W times that of this rank's: an average over the W ranks undoes that.
+    """
+    if group is None:
+        return terms, counts
+    with _explained(group, "the sum over ranks"):
+        sums = group.sum(torch.cat((terms.detach().flatten().double(), counts.flatten().double())))
+    total = sums[: terms.numel()].view(terms.shape).to(terms.dtype)
+    share = group.size * terms
+    return total + (share - share.detach()), sums[terms.numel() :].view(counts.shape).to(counts.dtype)
+
+
+class InFlight(NamedTuple):
+    """Tensors on their way, and the works to wait for."""
+
+    tensors: list[Tensor]
+    works: list[Any]
+
+
+class _Shards:
+    """How the columns of one loss move between ranks, forward and backward."""
+
+    def __init__(self, transport: str, group: ProcessGroup, num_pieces: Callable[[int, int, int, str], int]) -> None:
+        self.transport, self.group, self.num_pieces = transport, group, num_pieces
+        self.max_rows = 0
+        self._kept: list[InFlight] = []
+
+    def agree(self, x: Operand, wanted: Wanted) -> Wanted:
+        """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone."""
+        table = torch.zeros(self.group.size, 5, dtype=torch.int64)
+        table[self.group.rank] = torch.tensor((*x.rows.shape, DTYPES.index(x.dtype), *wanted))
+        with self._explained():
+            per_rank = list(zip(*self.group.sum(table.to(x.rows.device)).tolist(), strict=True))
+        for name, values in zip(("D", "dtype", "a gradient is wanted"), per_rank[1:4], strict=True):
+            if len(set(values)) > 1:
+                shown = [str(DTYPES[x]) for x in values] if name == "dtype" else list(values)
+                raise RuntimeError(f"gather={self.transport!r}: ranks call different losses: {name}: {shown} by rank")
+        self.max_rows = max(per_rank[0])
+        return Wanted(bool(per_rank[3][0]), any(per_rank[4]))
+
+    def for_each(
+        self, load: LoadShard, extras: list[Tensor], compute: Compute, merge: str, keep: bool = False
+    ) -> Tensor | None:
+        """Let this rank compute with the columns of all, and merge at their owner what all ranks computed of its own.
+
+        Args:
+            load: this rank's columns; not called if all ranks have kept them since the last call.
+            extras: (max_rows, ...) that travel with this rank's columns.
+            compute: returns a tensor with a row per column, or None on every rank.
+            merge: how to merge those tensors, ``"sum"`` or ``"logsumexp"``.
+            keep: keep the columns for the next call, where the transport holds them all; then there are no extras.
+        """
+        if self.transport == "ring":
+            return self._ring(load, extras, compute, merge)
+        return self._all_gather(load, extras, compute, merge, keep)
+
+    def _all_gather(
+        self, load: LoadShard, extras: list[Tensor], compute: Compute, merge: str, keep: bool
+    ) -> Tensor | None:
+        """Rows come in pieces of all shards: one is computed while the next arrive and the last one's sums return."""
+        size = self.group.size
+        kept, self._kept = self._kept, []
+        extras_in_flight = self._gather(extras)
+        if not kept:
+            rows, image_id = load()
+            step = -(-self.max_rows // self.num_pieces(size, self.max_rows, rows.nbytes, rows.device.type))
+            kept = [self._gather([t]) for t in (image_id, *rows.split(max(step, 1)))]
+        image_ids, *pieces_in_flight = kept
+        vectors = self._wait(image_ids) + self._wait(extras_in_flight)
+        vectors = [t.unflatten(0, (size, self.max_rows)) for t in vectors]
+        returning: list[InFlight] = []
+        lo = 0
+        for piece in pieces_in_flight:
+            (rows,) = self._wait(piece)
+            hi = lo + rows.shape[0] // size
+            computed = compute(rows, *(t[:, lo:hi].flatten(0, 1) for t in vectors))
+            if computed is not None and merge == "sum":
+                returning.append(self._reduce_scatter(computed))
+            elif computed is not None:
+                returning.append(InFlight([computed.view(size, hi - lo)], []))
+            lo = hi
+        if keep:
+            self._kept = [InFlight(tensors, []) for tensors, _ in kept]
+        parts = [t for in_flight in returning for t in self._wait(in_flight)]
+        if merge == "sum" or not parts:
+            return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+        return self._exchange(torch.cat(parts, 1)).logsumexp(0)
+
+    def _ring(self, load: LoadShard, extras: list[Tensor], compute: Compute, merge: str) -> Tensor | None:
+        """A shard's result follows it one step behind, and is sent while the next shard is computed."""
+        shard = load() + extras
+        behind: InFlight | None = None
+        for step in range(self.group.size):
+            following = self._send_recv(shard) if step + 1 < self.group.size else None
+            part = compute(*shard)
+            if part is not None:
+                if behind is not None:
+                    (others,) = self._wait(behind)
+                    part = part.add_(others) if merge == "sum" else torch.logaddexp(part, others)
+                behind = self._send_recv([part])
+            if following is not None:
+                shard = self._wait(following)
+        return None if behind is None else self._wait(behind)[0]
+
+    def _gather(self, tensors: list[Tensor]) -> InFlight:
+        """(W n, ...) from (n, ...) of the same shape everywhere."""
+        gathered = [t.new_empty(self.group.size * t.shape[0], *t.shape[1:]) for t in tensors]
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+        with self._explained():
+            works = [gather(a, t.contiguous(), self.group.group, True) for a, t in zip(gathered, tensors, strict=True)]
+        return InFlight(gathered, works)
+
+    def _reduce_scatter(self, t: Tensor) -> InFlight:
+        """(n, ...) this rank's part of (W n, ...) summed over ranks."""
+        own = t.new_empty(t.shape[0] // self.group.size, *t.shape[1:])
+        reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.14
+        with self._explained():
+            return InFlight([own], [reduce(own, t.contiguous(), group=self.group.group, async_op=True)])
+
+    def _exchange(self, t: Tensor) -> Tensor:
+        """(W, n), a row from each rank for this one, out of (W, n), a row of this one for each rank."""
+        others = torch.empty_like(t)
+        with self._explained():
+            dist.all_to_all_single(others, t, group=self.group.group)
+        return others
+
+    def _send_recv(self, tensors: list[Tensor]) -> InFlight:
+        """Send to the rank before, receive from the one after."""
+        if self.group.size == 1:
+            return InFlight(tensors, [])
+        before, after = (self._global_rank(self.group.rank + step) for step in (-1, 1))
+        received = [torch.empty_like(t) for t in tensors]
+        operations = [dist.P2POp(dist.isend, t.contiguous(), before, self.group.group) for t in tensors]
+        operations += [dist.P2POp(dist.irecv, t, after, self.group.group) for t in received]
+        with self._explained():
+            return InFlight(received, dist.batch_isend_irecv(operations))
+
+    def _wait(self, in_flight: InFlight) -> list[Tensor]:
+        with self._explained():
+            for work in in_flight.works:
+                work.wait()
+        return in_flight.tensors
+
+    def _explained(self) -> Any:
+        return _explained(self.group, f"gather={self.transport!r}")
+
+    def _global_rank(self, rank: int) -> int:
+        rank %= self.group.size
+        return rank if self.group.group is None else dist.get_global_rank(self.group.group, rank)
+
+
+@contextmanager
+def _explained(group: ProcessGroup, what: str) -> Iterator[None]:
+    """Say in an error of torch.distributed what this rank was doing, and why that may have failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = "another rank failed, or did not call the same loss within the process group's timeout"
+        raise RuntimeError(f"{what}, rank {group.rank} of {group.size}: {reason}: {error}") from error
 
 
 class _Sums:
-    """Of what each call adds, one by one."""
+    """Element-wise running sums of a tuple of tensors."""
 
     totals: tuple[Tensor, ...] = ()
 
@@ -132,12 +353,12 @@ class _Sums:
 
 
 def _own(columns: Tensor | None, y: Operand, scale: Tensor) -> Tensor:
-    """Without the rows that fill the shard; empty for a gradient that nobody wants."""
+    """``columns`` without the rows that fill the shard; empty for a gradient that nobody wants."""
     return scale.new_empty(0) if columns is None else columns[: y.rows.shape[0]]
 
 
-def _fill(t: Tensor, most: int, value: float) -> Tensor:
-    """(most, ...) with ``value`` in the rows beyond those of ``t``."""
-    if t.shape[0] == most:
+def _fill(t: Tensor, max_rows: int, value: float) -> Tensor:
+    """(max_rows, ...) with ``value`` in the rows beyond those of ``t``."""
+    if t.shape[0] == max_rows:
         return t.contiguous()
-    return torch.cat((t, t.new_full((most - t.shape[0], *t.shape[1:]), value)))
+    return torch.cat((t, t.new_full((max_rows - t.shape[0], *t.shape[1:]), value)))

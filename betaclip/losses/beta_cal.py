@@ -1,11 +1,11 @@
-"""β-CAL, the contrastive loss of β-CLIP (arXiv 2512.12678), and CLIP's loss, linear in memory.
+"""β-CAL, the contrastive loss of β-CLIP (arXiv 2512.12678), linear in memory.
 
 B images with K texts each; a text conditions its image, so there are N = B * K image embeddings v_i and text
 embeddings t_j, S_ij = logit_scale * cos(v_i, t_j). Text j is a positive of image embedding i with weight
 w_ij: ``alpha`` for its own, ``beta`` for the other texts of its image, 0 for every other image.
 
-Targets touch only pairs within one image, so every sum splits: between images, statistics from
-``betaclip.losses.contrast`` that know no targets; within an image, a (B, K, K) block of ordinary PyTorch, here.
+Targets touch only pairs within one image, so every sum splits: between images, statistics that know no targets, from
+``betaclip.kernels.similarity.operators``; within an image, a (B, K, K) block of ordinary PyTorch, here.
 """
 
 from typing import Any
@@ -14,23 +14,25 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from betaclip.kernels.similarity.operators import BACKENDS
-from betaclip.losses.contrast import Texts, contrast_logsumexp, contrast_softplus
+from betaclip.kernels.similarity.operators import Backend, contrast_logsumexp, contrast_softplus
+from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Wanted, over_ranks
 from betaclip.losses.inputs import (
     FORMS,
     PADDINGS,
     Batch,
     as_scalar,
+    check_backend,
     check_choice,
     check_gather,
-    check_tensor,
     check_weight,
-    image_of_row,
     prepare,
     weights_of_pairs,
 )
-from betaclip.losses.ranks import TRANSPORTS, Group, Ranks
+from betaclip.process_group import ProcessGroup
+
+GroupLike = dist.ProcessGroup | DeviceMesh
 
 
 def beta_cal_ce_loss(
@@ -44,9 +46,9 @@ def beta_cal_ce_loss(
     image_index: Tensor | None = None,
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
-    backend: str = "auto",
+    backend: Backend = "auto",
     gather: bool | str = False,
-    process_group: Group | None = None,
+    process_group: GroupLike | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -74,13 +76,14 @@ def beta_cal_ce_loss(
             is the largest number of texts per image if the batch is ragged.
         padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
             released code (``"published"``).
-        backend: of :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
-        gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, or ``"ring"``
-            (``betaclip.losses.ranks`` has the difference). The inputs are this rank's; numbers of images and texts may
-            differ between ranks. Every rank returns the loss of the whole batch, and its gradients are W times the
-            derivatives by what it holds: averaged over the W ranks, as DistributedDataParallel does, parameters'
-            gradients are those of one process with the whole batch. All ranks must backpropagate the same multiple.
-        process_group: of these ranks; None for the default group.
+        backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
+        gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, which holds all texts on each
+            rank, or ``"ring"``, which holds one rank's at a time (``betaclip.losses.across_ranks``). The inputs are
+            this rank's; numbers of images and texts may differ between ranks. Every rank returns the loss of the whole
+            batch. Its gradients are W times the derivatives by this rank's inputs, so that their average over the W
+            ranks, as DistributedDataParallel takes it, is the gradient of one process with the whole batch. All ranks
+            must backpropagate the same multiple.
+        process_group: the ranks to gather from; None for the default group.
 
     Returns:
         () in accumulation dtype, nats: the mean over valid rows of each direction, then of both directions.
@@ -90,33 +93,44 @@ def beta_cal_ce_loss(
         ValueError: an argument is malformed or disagrees with another; the message names it.
         NotImplementedError: the named backend cannot serve these inputs; the message says why.
         RuntimeError: ``gather`` without an initialised process group.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import beta_cal_ce_loss
+        >>> embeds = torch.eye(4).view(2, 2, 4)  # 2 images with 2 texts each, all unlike
+        >>> for beta in (0.0, 1.0):
+        ...     print(f"{beta_cal_ce_loss(embeds, embeds, 1.0, beta=beta):.4f}")
+        0.7437
+        1.2437
     """
-    ranks = _ranks(gather, process_group)
+    group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
-    group = batch.texts.group if padding == "ignore" else image_of_row(batch)
-    texts = Texts(batch.texts.images, batch.texts.texts, group, batch.texts.slots)
-    if batch.valid is not None:
-        weights = weights * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
+    layout = batch.layout if padding == "ignore" else batch.all_rows()
+    valid_pairs = batch.valid_pairs()
+    if valid_pairs is not None:
+        weights = weights * valid_pairs
     # (B, K) sums over the targets of each row. A row without any, such as one that is not valid, does not count.
-    totals = [weights.sum(dim - 3).expand(texts.images, texts.texts) for dim in (2, 1)]
+    totals = [weights.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
     counts = torch.stack([(total != 0).sum() for total in totals])
-    if ranks is not None:
-        counts = _meet(ranks, batch, None, counts)
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, texts, batch.dtype, backend, ranks
+        batch.image, batch.text, batch.scale, layout, batch.dtype, _backend(backend, gather, group, batch)
     )
-    between_x, between_y = (texts.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
+    between_x, between_y = (layout.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
     contrasted = logits
-    if batch.valid is not None and padding == "ignore":
-        # Finite, so that an image without any text has finite gradients.
-        least = torch.finfo(logits.dtype).min
-        contrasted = logits.masked_fill(~(batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1)), least)
+    if valid_pairs is not None and padding == "ignore":
+        # The smallest finite number, so that an image without any text has finite gradients.
+        contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
     target = weights * logits
-    image_to_text = _soft_cross_entropy(between_x, contrasted.logsumexp(2), target.sum(2), totals[0], counts[0])
-    text_to_image = _soft_cross_entropy(between_y, contrasted.logsumexp(1), target.sum(1), totals[1], counts[1])
-    return _over_ranks((image_to_text + text_to_image) / 2, ranks)
+    losses = torch.stack(
+        (
+            _soft_cross_entropy(between_x, contrasted.logsumexp(2), target.sum(2), totals[0]),
+            _soft_cross_entropy(between_y, contrasted.logsumexp(1), target.sum(1), totals[1]),
+        )
+    )
+    losses, counts = over_ranks(losses, counts, group)
+    return (losses / counts.clamp_min(1)).sum() / 2
 
 
 def beta_cal_bce_loss(
@@ -131,9 +145,9 @@ def beta_cal_bce_loss(
     image_index: Tensor | None = None,
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
-    backend: str = "auto",
+    backend: Backend = "auto",
     gather: bool | str = False,
-    process_group: Group | None = None,
+    process_group: GroupLike | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -161,26 +175,36 @@ def beta_cal_bce_loss(
 
     Raises:
         ValueError, NotImplementedError, RuntimeError: as for :func:`beta_cal_ce_loss`.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import beta_cal_bce_loss
+        >>> embeds = torch.eye(4).view(2, 2, 4)  # 2 images with 2 texts each, all unlike
+        >>> for bias in (0.0, -5.0):
+        ...     print(f"{beta_cal_bce_loss(embeds, embeds, 10.0, logit_bias=bias, beta=0.0):.4f}")
+        0.3466
+        0.0050
     """
-    ranks = _ranks(gather, process_group)
+    group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
     count = torch.full((), batch.image.shape[0], dtype=torch.int64, device=batch.image.device)
     if batch.valid is not None and padding == "ignore":
         count = batch.valid.sum()
-    if ranks is not None:
-        (count,) = _meet(ranks, batch, bias, count[None])
     between, cosines = contrast_softplus(
-        batch.image, batch.text, batch.scale, bias, batch.texts, batch.dtype, backend, ranks
-    )
+        batch.image, batch.text, batch.scale, bias, batch.layout, batch.dtype,
+        _backend(backend, gather, group, batch, bias),
+    )  # fmt: skip
     logits = batch.scale * cosines
     if bias is not None:
         logits = logits + bias
     positives = weights * F.softplus(-logits)
-    if batch.valid is not None:
-        positives = positives * (batch.valid.unsqueeze(2) & batch.valid.unsqueeze(1))
-    return _over_ranks((between + positives.sum()) / count.to(logits.dtype).clamp_min(1) ** 2, ranks)
+    valid_pairs = batch.valid_pairs()
+    if valid_pairs is not None:
+        positives = positives * valid_pairs
+    total, count = over_ranks(between + positives.sum(), count, group)
+    return total / count.to(logits.dtype).clamp_min(1) ** 2
 
 
 class BetaCALLoss(nn.Module):
@@ -188,16 +212,30 @@ class BetaCALLoss(nn.Module):
 
     Args:
         form: ``"ce"`` (softmax) or ``"bce"`` (sigmoid).
-        beta: weight of the other texts of the same image; a tensor becomes a buffer, an ``nn.Parameter`` is learned
-            (keep it >= 0, for example by a softplus: the loss takes it as it is).
+        beta: weight of the other texts of the same image. A tensor becomes a buffer; an ``nn.Parameter`` is learned
+            (keep it >= 0, for example by a softplus: the loss does not clamp it).
         alpha: weight of the own text.
-        padding: ``"ignore"`` or ``"published"``.
+        padding: what padded texts do: ``"ignore"``, nothing; ``"published"``, as in the released code.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"blockwise"`` or ``"reference"``.
-        gather: contrast with the images and texts of all ranks of ``process_group``; True, ``"all_gather"`` or
-            ``"ring"``. :func:`beta_cal_ce_loss` has what that means for gradients.
+        gather: False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images and texts of
+            all ranks; :func:`beta_cal_ce_loss` says what that means for gradients.
+        process_group: the ranks to gather from, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension; None for the
+            default group.
 
     Raises:
-        ValueError: unknown form, padding, backend or way to gather; a negative weight.
+        ValueError: ``form``, ``padding``, ``backend`` or ``gather`` is unknown; a weight is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import BetaCALLoss
+        >>> image = torch.eye(6).view(3, 2, 6)  # 3 images, seen by 2 texts each
+        >>> text = image.clone().requires_grad_()
+        >>> loss = BetaCALLoss("ce", beta=0.5)(image, text, logit_scale=10.0)
+        >>> print(f"{loss:.4f}")  # log(e^10 + 5) - 10 * 2/3: the other text is a third of the target
+        3.3336
+        >>> loss.backward()
+        >>> text.grad.shape
+        torch.Size([3, 2, 6])
     """
 
     def __init__(
@@ -206,14 +244,14 @@ class BetaCALLoss(nn.Module):
         beta: Tensor | float = 0.5,
         alpha: float = 1.0,
         padding: str = "ignore",
-        backend: str = "auto",
+        backend: Backend = "auto",
         gather: bool | str = False,
-        process_group: Group | None = None,
+        process_group: GroupLike | None = None,
     ) -> None:
         super().__init__()
         check_choice("form", form, FORMS)
         check_choice("padding", padding, PADDINGS)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend(backend)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
         check_gather(gather)
@@ -235,7 +273,26 @@ class BetaCALLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         pair_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss, (). ``logit_bias`` is of the sigmoid form only: a softmax does not see it."""
+        """The loss of one batch.
+
+        Args:
+            image_embeds: (B, K, D) text-conditioned image embeddings, any norm, any floating dtype: [b, k] is image b
+                as text k sees it. Or (N, D) with ``image_index``.
+            text_embeds: text embeddings of the same shape.
+            logit_scale: () inverse temperature, after exp; may require a gradient.
+            mask: (B, K) bool, True = valid text; padded texts may hold anything.
+            image_index: (N,) integer image of each row, sorted, for any number of texts per image.
+            logit_bias: () added to every logit of the sigmoid form; the softmax form ignores it, as it would cancel.
+            pair_weights: (K, K) or (B, K, K) weights of the pairs within an image, instead of ``alpha`` and ``beta``.
+
+        Returns:
+            () float32 (float64 for float64 inputs), in nats; 0 if no text is valid.
+
+        Raises:
+            ValueError: an argument is malformed or disagrees with another; the message names it.
+            NotImplementedError: the named backend cannot serve these inputs; the message says why.
+            RuntimeError: ``gather`` without an initialised process group.
+        """
         options: Any = {
             "beta": self.beta,
             "alpha": self.alpha,
@@ -257,57 +314,15 @@ class BetaCALLoss(nn.Module):
         return f"{options}, padding={self.padding!r}, backend={self.backend!r}, gather={self.gather!r}"
 
 
-class ClipLoss(nn.Module):
-    """CLIP's loss of one text per image: β-CAL's softmax form at K = 1, the same kernel.
-
-    Equivalent to:
-
-        v, t = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
-        s, own = logit_scale * v @ t.T, torch.arange(B)
-        loss = (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
-
-    in O(B·D) memory.
-
-    Args:
-        backend: of :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
-        gather, process_group: as for :class:`BetaCALLoss`.
-    """
-
-    def __init__(
-        self,
-        backend: str = "auto",
-        gather: bool | str = False,
-        process_group: Group | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("backend", backend, ("auto", *BACKENDS))
-        check_gather(gather)
-        self.backend, self.gather, self.process_group = backend, gather, process_group
-
-    def forward(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """() from (B, D) image and text embeddings, any norm, and the () inverse temperature."""
-        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-            check_tensor(name, embeds)
-            if embeds.dim() != 2:
-                raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
-        if text_embeds.shape != image_embeds.shape:
-            expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
-            raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
-        return beta_cal_ce_loss(
-            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend,
-            gather=self.gather, process_group=self.process_group,
-        )  # fmt: skip
-
-
-def _soft_cross_entropy(between: Tensor, within: Tensor, target: Tensor, total: Tensor, count: Tensor) -> Tensor:
-    """() mean over the rows that count of logsumexp - sum_j q_ij S_ij; of the mean over the rows of all ranks, the part
-    of this rank's. All but ``count`` are (B, K); target: sum_j w_ij S_ij."""
+def _soft_cross_entropy(between: Tensor, within: Tensor, target: Tensor, total: Tensor) -> Tensor:
+    """() sum of logsumexp - sum_j q_ij S_ij over the rows that have a target. All arguments are (B, K); target is
+    sum_j w_ij S_ij and total sum_j w_ij."""
     rows = total != 0
     loss = torch.logaddexp(between, within) - target / torch.where(rows, total, 1)
-    return torch.where(rows, loss, 0).sum() / count.clamp_min(1)
+    return torch.where(rows, loss, 0).sum()
 
 
-def _ranks(gather: bool | str, process_group: Group | None) -> Ranks | None:
+def _gathering_group(gather: bool | str, process_group: GroupLike | None) -> ProcessGroup | None:
     if gather is False:
         if process_group is not None:
             raise ValueError("process_group: expected None without gather, got a group")
@@ -316,19 +331,14 @@ def _ranks(gather: bool | str, process_group: Group | None) -> Ranks | None:
     if not (dist.is_available() and dist.is_initialized()):
         reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
         raise RuntimeError(f"gather={gather!r}: {reason}")
-    return Ranks(TRANSPORTS[0] if isinstance(gather, bool) else gather, process_group)
+    return ProcessGroup.of(process_group)
 
 
-def _meet(ranks: Ranks, batch: Batch, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """:meth:`Ranks.meet` with what gradients this rank will want."""
+def _backend(
+    backend: Backend, gather: bool | str, group: ProcessGroup | None, batch: Batch, bias: Tensor | None = None
+) -> Backend:
+    if group is None:
+        return backend
     wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
-    rows, dim = batch.image.shape
-    return ranks.meet(rows, dim, batch.dtype, (any(wanted) and torch.is_grad_enabled(), wanted[0]), counts)
-
-
-def _over_ranks(share: Tensor, ranks: Ranks | None) -> Tensor:
-    """The sum of all ranks' shares, with W times the gradient of this rank's: an average over ranks undoes that."""
-    if ranks is None:
-        return share
-    scaled = ranks.count * share
-    return scaled + (ranks.sum(share) - scaled.detach())
+    transport = TRANSPORTS[0] if isinstance(gather, bool) else gather
+    return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]))

@@ -1,27 +1,45 @@
-"""What the losses are given: checked, and brought into one form."""
+"""The inputs of the losses: checked, and brought into one form."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype
-from betaclip.losses.contrast import Texts
-from betaclip.losses.ranks import TRANSPORTS
+from betaclip.kernels.similarity.operators import BACKENDS, Backend, RowLayout
+from betaclip.losses.across_ranks import TRANSPORTS
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Batch(NamedTuple):
-    """Checked inputs. image, text: (N, D); scale: () in accumulation dtype; valid: (B, K) bool or None (all)."""
+    """Checked inputs.
+
+    image, text: (N, D). scale: () in accumulation dtype. valid: (B, K) bool, or None if all texts are valid.
+    dtype: of the matrix products.
+    """
 
     image: Tensor
     text: Tensor
     scale: Tensor
-    texts: Texts
+    layout: RowLayout
     valid: Tensor | None
     dtype: torch.dtype
+
+    def all_rows(self) -> RowLayout:
+        """The layout in which padded rows take part like others."""
+        images, texts_per_image, _, slots = self.layout
+        if slots is not None:
+            return self.layout
+        ids = torch.arange(images, dtype=torch.int32, device=self.image.device)
+        return self.layout._replace(image_id=ids.repeat_interleave(texts_per_image))
+
+    def valid_pairs(self) -> Tensor | None:
+        """(B, K, K) bool, or None if all pairs are valid."""
+        return None if self.valid is None else self.valid.unsqueeze(2) & self.valid.unsqueeze(1)
 
 
 def prepare(
@@ -42,100 +60,79 @@ def prepare(
         dtype = torch.get_autocast_dtype(device_type)
     scale = as_scalar("logit_scale", logit_scale, image_embeds, accumulation_dtype(dtype))
     if image_index is not None:
-        texts = _ragged(image_index)
-        assert texts.slots is not None
-        return Batch(image_embeds, text_embeds, scale, texts, texts.slots >= 0, dtype)
-    images, count, _ = image_embeds.shape
-    group = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(count)
+        layout = _ragged(image_index)
+        assert layout.slots is not None
+        return Batch(image_embeds, text_embeds, scale, layout, layout.slots >= 0, dtype)
+    images, texts_per_image, _ = image_embeds.shape
+    ids = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(texts_per_image)
     if mask is not None:
-        group = torch.where(mask.flatten(), group, -1)
-    texts = Texts(images, count, group, None)
-    return Batch(image_embeds.flatten(0, 1), text_embeds.flatten(0, 1), scale, texts, mask, dtype)
+        ids = torch.where(mask.flatten(), ids, -1)
+    layout = RowLayout(images, texts_per_image, ids, None)
+    return Batch(image_embeds.flatten(0, 1), text_embeds.flatten(0, 1), scale, layout, mask, dtype)
 
 
 def _check_embeddings(
     image_embeds: Tensor, text_embeds: Tensor, mask: Tensor | None, image_index: Tensor | None
 ) -> None:
-    layout = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
+    expected = "(B, K, D), or (N, D) with image_index" if image_index is None else "(N, D) with image_index"
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
         check_tensor(name, embeds)
         if embeds.dtype not in DTYPES:
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {embeds.dtype}")
         if embeds.dim() != (3 if image_index is None else 2):
-            raise ValueError(f"{name}: expected {layout}, got shape {tuple(embeds.shape)}")
-    if text_embeds.shape != image_embeds.shape:
-        expected, got = tuple(image_embeds.shape), tuple(text_embeds.shape)
-        raise ValueError(f"text_embeds: expected shape {expected} as image_embeds, got {got}")
-    rows = image_embeds.shape[:-1]
-    for name, value, shape in (("mask", mask, rows), ("image_index", image_index, rows)):
-        if value is None:
-            continue
-        check_tensor(name, value)
-        if name == "mask" and image_index is not None:
-            raise ValueError("mask: expected None with image_index (leave padded rows out instead), got a tensor")
-        if value.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-        if name == "mask" and value.dtype != torch.bool:
-            raise ValueError(f"mask: expected dtype torch.bool (True = valid), got {value.dtype}")
-        if name == "image_index" and value.dtype not in (
-            torch.int64,
-            torch.int32,
-            torch.int16,
-            torch.int8,
-            torch.uint8,
-        ):
-            raise ValueError(f"image_index: expected an integer dtype, got {value.dtype}")
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(embeds.shape)}")
+    expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
+    for name, value in (("mask", mask), ("image_index", image_index)):
+        if value is not None:
+            check_tensor(name, value)
+    if mask is not None and image_index is not None:
+        raise ValueError("mask: expected None with image_index (leave padded rows out instead), got a tensor")
+    expect("mask", mask, shape=image_embeds.shape[:-1])
+    expect("image_index", image_index, shape=image_embeds.shape[:-1])
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected dtype torch.bool (True = valid), got {mask.dtype}")
+    if image_index is not None and image_index.dtype not in _INDEX_DTYPES:
+        raise ValueError(f"image_index: expected an integer dtype, got {image_index.dtype}")
     for name, value in (("text_embeds", text_embeds), ("mask", mask), ("image_index", image_index)):
-        if value is not None and value.device != image_embeds.device:
-            raise ValueError(f"{name}: expected device {image_embeds.device} as image_embeds, got {value.device}")
+        expect(name, value, "as image_embeds", device=image_embeds.device)
 
 
-def _ragged(image_index: Tensor) -> Texts:
+def _ragged(image_index: Tensor) -> RowLayout:
     """Slots of a ragged batch. Reads four numbers back to the host: the check, and the slots' shape."""
     index = image_index.to(torch.int64)
     rows = torch.arange(len(index), device=index.device)
     if len(index) == 0:
-        return Texts(0, 0, index.to(torch.int32), index.view(0, 0))
+        return RowLayout(0, 0, index.to(torch.int32), index.view(0, 0))
     position = rows - torch.searchsorted(index, index)
     image = (position == 0).cumsum(0) - 1
-    unsorted, least, images, texts = torch.stack(
+    unsorted, lowest, images, texts_per_image = torch.stack(
         ((index[1:] < index[:-1]).any().to(torch.int64), index.min(), image[-1] + 1, position.max() + 1)
     ).tolist()
     if unsorted:
         raise ValueError("image_index: expected sorted values, rows of one image next to each other, got unsorted ones")
-    if least < 0:
-        raise ValueError(f"image_index: expected values >= 0, got {least}")
-    slots = torch.full((images, texts), -1, dtype=torch.int64, device=index.device)
+    if lowest < 0:
+        raise ValueError(f"image_index: expected values >= 0, got {lowest}")
+    slots = torch.full((images, texts_per_image), -1, dtype=torch.int64, device=index.device)
     slots[image, position] = rows
-    return Texts(images, texts, image.to(torch.int32), slots)
-
-
-def image_of_row(batch: Batch) -> Tensor:
-    """(N,) int32 image of each row, padded rows included."""
-    if batch.texts.slots is not None:
-        return batch.texts.group
-    rows = torch.arange(batch.texts.images, dtype=torch.int32, device=batch.image.device)
-    return rows.repeat_interleave(batch.texts.texts)
+    return RowLayout(images, texts_per_image, image.to(torch.int32), slots)
 
 
 def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weights: Tensor | None) -> Tensor:
     """(K, K) or (B, K, K) weights in accumulation dtype."""
-    images, texts, like = batch.texts.images, batch.texts.texts, batch.scale
+    images, texts_per_image, like = batch.layout.images, batch.layout.texts_per_image, batch.scale
     if pair_weights is not None:
         check_tensor("pair_weights", pair_weights)
-        shapes = ((texts, texts), (images, texts, texts))
-        if tuple(pair_weights.shape) not in shapes:
-            raise ValueError(
-                f"pair_weights: expected shape {shapes[0]} or {shapes[1]}, got {tuple(pair_weights.shape)}"
-            )
+        shape = (texts_per_image, texts_per_image)
+        if tuple(pair_weights.shape) not in (shape, (images, *shape)):
+            expected = f"{shape} or {(images, *shape)}"
+            raise ValueError(f"pair_weights: expected shape {expected}, got {tuple(pair_weights.shape)}")
         if pair_weights.is_complex():
             raise ValueError(f"pair_weights: expected real weights, got {pair_weights.dtype}")
-        if pair_weights.device != like.device:
-            raise ValueError(f"pair_weights: expected device {like.device}, got {pair_weights.device}")
+        expect("pair_weights", pair_weights, "as image_embeds", device=like.device)
         return pair_weights.to(like.dtype)
     check_weight("alpha", alpha)
     check_weight("beta", beta)
-    own = torch.eye(texts, dtype=like.dtype, device=like.device)
+    own = torch.eye(texts_per_image, dtype=like.dtype, device=like.device)
     return alpha * own + as_scalar("beta", beta, like, like.dtype) * (1 - own)
 
 
@@ -147,14 +144,19 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point scalar, got {value.dtype} of shape {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    expect(name, value, "as image_embeds", device=like.device)
     return value.reshape(()).to(dtype)
 
 
 def check_gather(gather: object) -> None:
     if not isinstance(gather, bool) and gather not in TRANSPORTS:
         raise ValueError(f"gather: expected a bool, {' or '.join(map(repr, TRANSPORTS))}, got {gather!r}")
+
+
+def check_backend(backend: Backend) -> None:
+    """A name must be known; an object is taken as it is."""
+    if isinstance(backend, str):
+        check_choice("backend", backend, ("auto", *BACKENDS))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -28,40 +28,40 @@ _BALANCE = {("cpu", 2): 22, ("cpu", 4): 11, ("cpu", 8): 5.5, ("cuda", 2): 183, (
 
 @dataclass(frozen=True)
 class Cost:
-    """Per image: flop, and bytes moved, with those of scratch in cache at ``_CACHED``."""
+    """FLOP and bytes moved per image; bytes of scratch in cache count ``_CACHED``."""
 
     flop: float
     bytes: float
 
 
-def projected_cost(images: int, texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+def projected_cost(images: int, queries: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
     """Keys and values of every patch, fused attention, and their gradients; without what both forms share."""
-    flop = 2 * (6 * patches * width**2 + 7 * texts * patches * width)
+    flop = 2 * (6 * patches * width**2 + 7 * queries * patches * width)
     return Cost(flop, 27 * _bytes(images, patches, width, itemsize))
 
 
 def _bytes(images: int, patches: int, width: int, itemsize: int) -> float:
-    """Of an image's part of an array of the patches' size."""
+    """Bytes that one image contributes to a (B, P, D) array; fewer count if the array stays in cache."""
     each = patches * width * itemsize
     return each if images * each > _CACHE_BYTES else _CACHED * each
 
 
-def folded_cost(images: int, texts: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
+def folded_cost(images: int, queries: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
     """Latent queries on the patches themselves, and their gradients; without what both forms share."""
-    latents = num_heads * texts
+    latents = num_heads * queries
     panels = -(-patches // _PANEL) * _PANEL
-    flop = 2 * (8 * latents * panels * width + 7 * texts * width**2)
+    flop = 2 * (8 * latents * panels * width + 7 * queries * width**2)
     scratch = latents * (18 * patches + 16 * width) * itemsize
     return Cost(flop, 3 * _bytes(images, patches, width, itemsize) + _CACHED * scratch)
 
 
 def folding_pays(
-    images: int, texts: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str
+    images: int, queries: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str
 ) -> bool:
     """Whether the folded form is expected to be faster. The same in training and evaluation, so that both compute the
     same numbers."""
     balance = _BALANCE.get((device, dtype.itemsize), _BALANCE["cuda", dtype.itemsize])
     projected, folded = (
-        cost(images, texts, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)
+        cost(images, queries, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)
     )
     return folded.flop + balance * folded.bytes < projected.flop + balance * projected.bytes

@@ -1,5 +1,7 @@
-"""Attention pooling by projected keys and values, under PyTorch's own autograd: less work than folding once there are
-so many queries that they repay projecting every patch."""
+"""Attention pooling by projected keys and values, under PyTorch's own autograd.
+
+That is less work than folding once there are so many queries that they repay projecting every patch.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +11,8 @@ from betaclip.kernels.attention_pool.folded import Pooling
 from betaclip.kernels.precision import accumulation_dtype, unit_rows
 
 
-def why_not(x: Tensor, q: Tensor) -> list[str]:
-    """PyTorch itself is all that is needed."""
-    return []
-
-
 def _unit_patches(pooling: Pooling) -> Pooling:
-    return pooling if pooling.least is None else pooling._replace(x=unit_rows(pooling.x), least=None)
+    return pooling if pooling.norm_eps is None else pooling._replace(x=unit_rows(pooling.x), norm_eps=None)
 
 
 def _heads(t: Tensor, pooling: Pooling) -> Tensor:
@@ -44,7 +41,7 @@ def _attention(pooling: Pooling) -> Tensor:
 
 
 def _wide(pooling: Pooling) -> Pooling:
-    """In accumulation dtype."""
+    """The arguments in accumulation dtype."""
     dtype = accumulation_dtype(pooling.x.dtype)
     x, q, k_weight, v_weight = (t.to(dtype) for t in pooling[:4])
     v_bias = None if pooling.v_bias is None else pooling.v_bias.to(dtype)

@@ -1,40 +1,62 @@
 """Two-sided statistics of all pairwise similarities, without the matrix of similarities.
 
-S_ij = scale * <x_i, y_j> (+ bias), over the pairs (i, j) whose groups differ. ``similarity_logsumexp`` serves
-softmax losses, ``similarity_softplus`` sigmoid losses. Each is one ``torch.library`` operator whose backend is
-a string argument: fake, autograd and checks are written once, here.
+S_ij = scale * <x_i, y_j> (+ bias), over the pairs (i, j) of different images. The log-sum-exp serves softmax losses,
+the softplus sigmoid losses. Each has one operator and one backward operator, which serve both uses:
+
+* :func:`similarity_logsumexp` and :func:`similarity_softplus` take any rows as they are;
+* :func:`contrast_logsumexp` and :func:`contrast_softplus`, for losses over images with many texts, normalise rows on
+  the way and also return the cosines within images, so that targets, weights and masks are ordinary PyTorch.
+
+A backend is a name, or an object that keeps the contract of ``SimilarityBackend``. A name runs a ``torch.library``
+operator, which torch.compile takes into its graph. An object, such as a backend across several processes, runs the
+same function directly.
 """
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.backends import resolve, without_autocast
+from betaclip.kernels.architecture import triton_not_supported_reasons
+from betaclip.kernels.backends import (
+    always_supported,
+    define_operator,
+    expect,
+    needed_gradients,
+    refuse_second_derivative,
+    resolve,
+    run_operator,
+    without_autocast,
+)
 from betaclip.kernels.precision import DTYPES, accumulation_dtype
-from betaclip.kernels.similarity import (
-    blockwise as similarity_blockwise,
-)
-from betaclip.kernels.similarity import (
-    cuda_backend as similarity_cuda,
-)
-from betaclip.kernels.similarity import (
-    reference as similarity_reference,
-)
-from betaclip.kernels.similarity import (
-    triton_backend as similarity_triton,
-)
-from betaclip.kernels.similarity.operand import Operand
+from betaclip.kernels.similarity import cuda_backend
+from betaclip.kernels.similarity.blockwise import Blockwise
+from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
+from betaclip.kernels.similarity.reference import Reference
+from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, raw_gradients
 
-_MODULES: dict[str, ModuleType] = {
-    "triton": similarity_triton,
-    "cuda": similarity_cuda,
-    "blockwise": similarity_blockwise,
-    "reference": similarity_reference,
+BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {
+    "triton": triton_not_supported_reasons,
+    "cuda": cuda_backend.not_supported_reasons,
+    "blockwise": always_supported,
+    "reference": always_supported,
 }
-BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {name: m.why_not for name, m in _MODULES.items()}
+Backend = str | SimilarityBackend
+
+
+def local_backend(backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
+    """The object behind a backend's name. Backends of an architecture's own are chosen here."""
+    if not isinstance(backend, str):
+        return backend
+    if backend == "reference" or 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
+        return Reference()
+    if backend == "triton":
+        from betaclip.kernels.similarity.triton_kernels import Triton  # Triton may not be installed
+
+        return Triton()
+    return cuda_backend.Cuda() if backend == "cuda" else Blockwise()
 
 
 def similarity_logsumexp(
@@ -44,9 +66,9 @@ def similarity_logsumexp(
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Row-wise and column-wise log-sum-exp of ``scale * x @ y.T`` over pairs of different groups.
+    """Row-wise and column-wise log-sum-exp of ``scale * x @ y.T`` over pairs of different images.
 
     Equivalent to:
 
@@ -62,11 +84,11 @@ def similarity_logsumexp(
         x: (N, D) image embeddings, any norm.
         y: (M, D) text embeddings of the same dtype and device.
         scale: () inverse temperature, floating point; read on the device.
-        x_group: (N,) integer group of each row, below 2^31 - 1; ``< 0`` is padding, which takes part in nothing and
-            may hold anything. None: each row is in a group of its own.
+        x_group: (N,) integer image id of each row, below 2^31 - 1; pairs of equal ids are left out. ``< 0`` marks
+            padding, which takes part in nothing and may hold anything. None: each row has an image of its own.
         y_group: (M,) likewise.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
-            ``"blockwise"`` or ``"reference"``.
+            ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
 
     Returns:
         lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.
@@ -74,11 +96,22 @@ def similarity_logsumexp(
     Raises:
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: the backend cannot serve these tensors; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from betaclip.kernels.similarity import similarity_logsumexp
+        >>> x, y = torch.eye(3), torch.eye(3)
+        >>> lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(2.0))
+        >>> print(lse_x)  # log(e^2 + 2)
+        tensor([2.2395, 2.2395, 2.2395])
+        >>> image = torch.arange(3)
+        >>> print(similarity_logsumexp(x, y, torch.tensor(2.0), image, image)[0])  # without the diagonal: log(2)
+        tensor([0.6931, 0.6931, 0.6931])
     """
-    scale, _, x_group, y_group = _check(x, y, scale, None, x_group, y_group)
-    x, y = _zero_padding(x, x_group), _zero_padding(y, y_group)
-    backend = resolve("similarity_logsumexp", backend, BACKENDS, x, y)
-    return logsumexp(x, y, scale, x_group, y_group, backend)
+    x, y, scale, _, *image_ids = _prepare(x, y, scale, None, x_group, y_group)
+    backend = _resolve("similarity_logsumexp", backend, x, y, x.dtype)
+    lse_x, lse_y, _ = _LogSumExp.apply(x, y, scale, *image_ids, None, 0, 0, x.dtype, backend)
+    return lse_x, lse_y
 
 
 def similarity_softplus(
@@ -89,9 +122,9 @@ def similarity_softplus(
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Row sums of ``softplus(scale * x @ y.T + bias)`` over pairs of different groups.
+    """Row sums of ``softplus(scale * x @ y.T + bias)`` over pairs of different images.
 
     Equivalent to:
 
@@ -111,17 +144,93 @@ def similarity_softplus(
 
     Raises:
         ValueError, NotImplementedError: as for :func:`similarity_logsumexp`.
+
+    Example:
+        >>> import torch
+        >>> from betaclip.kernels.similarity import similarity_softplus
+        >>> x, y = torch.eye(2), torch.eye(2)
+        >>> print(similarity_softplus(x, y, torch.tensor(10.0), torch.tensor(-5.0)))  # log(1 + e^5) + log(1 + e^-5)
+        tensor([5.0134, 5.0134])
     """
-    scale, bias, x_group, y_group = _check(x, y, scale, bias, x_group, y_group)
-    x, y = _zero_padding(x, x_group), _zero_padding(y, y_group)
-    backend = resolve("similarity_softplus", backend, BACKENDS, x, y)
-    return softplus(x, y, scale, bias, x_group, y_group, backend)
+    x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
+    backend = _resolve("similarity_softplus", backend, x, y, x.dtype)
+    rows, _ = _Softplus.apply(x, y, scale, bias, *image_ids, None, False, False, 0, 0, x.dtype, backend)
+    return rows
 
 
-def _check(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_group: Tensor | None, y_group: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Raise on malformed tensors; scalars in accumulation dtype, and groups as contiguous int32, both or none."""
+class RowLayout(NamedTuple):
+    """How N rows belong to B images of up to K texts.
+
+    image_id: (N,) int32 image of each row, -1 for a row that takes no part.
+    slots: (B, K) int64 row in each slot, -1 for none; None if row b * K + k is in slot (b, k).
+    """
+
+    images: int
+    texts_per_image: int
+    image_id: Tensor
+    slots: Tensor | None
+
+    def to_slots(self, rows: Tensor, fill: float) -> Tensor:
+        """(B, K) from a vector over rows."""
+        if self.slots is None:
+            return rows.view(self.images, self.texts_per_image)
+        return torch.where(self.slots >= 0, rows[self.slots.clamp_min(0)], fill)
+
+
+def contrast_logsumexp(
+    image: Tensor, text: Tensor, scale: Tensor, layout: RowLayout, dtype: torch.dtype, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
+
+    Args:
+        image, text: (N, D) embeddings, any norm, any floating dtype; N = B * K, or ragged.
+        scale: () in accumulation dtype.
+        layout: which image each row belongs to.
+        dtype: of the normalised rows in the matrix products.
+        backend: as for :func:`similarity_logsumexp`.
+
+    Returns:
+        (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
+    """
+    backend = _resolve("similarity_logsumexp", backend, image, text, dtype)
+    return _LogSumExp.apply(
+        image, text, scale, layout.image_id, None, layout.slots, layout.images, layout.texts_per_image, dtype, backend
+    )
+
+
+def contrast_softplus(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: RowLayout,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """() sum of softplus of all logits between different images, and the (B, K, K) cosines within images.
+
+    The arguments are those of :func:`contrast_logsumexp`. A gradient that is wanted is formed together with the value,
+    which saves forming the logits again.
+    """
+    backend = _resolve("similarity_softplus", backend, image, text, dtype)
+    return _Softplus.apply(
+        image, text, scale, bias, layout.image_id, None, layout.slots, True, torch.is_grad_enabled(),
+        layout.images, layout.texts_per_image, dtype, backend,
+    )  # fmt: skip
+
+
+def _resolve(operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype) -> Backend:
+    """A name is resolved for the dtype of the products."""
+    return (
+        resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype)) if isinstance(backend, str) else backend
+    )
+
+
+def _prepare(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_image_id: Tensor | None, y_image_id: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The arguments as the operators take them: checked, padded rows 0, scalars in accumulation dtype, image ids as
+    contiguous int32; no ids of y where they are those of x, and else both or none."""
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2:
             raise ValueError(f"{name}: expected (rows, D), got shape {tuple(value.shape)}")
@@ -129,182 +238,252 @@ def _check(
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: expected D = {x.shape[1]} as in x, got shape {tuple(y.shape)}")
-    if x.dtype != y.dtype:
-        raise ValueError(f"y: expected dtype {x.dtype} as in x, got {y.dtype}")
+    expect("y", y, "as in x", dtype=x.dtype)
     for name, scalar in (("scale", scale), ("bias", bias)):
         if scalar is not None and (scalar.dim() != 0 or not scalar.is_floating_point()):
             raise ValueError(f"{name}: expected a 0-d floating-point tensor, got {scalar.dtype} {tuple(scalar.shape)}")
-    for name, group, rows in (("x_group", x_group, x), ("y_group", y_group, y)):
-        if group is None:
-            continue
-        if group.shape != rows.shape[:1]:
-            raise ValueError(f"{name}: expected shape ({rows.shape[0]},), got {tuple(group.shape)}")
-        if group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
-            raise ValueError(f"{name}: expected an integer dtype, got {group.dtype}")
-    for name, tensor in (("y", y), ("scale", scale), ("bias", bias), ("x_group", x_group), ("y_group", y_group)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as for x, got {tensor.device}")
-    if x_group is not None or y_group is not None:
-        # Rows without groups of their own match nothing: a group of the other side is below 2^31 - 1.
-        x_group, y_group = (
+    for name, image_id, rows in (("x_group", x_image_id, x), ("y_group", y_image_id, y)):
+        expect(name, image_id, "", shape=rows.shape[:1])
+        if image_id is not None and not _is_integer(image_id):
+            raise ValueError(f"{name}: expected an integer dtype, got {image_id.dtype}")
+    others = {"y": y, "scale": scale, "bias": bias, "x_group": x_image_id, "y_group": y_image_id}
+    for name, tensor in others.items():
+        expect(name, tensor, "as for x", device=x.device)
+    same_ids = x_image_id is y_image_id
+    if x_image_id is not None or y_image_id is not None:
+        # Rows without image ids match nothing: an id of the other side is below 2^31 - 1.
+        x_image_id, y_image_id = (
             rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32)
-            if group is None
-            else group.to(torch.int32).contiguous()
-            for rows, group in ((x, x_group), (y, y_group))
+            if image_id is None
+            else image_id.to(torch.int32).contiguous()
+            for rows, image_id in ((x, x_image_id), (y, y_image_id))
         )
+    x, y = _zero_padding(x, x_image_id), _zero_padding(y, y_image_id)
     dtype = accumulation_dtype(x.dtype)
-    return scale.to(dtype), None if bias is None else bias.to(dtype), x_group, y_group
+    bias = None if bias is None else bias.to(dtype)
+    return x, y, scale.to(dtype), bias, x_image_id, None if same_ids else y_image_id
 
 
-def _zero_padding(rows: Tensor, group: Tensor | None) -> Tensor:
-    """The operators' own contract: padded rows are finite, so that a weight of 0 removes them."""
-    return rows if group is None else rows.masked_fill((group < 0)[:, None], 0)
+def _is_integer(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
-def _operands(x: Tensor, y: Tensor, x_group: Tensor | None, y_group: Tensor | None) -> tuple[Operand, Operand]:
-    return Operand(x, x_group, None, x.dtype), Operand(y, y_group, None, y.dtype)
+def _zero_padding(rows: Tensor, image_id: Tensor | None) -> Tensor:
+    """Padded rows must be finite inside the operators, so that a weight of 0 removes them.
+
+    The result is a tensor of its own: x and y may be the same, and Dynamo takes no tensor twice.
+    """
+    return rows.view_as(rows) if image_id is None else rows.masked_fill((image_id < 0)[:, None], 0)
 
 
-def implementation(backend: str, x: Operand, y: Operand) -> ModuleType:
-    """The backend's module; nothing to launch on an empty side, where only the dense form has defined results."""
-    return _MODULES["reference" if 0 in (x.rows.shape[0], y.rows.shape[0]) else backend]
+# What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
+# ``texts_per_image`` texts: rows are normalised, and the (B, K, K) cosines within images are formed too. With 0, rows
+# are used as they are and cosines are empty. Without ``y_image_id``, columns have the image ids of the rows, since
+# Dynamo takes no tensor twice. ``dtype`` is that of the matrix products.
+_IDS = "Tensor? x_image_id, Tensor? y_image_id, Tensor? slots"
+_OPTIONS = "SymInt images, SymInt texts_per_image, ScalarType dtype, str backend"
 
 
-@torch.library.custom_op("betaclip::similarity_logsumexp", mutates_args=())
 @without_autocast
-def logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, x_group: Tensor | None, y_group: Tensor | None, backend: str
+def _logsumexp(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, slots, images, texts_per_image, dtype, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps (N,) and (M,), and cosines."""
+    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    with nvtx.annotate("between images", domain="betaclip"):
+        lse_x, lse_y = local_backend(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
+    return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots))
+
+
+@without_autocast
+def _logsumexp_backward(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, slots, lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy,
+    images, texts_per_image, dtype, backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
+    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    with nvtx.annotate("between images, backward", domain="betaclip"):
+        dx, dy, dscale = local_backend(backend, *operands).similarity_logsumexp_bwd(
+            *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
+        )
+    return *_finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots)), dscale
+
+
+@without_autocast
+def _softplus(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, x_image_id, y_image_id, slots, with_gradients, need_dx, need_dy,
+    images, texts_per_image, dtype, backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sums of rows (N,) and cosines; if wanted, also the gradients of the rows' total by the normalised rows, scale and
+    bias, in accumulation dtype."""
+    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    with nvtx.annotate("between images", domain="betaclip"):
+        chosen = local_backend(backend, *operands)
+        if with_gradients:
+            ones = scale.new_ones(x.shape[0])
+            rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
+                *operands, scale, bias, ones, need_dx, need_dy
+            )
+        else:
+            rows = chosen.similarity_softplus_fwd(*operands, scale, bias)
+            dx, dy, dscale, dbias = (scale.new_zeros(shape) for shape in ((0,), (0,), (), ()))
+    return rows, _cosines(operands, scale, Images(images, texts_per_image, slots)), dx, dy, dscale, dbias
+
+
+@without_autocast
+def _softplus_backward(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, x_image_id, y_image_id, slots, formed, dsums, dcosines, need_dx, need_dy,
+    images, texts_per_image, dtype, backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx and dy like x and y, or (0,) where they are not needed, dscale and dbias ().
+
+    ``dsums`` is the incoming gradient of the rows (N,); or that of their total (), whose gradients are then ``formed``.
+    """
+    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    layout = Images(images, texts_per_image, slots)
+    if formed:
+        dx, dy, dscale, dbias = formed
+        return *_finish(operands, dx, dy, dcosines, layout, dsums), dsums * dscale, dsums * dbias
+    with nvtx.annotate("between images, backward", domain="betaclip"):
+        _, dx, dy, dscale, dbias = local_backend(backend, *operands).similarity_softplus_fwd_bwd(
+            *operands, scale, bias, dsums, need_dx, need_dy
+        )
+    return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
+
+
+def _operands(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, images, dtype
+) -> tuple[Operand, Operand]:
+    if y_image_id is None:
+        y_image_id = x_image_id
+    inverse_x, inverse_y = (
+        inverse_norms(rows, image_id, scale.dtype) if images else None
+        for rows, image_id in ((x, x_image_id), (y, y_image_id))
+    )
+    return Operand(x, x_image_id, inverse_x, dtype), Operand(y, y_image_id, inverse_y, dtype)
+
+
+def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:
+    x, y = operands
+    if x.inverse_norm is None or y.inverse_norm is None:
+        return scale.new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
+    return cosines(x.rows, y.rows, (x.inverse_norm, y.inverse_norm), images)
+
+
+def _finish(
+    operands: tuple[Operand, Operand],
+    dx: Tensor,
+    dy: Tensor,
+    dcosines: Tensor,
+    images: Images,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    operands = _operands(x, y, x_group, y_group)
-    return implementation(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
+    """The gradients of x and y themselves, from those of the rows that a backend multiplied, times ``gain``."""
+    x, y = operands
+    if x.inverse_norm is None or y.inverse_norm is None:
+        dx, dy = ((g if gain is None else g * gain).to(side.rows.dtype) for g, side in ((dx, x), (dy, y)))
+        return dx, dy
+    return raw_gradients(x.rows, y.rows, (x.inverse_norm, y.inverse_norm), images, dx, dy, dcosines, gain)
+
+
+logsumexp = define_operator(
+    "similarity_logsumexp", _logsumexp, f"Tensor x, Tensor y, Tensor scale, {_IDS}, {_OPTIONS}", 3
+)
+logsumexp_backward = define_operator(
+    "similarity_logsumexp_backward",
+    _logsumexp_backward,
+    f"Tensor x, Tensor y, Tensor scale, {_IDS}, Tensor lse_x, Tensor lse_y, Tensor dlse_x, Tensor dlse_y, "
+    f"Tensor dcosines, bool need_dx, bool need_dy, {_OPTIONS}",
+    3,
+)
+softplus = define_operator(
+    "similarity_softplus",
+    _softplus,
+    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, bool with_gradients, "
+    f"bool need_dx, bool need_dy, {_OPTIONS}",
+    6,
+)
+softplus_backward = define_operator(
+    "similarity_softplus_backward",
+    _softplus_backward,
+    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, Tensor[] formed, Tensor dsums, Tensor dcosines, "
+    f"bool need_dx, bool need_dy, {_OPTIONS}",
+    4,
+)
+logsumexp_backward.register_autograd(refuse_second_derivative)
+softplus_backward.register_autograd(refuse_second_derivative)
 
 
 @logsumexp.register_fake
-def _(x, y, scale, x_group, y_group, backend):  # type: ignore[no-untyped-def]
-    dtype = accumulation_dtype(x.dtype)
-    return x.new_empty(x.shape[0], dtype=dtype), y.new_empty(y.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("betaclip::similarity_logsumexp_backward", mutates_args=())
-@without_autocast
-def logsumexp_backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
-    lse_x: Tensor,
-    lse_y: Tensor,
-    dlse_x: Tensor,
-    dlse_y: Tensor,
-    need_dx: bool,
-    need_dy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (N, D), dy (M, D) and dscale () in accumulation dtype; a gradient not needed is empty."""
-    operands = _operands(x, y, x_group, y_group)
-    return implementation(backend, *operands).similarity_logsumexp_bwd(
-        *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
-    )
+def _(x, y, scale, x_image_id, y_image_id, slots, images, texts_per_image, dtype, backend):  # type: ignore[no-untyped-def]
+    return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), _fake_cosines(scale, images, texts_per_image)
 
 
 @logsumexp_backward.register_fake
-def _(x, y, scale, x_group, y_group, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy, backend):  # type: ignore[no-untyped-def]
-    return _fake_gradients(x, y, need_dx, need_dy)
-
-
-def _fake_gradients(x: Tensor, y: Tensor, need_dx: bool, need_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(x.dtype)
-    dx, dy = (t.new_empty(t.shape if need else (0,), dtype=dtype) for t, need in ((x, need_dx), (y, need_dy)))
-    return dx, dy, x.new_empty((), dtype=dtype)
-
-
-@torch.library.custom_op("betaclip::similarity_softplus", mutates_args=())
-@without_autocast
-def softplus(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
-    backend: str,
-) -> Tensor:
-    operands = _operands(x, y, x_group, y_group)
-    return implementation(backend, *operands).similarity_softplus_fwd(*operands, scale, bias)
+def _(x, y, scale, x_image_id, y_image_id, slots, lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options):  # type: ignore[no-untyped-def]
+    return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale)
 
 
 @softplus.register_fake
-def _(x, y, scale, bias, x_group, y_group, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, x_image_id, y_image_id, slots, with_gradients, need_dx, need_dy,
+    images, texts_per_image, dtype, backend,
+):  # fmt: skip
+    gradients = (_fake_gradient(t, with_gradients and need, scale.dtype) for t, need in ((x, need_dx), (y, need_dy)))
+    cosines_ = _fake_cosines(scale, images, texts_per_image)
+    return scale.new_empty(x.shape[0]), cosines_, *gradients, torch.empty_like(scale), torch.empty_like(scale)
 
 
-@torch.library.custom_op("betaclip::similarity_softplus_with_gradients", mutates_args=())
-@without_autocast
-def softplus_with_gradients(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
-    drows: Tensor,
-    need_dx: bool,
-    need_dy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row sums of softplus, and dx, dy, dscale, dbias for their incoming gradient ``drows`` (N,).
-
-    The gradient needs no statistic of the whole matrix, so both come from one pass: a loss that knows its
-    ``drows`` beforehand, such as a plain mean, saves the recomputation (6*N*M*D FLOP in all instead of 8).
-    """
-    operands = _operands(x, y, x_group, y_group)
-    return implementation(backend, *operands).similarity_softplus_fwd_bwd(
-        *operands, scale, bias, drows, need_dx, need_dy
-    )
+@softplus_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, x_image_id, y_image_id, slots, formed, dsums, dcosines, need_dx, need_dy, *options
+):
+    return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale), torch.empty_like(scale)
 
 
-@softplus_with_gradients.register_fake
-def _(x, y, scale, bias, x_group, y_group, drows, need_dx, need_dy, backend):  # type: ignore[no-untyped-def]
-    dx, dy, dscale = _fake_gradients(x, y, need_dx, need_dy)
-    return x.new_empty(x.shape[0], dtype=dscale.dtype), dx, dy, dscale, torch.empty_like(dscale)
+def _fake_cosines(scale: Tensor, images: int, texts_per_image: int) -> Tensor:
+    return scale.new_empty(images, texts_per_image, texts_per_image)
 
 
-def _save_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+def _fake_gradient(x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape if needed else (0,), dtype=dtype or x.dtype, device=x.device)
 
 
-def _logsumexp_autograd(ctx: Any, dlse_x: Tensor, dlse_y: Tensor) -> tuple[Tensor | None, ...]:
-    need_dx, need_dy, need_dscale, *_ = ctx.needs_input_grad
-    x, y, *rest = ctx.saved_tensors
-    dx, dy, dscale = logsumexp_backward(x, y, *rest, dlse_x, dlse_y, need_dx, need_dy, ctx.backend)
-    return _cast(dx, x, need_dx), _cast(dy, y, need_dy), dscale if need_dscale else None, None, None, None
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, y, scale, x_image_id, y_image_id, slots, *options):  # type: ignore[no-untyped-def]
+        rows = x, y, scale, x_image_id, y_image_id, slots
+        lse_x, lse_y, cosines_ = run_operator(logsumexp, _logsumexp, *rows, *options)
+        ctx.save_for_backward(*rows, lse_x, lse_y)
+        ctx.options = options
+        return lse_x, lse_y, cosines_
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
+        gradients = run_operator(
+            logsumexp_backward, _logsumexp_backward, *ctx.saved_tensors, *incoming, *needs, *ctx.options
+        )
+        return needed_gradients(ctx, *gradients)
 
 
-def _save_softplus(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+class _Softplus(torch.autograd.Function):
+    """Sums of rows; with ``total`` their sum, whose gradient is formed early."""
 
+    @staticmethod
+    def forward(ctx: Any, x, y, scale, bias, x_image_id, y_image_id, slots, total, grad_enabled, *options):  # type: ignore[no-untyped-def]
+        rows = x, y, scale, bias, x_image_id, y_image_id, slots
+        needs = ctx.needs_input_grad[:2]
+        early = total and grad_enabled and any(ctx.needs_input_grad)
+        sums, cosines_, *formed = run_operator(softplus, _softplus, *rows, early, *needs, *options)
+        ctx.save_for_backward(*rows, *(formed if early else ()))
+        ctx.options = options
+        return sums.sum() if total else sums, cosines_
 
-def _softplus_autograd(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-    need_dx, need_dy, need_dscale, need_dbias, *_ = ctx.needs_input_grad
-    x, y, *rest = ctx.saved_tensors
-    _, dx, dy, dscale, dbias = softplus_with_gradients(x, y, *rest, drows, need_dx, need_dy, ctx.backend)
-    return (
-        _cast(dx, x, need_dx),
-        _cast(dy, y, need_dy),
-        dscale if need_dscale else None,
-        dbias if need_dbias else None,
-        None,
-        None,
-        None,
-    )
-
-
-def _cast(gradient: Tensor, like: Tensor, needed: bool) -> Tensor | None:
-    return gradient.to(like.dtype) if needed else None
-
-
-logsumexp.register_autograd(_logsumexp_autograd, setup_context=_save_logsumexp)
-softplus.register_autograd(_softplus_autograd, setup_context=_save_softplus)
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors  # once: checkpoints compute them at each access
+        rows, formed = saved[:7], list(saved[7:])
+        gradients = run_operator(softplus_backward, _softplus_backward, *rows, formed, *incoming, *needs, *ctx.options)
+        return needed_gradients(ctx, *gradients)

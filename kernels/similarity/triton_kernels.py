@@ -1,168 +1,198 @@
-"""Triton kernels of the similarity operations.
+"""The similarity operations in Triton: kernels, and the launchers around them. Imported where Triton runs.
 
 A program forms (BLOCK_M, BLOCK_N) tiles of S = scale * x y^T from D in steps of BLOCK_D and never stores S.
 Differences are taken in nats, where they are nearly exact, before an exponential scales them to octaves.
 
-* forward: one rectangle of tiles per program. e = exp(S - reference), one exponential for both directions;
-  sums over rows stay in registers along a row of tiles, sums over columns go to the strip's own row of
-  ``col_sum``. One reference for the whole launch makes all partial sums merge by addition: no atomics.
-* merge: adds the partial sums; a row that lies so far below the reference that terms may be lost is done again
-  with its true maximum (a second exponential per element, for such rows only).
-* backward: a chunk of dS into a workspace, for two library products. x is read once per tile of columns.
+* forward: one rectangle of tiles per program. e = exp(S - lse_shift), one exponential for both directions; sums over
+  rows stay in registers along a row of tiles, sums over columns go to the strip's own row of ``col_sum``. One shift for
+  the whole launch makes all partial sums merge by addition: no atomics.
+* merge: adds the partial sums. A row so far below the shift that terms may be lost is done again with its true maximum
+  (a second exponential per element, for such rows only).
+* backward: one square chunk of dS at a time in a workspace, made by one kernel, for two library products.
 
-Logits of rows whose group is negative, and of pairs of equal groups, are replaced and not multiplied away: what
-padded rows hold, NaN included, reaches nothing. Row offsets are 64-bit, except within the chunk of dS.
+Logits of rows whose image id is negative, and of pairs of the same image, are replaced and not multiplied away: what
+padded rows hold, NaN included, reaches nothing. Row offsets are 64-bit, except within the chunk of dS. Scale, bias and
+incoming gradients are read on the device; nothing here waits for it.
+
+Legend: N rows of x, M rows of y, D depth. m, n: rows and columns of S within a tile. S (N, M) logits, of which
+``s`` is a tile. ``m_i``, ``l_i``: running maximum and sum of exponentials of a row. x_ptr and y_ptr are tensor
+descriptors where TMA is set.
 """
 
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools import tensor_descriptor
+
+from betaclip.kernels import architecture
+from betaclip.kernels.architecture import Tile, choose
+from betaclip.kernels.memory import aligned
+from betaclip.kernels.precision import dot_precision
+from betaclip.kernels.similarity.chunks import Accumulators, amplification, logsumexp_vectors
+from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
+from betaclip.kernels.similarity.tiles import CHUNK_ROWS, TILES, rectangles
 
 
 @triton.jit
-def _products(
-    x, y, row, col, N, M, stride_x, stride_y,
+def _dot(
+    x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) <x_i, y_j> of rows from ``row`` and ``col``; x, y are pointers or tensor descriptors."""
-    products = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    for start in range(0, D, BLOCK_D):
+    """(BLOCK_M, BLOCK_N) <x_i, y_j> of the rows from ``start_m`` and ``start_n``."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    for start_d in range(0, D, BLOCK_D):
         if TMA:
-            a, b = x.load([row, start]), y.load([col, start])
+            a, b = x_ptr.load([start_m, start_d]), y_ptr.load([start_n, start_d])
         else:
-            depth = start + tl.arange(0, BLOCK_D)
-            x_offsets = rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
-            y_offsets = cols.to(tl.int64)[:, None] * stride_y + depth[None, :]
-            a = tl.load(x + x_offsets, mask=(rows < N)[:, None] & (depth < D)[None, :], other=0.0)
-            b = tl.load(y + y_offsets, mask=(cols < M)[:, None] & (depth < D)[None, :], other=0.0)
-        products = tl.dot(a, b.T, products, input_precision=PRECISION, out_dtype=ACC)
-    return products
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            x_offsets = offs_m.to(tl.int64)[:, None] * stride_x + offs_d[None, :]
+            y_offsets = offs_n.to(tl.int64)[:, None] * stride_y + offs_d[None, :]
+            a = tl.load(x_ptr + x_offsets, mask=(offs_m < N)[:, None] & (offs_d < D)[None, :], other=0.0)
+            b = tl.load(y_ptr + y_offsets, mask=(offs_n < M)[:, None] & (offs_d < D)[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
 
 
 @triton.jit
-def _groups(group_ptr, rows, N, HAS_GROUP: tl.constexpr):
-    """Group ids, -1 for rows that take no part; 0 everywhere if there are no groups."""
-    if HAS_GROUP:
-        return tl.load(group_ptr + rows, mask=rows < N, other=-1)
+def _image_id(image_id_ptr, rows, N, HAS_IMAGE_ID: tl.constexpr):
+    """Image ids, -1 for rows that take no part; 0 everywhere if there are none."""
+    if HAS_IMAGE_ID:
+        return tl.load(image_id_ptr + rows, mask=rows < N, other=-1)
     return tl.where(rows < N, 0, -1)
 
 
 @triton.jit
-def _included(x_group, y_group, HAS_GROUP: tl.constexpr):
+def _included(x_image_id, y_image_id, HAS_IMAGE_ID: tl.constexpr):
     """(BLOCK_M, BLOCK_N) pairs that take part."""
-    included = (x_group >= 0)[:, None] & (y_group >= 0)[None, :]
-    if HAS_GROUP:
-        included = included & (x_group[:, None] != y_group[None, :])
+    included = (x_image_id >= 0)[:, None] & (y_image_id >= 0)[None, :]
+    if HAS_IMAGE_ID:
+        included = included & (x_image_id[:, None] != y_image_id[None, :])
     return included
 
 
 @triton.jit(do_not_specialize=["N", "M", "strip_tiles", "range_tiles", "ranges"])
 def _similarity_logsumexp_fwd_kernel(
-    x, y, scale_ptr, reference_ptr, x_group_ptr, y_group_ptr,
+    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr,
     row_sum_ptr, col_sum_ptr,  # (ranges, N), (strips, M), zero
     N, M, stride_x, stride_y, strip_tiles, range_tiles, ranges,
-    D: tl.constexpr, HAS_GROUP: tl.constexpr,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    strip, part = tl.program_id(0) // ranges, tl.program_id(0) % ranges
-    scale, reference = tl.load(scale_ptr), tl.load(reference_ptr)
-    row_sum_ptr += part.to(tl.int64) * N
-    col_sum_ptr += strip.to(tl.int64) * M
-    last_row = tl.minimum((strip + 1) * strip_tiles * BLOCK_M, N)
-    last_col = tl.minimum((part + 1) * range_tiles * BLOCK_N, M)
-    for row in range(strip * strip_tiles * BLOCK_M, last_row, BLOCK_M):
-        rows = row + tl.arange(0, BLOCK_M)
-        x_group = _groups(x_group_ptr, rows, N, HAS_GROUP)
+    pid = tl.program_id(0)
+    pid_strip, pid_range = pid // ranges, pid % ranges
+    scale, lse_shift = tl.load(scale_ptr), tl.load(lse_shift_ptr)
+    row_sum_ptr += pid_range.to(tl.int64) * N
+    col_sum_ptr += pid_strip.to(tl.int64) * M
+    end_m = tl.minimum((pid_strip + 1) * strip_tiles * BLOCK_M, N)
+    end_n = tl.minimum((pid_range + 1) * range_tiles * BLOCK_N, M)
+    for start_m in range(pid_strip * strip_tiles * BLOCK_M, end_m, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
         row_sum = tl.zeros((BLOCK_M,), dtype=ACC)
-        for col in range(part * range_tiles * BLOCK_N, last_col, BLOCK_N):
-            cols = col + tl.arange(0, BLOCK_N)
-            s = _products(x, y, row, col, N, M, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC)
-            included = _included(x_group, _groups(y_group_ptr, cols, M, HAS_GROUP), HAS_GROUP)
-            e = tl.where(included, tl.exp(s * scale - reference), 0.0)
+        for start_n in range(pid_range * range_tiles * BLOCK_N, end_n, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            s = _dot(
+                x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
+                D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
+            )  # fmt: skip
+            included = _included(x_image_id, _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID), HAS_IMAGE_ID)
+            e = tl.where(included, tl.exp(s * scale - lse_shift), 0.0)
             row_sum += tl.sum(e, 1)
             # This program alone touches these sums; the barrier orders its threads from one row of tiles to the next.
-            col_sum = tl.load(col_sum_ptr + cols, mask=cols < M, other=0.0) + tl.sum(e, 0)
-            tl.store(col_sum_ptr + cols, col_sum, mask=cols < M)
+            col_sum = tl.load(col_sum_ptr + offs_n, mask=offs_n < M, other=0.0) + tl.sum(e, 0)
+            tl.store(col_sum_ptr + offs_n, col_sum, mask=offs_n < M)
             tl.debug_barrier()
-        tl.store(row_sum_ptr + rows, row_sum, mask=rows < N)
+        tl.store(row_sum_ptr + offs_m, row_sum, mask=offs_m < N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "parts"])
 def _similarity_logsumexp_merge_kernel(
-    x, y, scale_ptr, reference_ptr, x_group_ptr, y_group_ptr,
+    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr,
     sum_ptr, lse_ptr,  # (parts, N), (N,)
     N, M, stride_x, stride_y, parts,
-    LEAST: tl.constexpr, D: tl.constexpr, HAS_GROUP: tl.constexpr,
+    MIN_TRUSTED_SUM: tl.constexpr, D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
-    x_group = _groups(x_group_ptr, rows, N, HAS_GROUP)
+    start_m = tl.program_id(0) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
     total = tl.zeros((BLOCK_M,), dtype=ACC)
-    pointers = sum_ptr + rows
+    part_ptrs = sum_ptr + offs_m
     for _ in range(parts):
-        total += tl.load(pointers, mask=rows < N, other=0.0)
-        pointers += N
-    lse = tl.log(total) + tl.load(reference_ptr)
-    lost = (x_group >= 0) & (total < LEAST)
+        total += tl.load(part_ptrs, mask=offs_m < N, other=0.0)
+        part_ptrs += N
+    lse = tl.log(total) + tl.load(lse_shift_ptr)
+    lost = (x_image_id >= 0) & (total < MIN_TRUSTED_SUM)
     if tl.max(lost.to(tl.int32), 0) > 0:
         scale = tl.load(scale_ptr)
-        top = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
-        above = tl.zeros((BLOCK_M,), dtype=ACC)
-        for col in range(0, M, BLOCK_N):
-            s = _products(x, y, row, col, N, M, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC)
-            y_group = _groups(y_group_ptr, col + tl.arange(0, BLOCK_N), M, HAS_GROUP)
-            s = tl.where(_included(x_group, y_group, HAS_GROUP), s * scale, -float("inf"))
-            highest = tl.maximum(top, tl.max(s, 1))
-            finite = tl.where(highest == -float("inf"), 0.0, highest)
-            above = above * tl.exp(top - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
-            top = highest
-        lse = tl.where(lost, tl.log(above) + top, lse)
-    tl.store(lse_ptr + rows, lse, mask=rows < N)
+        m_i = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
+        l_i = tl.zeros((BLOCK_M,), dtype=ACC)
+        for start_n in range(0, M, BLOCK_N):
+            s = _dot(
+                x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
+                D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
+            )  # fmt: skip
+            y_image_id = _image_id(y_image_id_ptr, start_n + tl.arange(0, BLOCK_N), M, HAS_IMAGE_ID)
+            s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            finite = tl.where(m_new == -float("inf"), 0.0, m_new)
+            l_i = l_i * tl.exp(m_i - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
+            m_i = m_new
+        lse = tl.where(lost, tl.log(l_i) + m_i, lse)
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_start", "col_start", "row_end", "col_end"])
+@triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_logsumexp_bwd_kernel(
-    x, y, scale_ptr, x_group_ptr, y_group_ptr,
-    stat_x_ptr, stat_y_ptr,  # (N,), (M,) log-sum-exp, +inf for rows without any pair
-    weight_x_ptr, weight_y_ptr,  # (N,), (M,) incoming gradients
-    narrow_ptr, factor_x_ptr, factor_y_ptr,  # (), (N,), (M,): see the docstring
-    ds_ptr,  # (row_end - row_start, col_end - col_start)
-    N, M, stride_x, stride_y, stride_ds, row_start, col_start, row_end, col_end,
-    D: tl.constexpr, HAS_GROUP: tl.constexpr,
+    x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr,
+    # chunks.LogsumexpVectors: (N,) or (M,), single_exp_ok ()
+    stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
+    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n)
+    N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dS = weight_x p + weight_y q with p = exp(s - stat_x) and q = exp(s - stat_y).
-
-    If ``narrow``, q = p exp(stat_x - stat_y) = p factor_x factor_y / weight_y: one exponential for both.
-    """
-    scale, narrow = tl.load(scale_ptr), tl.load(narrow_ptr)
-    col_tiles = tl.cdiv(col_end - col_start, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.cdiv(row_end - row_start, BLOCK_M) * col_tiles, tl.num_programs(0)):
-        top, left = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N  # within the chunk
-        row, col = row_start + top, col_start + left
-        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-        s = _products(x, y, row, col, N, M, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC)
-        x_group, y_group = _groups(x_group_ptr, rows, N, HAS_GROUP), _groups(y_group_ptr, cols, M, HAS_GROUP)
-        s = tl.where(_included(x_group, y_group, HAS_GROUP), s * scale, -float("inf"))
-        stat_x = tl.load(stat_x_ptr + rows, mask=rows < row_end, other=float("inf"))
-        weight_x = tl.load(weight_x_ptr + rows, mask=rows < row_end, other=0.0)
+    """dS = weight_x p + weight_y q with p = exp(s - stat_x) and q = exp(s - stat_y)."""
+    scale, single_exp_ok = tl.load(scale_ptr), tl.load(single_exp_ok_ptr)
+    tiles_n = tl.cdiv(end_n - chunk_n, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(end_m - chunk_m, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        top, left = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N  # within the chunk
+        start_m, start_n = chunk_m + top, chunk_n + left
+        offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+        s = _dot(
+            x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
+        )  # fmt: skip
+        x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
+        y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
+        s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
+        stat_x = tl.load(stat_x_ptr + offs_m, mask=offs_m < end_m, other=float("inf"))
+        weight_x = tl.load(weight_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
         ds = tl.exp(s - stat_x[:, None])
-        if narrow:
-            factor_x = tl.load(factor_x_ptr + rows, mask=rows < row_end, other=0.0)
-            factor_y = tl.load(factor_y_ptr + cols, mask=cols < col_end, other=0.0)
+        if single_exp_ok:
+            factor_x = tl.load(factor_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
+            factor_y = tl.load(factor_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
             ds *= weight_x[:, None] + factor_x[:, None] * factor_y[None, :]
         else:
-            stat_y = tl.load(stat_y_ptr + cols, mask=cols < col_end, other=float("inf"))
-            weight_y = tl.load(weight_y_ptr + cols, mask=cols < col_end, other=0.0)
+            stat_y = tl.load(stat_y_ptr + offs_n, mask=offs_n < end_n, other=float("inf"))
+            weight_y = tl.load(weight_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
             ds = weight_x[:, None] * ds + weight_y[None, :] * tl.exp(s - stat_y[None, :])
-        offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < row_end)[:, None] & (cols < col_end)[None, :]
-        tl.store(ds_ptr + offsets, ds.to(ds_ptr.dtype.element_ty), mask=inside)
+        ds_offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
+        mask = (offs_m < end_m)[:, None] & (offs_n < end_n)[None, :]
+        tl.store(ds_ptr + ds_offsets, ds.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -182,42 +212,206 @@ def _log1p(e, ACC: tl.constexpr):
     return p * e
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_start", "col_start", "row_end", "col_end"])
+@triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_softplus_kernel(
-    x, y, scale_ptr, bias_ptr, x_group_ptr, y_group_ptr,
+    x_ptr, y_ptr, scale_ptr, bias_ptr, x_image_id_ptr, y_image_id_ptr,
     weight_ptr,  # (N,) incoming gradients
-    softplus_ptr, sigmoid_ptr,  # (column tiles, row_end - row_start): sums of each tile's rows
-    ds_ptr,  # (row_end - row_start, col_end - col_start)
-    N, M, stride_x, stride_y, stride_ds, row_start, col_start, row_end, col_end,
-    D: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    softplus_ptr, sigmoid_ptr,  # (column tiles, end_m - chunk_m): sums of each tile's rows
+    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n)
+    N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """softplus(s) = max(s, 0) + log1p(e) and sigmoid(s) = (1 or e) / (1 + e), with e = exp(-|s|)."""
     scale = tl.load(scale_ptr)
-    col_tiles = tl.cdiv(col_end - col_start, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.cdiv(row_end - row_start, BLOCK_M) * col_tiles, tl.num_programs(0)):
-        top, left = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N  # within the chunk
-        row, col = row_start + top, col_start + left
-        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-        s = _products(x, y, row, col, N, M, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC)
+    tiles_n = tl.cdiv(end_n - chunk_n, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(end_m - chunk_m, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        top, left = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N  # within the chunk
+        start_m, start_n = chunk_m + top, chunk_n + left
+        offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+        s = _dot(
+            x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
+        )  # fmt: skip
         s *= scale
         if HAS_BIAS:
             s += tl.load(bias_ptr)
-        # The chunk's end is the groups' end: columns beyond it belong to another chunk.
-        x_group = _groups(x_group_ptr, rows, row_end, HAS_GROUP)
-        y_group = _groups(y_group_ptr, cols, col_end, HAS_GROUP)
-        s = tl.where(_included(x_group, y_group, HAS_GROUP), s, -float("inf"))
+        # Rows and columns beyond the chunk belong to another one, and are masked like those beyond N and M.
+        x_image_id = _image_id(x_image_id_ptr, offs_m, end_m, HAS_IMAGE_ID)
+        y_image_id = _image_id(y_image_id_ptr, offs_n, end_n, HAS_IMAGE_ID)
+        s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s, -float("inf"))
         e = tl.exp(-tl.abs(s))
         softplus = tl.maximum(s, 0.0) + _log1p(e, ACC)
-        partial = tile % col_tiles * (row_end - row_start) + top + tl.arange(0, BLOCK_M)
-        tl.store(softplus_ptr + partial, tl.sum(softplus, 1), mask=rows < row_end)
+        sum_offsets = tile % tiles_n * (end_m - chunk_m) + top + tl.arange(0, BLOCK_M)
+        tl.store(softplus_ptr + sum_offsets, tl.sum(softplus, 1), mask=offs_m < end_m)
         if HAS_GRADIENT:
             sigmoid = tl.where(s >= 0, 1.0, e) / (1.0 + e)
             if HAS_BIAS:
-                tl.store(sigmoid_ptr + partial, tl.sum(sigmoid, 1), mask=rows < row_end)
-            weight = tl.load(weight_ptr + rows, mask=rows < row_end, other=0.0)
+                tl.store(sigmoid_ptr + sum_offsets, tl.sum(sigmoid, 1), mask=offs_m < end_m)
+            weight = tl.load(weight_ptr + offs_m, mask=offs_m < end_m, other=0.0)
             ds = (sigmoid * weight[:, None]).to(ds_ptr.dtype.element_ty)
-            inside = (rows < row_end)[:, None] & (cols < col_end)[None, :]
-            offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(ds_ptr + offsets, ds, mask=inside)
+            ds_offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
+            mask = (offs_m < end_m)[:, None] & (offs_n < end_n)[None, :]
+            tl.store(ds_ptr + ds_offsets, ds, mask=mask)
+
+
+@dataclass(frozen=True)
+class Triton:
+    """The ``SimilarityBackend`` of these kernels. ``tile`` and ``chunk_rows`` stand in for the tables of ``tiles``."""
+
+    tile: Tile | None = None
+    chunk_rows: int | None = None
+
+    def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
+        launch = _Launch(self, x, y, scale)
+        n, m = launch.x.shape[0], launch.y.shape[0]
+        tiles_m, tiles_n = launch.tiles(n, m)
+        strips, ranges = rectangles(tiles_m, tiles_n, launch.programs)
+        row_sum, col_sum = launch.new(ranges, n).zero_(), launch.new(strips, m).zero_()
+        bound = scale.abs() * _max_norm(launch.x, launch.dtype) * _max_norm(launch.y, launch.dtype)
+        # 0 where it can be: an exponent's rounding error grows with its size.
+        lse_shift = (bound - MAX_ABOVE_SHIFT[launch.dtype]).clamp_min(0)
+        launch(
+            _similarity_logsumexp_fwd_kernel, strips * ranges,
+            lse_shift, x.image_id, y.image_id, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
+            -(-tiles_m // strips), -(-tiles_n // ranges), ranges,
+        )  # fmt: skip
+        statistics = []
+        for side, sums in ((launch, row_sum), (launch.swapped(), col_sum)):
+            rows, others = side.x.shape[0], side.y.shape[0]
+            lse = side.new(rows)
+            side(
+                _similarity_logsumexp_merge_kernel, side.tiles(rows, others)[0],
+                lse_shift, side.x_image_id, side.y_image_id, sums, lse, rows, others,
+                side.x.stride(0), side.y.stride(0), sums.shape[0],
+                MIN_TRUSTED_SUM=math.exp(-MAX_BELOW_SHIFT[launch.dtype]),
+            )  # fmt: skip
+            statistics.append(lse)
+        return statistics[0], statistics[1]
+
+    def similarity_logsumexp_bwd(
+        self,
+        x: Operand,
+        y: Operand,
+        scale: Tensor,
+        lse_x: Tensor,
+        lse_y: Tensor,
+        dlse_x: Tensor,
+        dlse_y: Tensor,
+        need_dx: bool,
+        need_dy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        launch = _Launch(self, x, y, scale)
+        sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
+        factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype)
+        for row, col, row_end, col_end, ds in sums.chunks():
+            tiles = math.prod(launch.tiles(row_end - row, col_end - col))
+            launch(
+                _similarity_logsumexp_bwd_kernel, min(tiles, launch.programs),
+                x.image_id, y.image_id, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
+                launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
+            )  # fmt: skip
+        return sums.finish(scale, factor)
+
+    def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
+        launch = _Launch(self, x, y, scale)
+        n, m, step = launch.x.shape[0], launch.y.shape[0], launch.chunk_rows
+        rows = launch.new(n).zero_()
+        for row in range(0, n, step):
+            for col in range(0, m, step):
+                bounds = row, col, min(row + step, n), min(col + step, m)
+                rows[bounds[0] : bounds[2]] += _softplus_chunk(launch, bias, None, None, bounds)[0]
+        return rows
+
+    def similarity_softplus_fwd_bwd(
+        self,
+        x: Operand,
+        y: Operand,
+        scale: Tensor,
+        bias: Tensor | None,
+        drows: Tensor,
+        need_dx: bool,
+        need_dy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        launch = _Launch(self, x, y, scale)
+        sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
+        rows, dbias = launch.new(launch.x.shape[0]).zero_(), launch.new().zero_()
+        factor = drows.abs().max() / amplification(x.dtype)
+        weight = torch.where(factor > 0, drows / factor, 0)
+        for row, col, row_end, col_end, ds in sums.chunks():
+            softplus, sigmoid = _softplus_chunk(launch, bias, weight, ds, (row, col, row_end, col_end))
+            rows[row:row_end] += softplus
+            if sigmoid is not None:
+                dbias += (sigmoid * drows[row:row_end]).sum()
+        return rows, *sums.finish(scale, factor), dbias
+
+
+class _Launch:
+    """The arguments that all launches on a pair of operands share."""
+
+    def __init__(self, backend: Triton, x: Operand, y: Operand, scale: Tensor) -> None:
+        self.depth = x.rows.shape[1]
+        self.x, self.y = (aligned(side.matrix(side.dtype), 16) for side in (x, y))
+        self.scale, self.x_image_id, self.y_image_id, self.dtype = scale, x.image_id, y.image_id, x.accumulation
+        target = architecture.architecture(self.x.device)
+        self.tile = backend.tile or choose(TILES, target, self.x.element_size())
+        self.chunk_rows = backend.chunk_rows or choose(CHUNK_ROWS, target, self.x.element_size())
+        self.programs = self.tile.programs * architecture.multiprocessors(self.x.device)
+        self.constants = {
+            "D": self.x.shape[1],
+            "HAS_IMAGE_ID": x.image_id is not None,
+            "PRECISION": dot_precision(target, self.x.dtype),
+            "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+        }
+
+    def swapped(self) -> "_Launch":
+        swapped = copy.copy(self)
+        swapped.x, swapped.y = self.y, self.x
+        swapped.x_image_id, swapped.y_image_id = self.y_image_id, self.x_image_id
+        return swapped
+
+    def tiles(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many tiles cover (rows, cols)."""
+        return -(-rows // self.tile.block_m), -(-cols // self.tile.block_n)
+
+    def __call__(self, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        """Run ``kernel`` with the operands and the scale, then ``args``."""
+        tile, x, y = self.tile, self.x, self.y
+        if tile.tma:
+            x, y = _descriptor(x, tile.block_m, tile.block_d), _descriptor(y, tile.block_n, tile.block_d)
+        guard = torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
+        with guard:  # a kernel starts on the current device, wherever its tensors are
+            kernel[(programs,)](
+                x, y, self.scale, *args, **self.constants, **constants, TMA=tile.tma,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.x.device)
+
+
+def _descriptor(t: Tensor, *block: int) -> Any:
+    return tensor_descriptor.TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def _max_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=dtype).max()
+
+
+def _softplus_chunk(
+    launch: _Launch, bias: Tensor | None, weight: Tensor | None, ds: Tensor | None, bounds: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Row sums of softplus over a chunk, and of sigmoid if there is a bias to differentiate; writes dS into ``ds``."""
+    row, col, row_end, col_end = bounds
+    tiles_m, tiles_n = launch.tiles(row_end - row, col_end - col)
+    softplus = launch.new(tiles_n, row_end - row)
+    sigmoid = None if bias is None or ds is None else torch.empty_like(softplus)
+    launch(
+        _similarity_softplus_kernel, min(tiles_m * tiles_n, launch.programs),
+        bias, launch.x_image_id, launch.y_image_id, weight, softplus, sigmoid, ds,
+        launch.x.shape[0], launch.y.shape[0], launch.x.stride(0), launch.y.stride(0), 0 if ds is None else ds.stride(0),
+        row, col, row_end, col_end, HAS_BIAS=bias is not None, HAS_GRADIENT=ds is not None,
+    )  # fmt: skip
+    return softplus.sum(0), None if sigmoid is None else sigmoid.sum(0)

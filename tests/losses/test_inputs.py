@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from betaclip import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
 
 LOSSES = {"ce": beta_cal_ce_loss, "bce": beta_cal_bce_loss}
 E3, E2, INDEX = torch.ones(4, 3, 8), torch.ones(12, 8), torch.arange(12) // 3
@@ -69,13 +69,6 @@ def test_rejects(form, image, text, change, message):
 def test_module_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         BetaCALLoss(**options)
-
-
-def test_clip_loss_rejects():
-    with pytest.raises(ValueError, match=r"image_embeds: expected \(B, D\), got shape \(4, 3, 8\)"):
-        ClipLoss()(E3, E3, 10.0)
-    with pytest.raises(ValueError, match=r"text_embeds: expected shape"):
-        ClipLoss()(E2, E2[:5], 10.0)
 
 
 def test_named_backend_that_cannot_serve_says_why():

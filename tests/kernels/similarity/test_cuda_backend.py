@@ -1,4 +1,4 @@
-"""The binding of libbetaclip: what it finds, refuses and hands over. What it computes test_similarity.py looks at."""
+"""The binding of libbetaclip: what it finds, refuses and hands over. test_operators.py looks at what it computes."""
 
 import ctypes
 import json
@@ -12,19 +12,13 @@ import pytest
 import torch
 from support.paths import ROOT
 from support.precision import HALF
-from test_operators import CHECKS, operands
+from support.similarity import CHECKS, operands
 
 from betaclip.kernels import libbetaclip as binding
 from betaclip.kernels.backends import resolve
-from betaclip.kernels.similarity import cuda_backend as similarity_cuda
-from betaclip.kernels.similarity.operators import (
-    BACKENDS,
-    logsumexp,
-    logsumexp_backward,
-    similarity_logsumexp,
-    similarity_softplus,
-    softplus_with_gradients,
-)
+from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.cuda_backend import Cuda
+from betaclip.kernels.similarity.operators import BACKENDS, similarity_logsumexp, similarity_softplus
 
 HEADER = ROOT / "csrc" / "betaclip.h"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +56,7 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
     monkeypatch.setattr(binding, "_library", None)
     monkeypatch.setattr(binding, "_missing", missing)
     assert binding.status() == f"none ({missing})"
-    assert missing in binding.why_not(torch.device("cpu"))
+    assert missing in binding.not_supported_reasons(torch.device("cpu"))
 
 
 def test_refuses_a_library_of_another_interface(installed, monkeypatch):
@@ -119,9 +113,11 @@ def test_reasons(monkeypatch):
     deep = torch.zeros(3, 1025, dtype=torch.bfloat16)
     assert BACKENDS["cuda"](deep, deep) == [on_cpu, "serves D from 1 to 1024, not 1025"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=0))
-    assert binding.why_not(torch.device("cuda", 1)) == ["needs compute capability 9.0 (Hopper), cuda:1 has 8.0"]
+    assert binding.not_supported_reasons(torch.device("cuda", 1)) == [
+        "needs compute capability 9.0 (Hopper), cuda:1 has 8.0"
+    ]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
-    assert binding.why_not(torch.device("cuda", 1)) == []
+    assert binding.not_supported_reasons(torch.device("cuda", 1)) == []
 
 
 def test_is_served_only_by_name(cuda_on_cpu, monkeypatch):
@@ -162,14 +158,14 @@ def test_stream_is_handed_over(cuda_on_cpu, monkeypatch):
 
     monkeypatch.setattr(binding, "current", current)
     x, y, _, _ = operands(5, 6, 8, torch.float16)
-    scale = torch.tensor(2.0)
+    sides, scale = [Operand(rows, None, None, rows.dtype) for rows in (x, y)], torch.tensor(2.0)
     stream = ctypes.c_void_p.in_dll(cuda_on_cpu, "stand_in_stream")
     incoming = [torch.ones(5), torch.ones(6)]
     for operation in (
-        lambda: logsumexp(x, y, scale, None, None, "cuda"),
-        lambda: logsumexp_backward(x, y, scale, None, None, *incoming, *incoming, True, True, "cuda"),
-        lambda: similarity_softplus(x, y, scale, backend="cuda"),
-        lambda: softplus_with_gradients(x, y, scale, None, None, None, incoming[0], True, True, "cuda"),
+        lambda: Cuda().similarity_logsumexp_fwd(*sides, scale),
+        lambda: Cuda().similarity_logsumexp_bwd(*sides, scale, *incoming, *incoming, True, True),
+        lambda: Cuda().similarity_softplus_fwd(*sides, scale, None),
+        lambda: Cuda().similarity_softplus_fwd_bwd(*sides, scale, None, incoming[0], True, True),
     ):
         stream.value = 0
         operation()
@@ -199,40 +195,43 @@ def test_odd_shapes_on_gpu(check, dtype, n, m, d, cuda):
     check("cuda", dtype, 20.0, n, m, d, True)
 
 
-def everything(x, y, scale, bias, x_group, y_group):
-    """The results of all four operators."""
-    lse = logsumexp(x, y, scale, x_group, y_group, "cuda")
+CUDA = Cuda()
+
+
+def everything(x, y, scale, bias, x_image_id, y_image_id, backend=CUDA):
+    """The results of all four functions of the backend."""
+    sides = Operand(x, x_image_id, None, x.dtype), Operand(y, y_image_id, None, y.dtype)
+    lse = backend.similarity_logsumexp_fwd(*sides, scale)
     incoming = [torch.linspace(0.5, 1.5, len(t), device=t.device) for t in lse]
-    gradients = logsumexp_backward(x, y, scale, x_group, y_group, *lse, *incoming, True, True, "cuda")
-    sigmoid = softplus_with_gradients(x, y, scale, bias, x_group, y_group, incoming[0], True, True, "cuda")
-    return [*lse, *gradients, *sigmoid]
+    gradients = backend.similarity_logsumexp_bwd(*sides, scale, *lse, *incoming, True, True)
+    rows = backend.similarity_softplus_fwd(*sides, scale, bias)
+    return [*lse, *gradients, rows, *backend.similarity_softplus_fwd_bwd(*sides, scale, bias, incoming[0], True, True)]
 
 
 def case(n, m, d, device=DEVICE):
     """Arguments of :func:`everything`."""
-    x, y, x_group, y_group = (t.to(device) for t in operands(n, m, d, torch.bfloat16))
+    x, y, x_image_id, y_image_id = (t.to(device) for t in operands(n, m, d, torch.bfloat16))
     scale, bias = (torch.tensor(v, device=device) for v in (20.0, -2.0))
-    return [x, y, scale, bias, x_group.int(), y_group.int()]
+    return [x, y, scale, bias, x_image_id.int(), y_image_id.int()]
 
 
 @pytest.mark.gpu
-def test_cuda_graph(cuda, monkeypatch):
+def test_cuda_graph(cuda):
     """A replay reads all inputs anew, scale and bias included; several chunks of dS."""
-    monkeypatch.setattr(similarity_cuda, "SIDE", 512)
     static, other = case(1100, 700, 264), case(1100, 700, 264)
     other[2].fill_(7.0)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # libraries allocate at their first call
-        everything(*static)
+        everything(*static, Cuda(512))
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = everything(*static)
+        captured = everything(*static, Cuda(512))
     for inputs in (case(1100, 700, 264), other):
         for argument, value in zip(static, inputs, strict=True):
             argument.copy_(value)
         graph.replay()
-        for ours, truth in zip(captured, everything(*inputs), strict=True):
+        for ours, truth in zip(captured, everything(*inputs, Cuda(512)), strict=True):
             assert torch.equal(ours, truth)
 
 

@@ -1,147 +1,46 @@
 """The similarity operations: every backend against the dense form in float64."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support.precision import HALF, widest
+from support.similarity import (
+    CHECKS,
+    DEVICE,
+    DTYPES,
+    FAST,
+    check_logsumexp,
+    check_softplus,
+    dense_logsumexp,
+    operands,
+    require,
+    small,
+)
 from torch import Tensor
 
-from betaclip.kernels.similarity import (
-    blockwise as similarity_blockwise,
-)
-from betaclip.kernels.similarity import (
-    tiles as similarity_tiles,
-)
-from betaclip.kernels.similarity import (
-    triton_backend as similarity_triton,
-)
+from betaclip.kernels.architecture import Tile
+from betaclip.kernels.similarity.blockwise import Blockwise
+from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.operators import (
     BACKENDS,
+    local_backend,
     logsumexp,
     logsumexp_backward,
     similarity_logsumexp,
     similarity_softplus,
     softplus,
-    softplus_with_gradients,
+    softplus_backward,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAST = ["blockwise", "triton", "cuda"]
-DTYPES = {name: HALF if name == "cuda" else [torch.float32, torch.float64] for name in BACKENDS}
 # N, M, D: aligned to the interpreter's tiles; ragged rows; ragged everything. No two sizes of a case are equal.
 SIZES = [(96, 64, 32), (101, 64, 32), (75, 131, 40)]
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles and chunks at sizes that a dense form in float64 can check."""
-    monkeypatch.setattr(similarity_blockwise, "block_shape", lambda n, m: (min(n, 40), min(m, 56)))
-
-
-def require(backend: str, dtype: torch.dtype) -> None:
-    probe = torch.zeros(1, 8, dtype=dtype, device=DEVICE)
-    if reasons := BACKENDS[backend](probe, probe):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
-
-
-def operands(n: int, m: int, d: int, dtype: torch.dtype = torch.float64, *, groups: bool = True) -> list[Tensor | None]:
-    """x, y of unequal row norms around 1, sorted groups with padding (or None)."""
-    x = F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1) * (0.8 + 0.4 * torch.rand(n, 1))
-    y = F.normalize(torch.randn(m, d, dtype=torch.float64), dim=1) * (0.8 + 0.4 * torch.rand(m, 1))
-    x_group, y_group = (torch.randint(-1, 12, (rows,)).sort().values if groups else None for rows in (n, m))
-    to = {"device": DEVICE}
-    return [
-        x.to(dtype=dtype, **to),
-        y.to(dtype=dtype, **to),
-        None if x_group is None else x_group.to(**to),
-        None if y_group is None else y_group.to(**to),
-    ]
-
-
-def dense_logsumexp(x, y, scale, x_group, y_group):
-    """The docstring's formula, by autograd."""
-    s = scale * x @ y.T
-    if x_group is not None:
-        s = s.masked_fill((x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0), -torch.inf)
-    return torch.cat((s.logsumexp(1), s.logsumexp(0)))
-
-
-def dense_softplus(x, y, scale, bias, x_group, y_group):
-    s = scale * x @ y.T + bias
-    s = torch.logaddexp(s, torch.zeros_like(s))
-    if x_group is not None:
-        s = s.masked_fill((x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0), 0)
-    return s.sum(1)
-
-
-def value_and_gradients(function: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """Outputs, and gradients of a weighted sum of the finite ones: non-uniform incoming gradients."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*leaves)
-    loss = torch.where(out.isfinite(), out, 0) @ weight.to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def assert_as_good_as_eager(ours: list[Tensor], eager: list[Tensor], truth: list[Tensor], scale: float) -> None:
-    """Error at most twice that of the eager dense form in the same dtype, plus a few ulps of the largest value.
-
-    An exponent as large as ``scale`` is known to scale * eps at best, and its exponential relatively so.
-    """
-    ulps = max(16, scale)
-    for i, (a, b, t) in enumerate(zip(ours, eager, truth, strict=True)):
-        assert torch.equal(a.isfinite(), t.isfinite()), i
-        finite = t.isfinite()
-        size = t[finite].abs().max()
-        error, allowed = (((v.double() - t)[finite]).abs().max() for v in (a, b))
-        # A scalar is one sum with cancellation: eager's may be right by luck.
-        floor = (ulps if t.dim() else 8 * ulps) * torch.finfo(eager[1].dtype).eps * size
-        assert error <= 2 * allowed + floor, f"output {i}: error {error:.2e}, eager {allowed:.2e}, size {size:.2e}"
-
-
-def check_logsumexp(backend: str, dtype: torch.dtype, scale: float, n: int, m: int, d: int, groups: bool) -> None:
-    require(backend, dtype)
-    x, y, x_group, y_group = operands(n, m, d, dtype, groups=groups)
-    weight = torch.randn(n + m, dtype=torch.float64, device=DEVICE)
-    s = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
-
-    def ours(x, y, s):
-        return torch.cat(similarity_logsumexp(x, y, s, x_group, y_group, backend=backend))
-
-    def eager(x, y, s):
-        return dense_logsumexp(x, y, s, x_group, y_group)
-
-    truth = value_and_gradients(eager, weight, x.double(), y.double(), s)
-    assert_as_good_as_eager(
-        value_and_gradients(ours, weight, x, y, s), value_and_gradients(eager, weight, x, y, s.to(dtype)), truth, scale
-    )
-
-
-def check_softplus(backend: str, dtype: torch.dtype, scale: float, n: int, m: int, d: int, groups: bool) -> None:
-    require(backend, dtype)
-    x, y, x_group, y_group = operands(n, m, d, dtype, groups=groups)
-    weight = torch.randn(n, dtype=torch.float64, device=DEVICE)
-    s, b = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (scale, -scale / 10))
-
-    def ours(x, y, s, b):
-        return similarity_softplus(x, y, s, b, x_group, y_group, backend=backend)
-
-    def eager(x, y, s, b):
-        return dense_softplus(x, y, s, b, x_group, y_group)
-
-    truth = value_and_gradients(eager, weight, x.double(), y.double(), s, b)
-    eager_same = value_and_gradients(eager, weight, x, y, s.to(dtype), b.to(dtype))
-    assert_as_good_as_eager(value_and_gradients(ours, weight, x, y, s, b), eager_same, truth, scale)
-
-
-CHECKS = pytest.mark.parametrize("check", [check_logsumexp, check_softplus])
+# Each backend in two dtypes, one with image ids and one without.
+CASES = [(name, dtype, groups) for name in BACKENDS for dtype, groups in zip(DTYPES[name], (True, False), strict=True)]
 
 
 @CHECKS
-@pytest.mark.parametrize("groups", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend, dtype", [(name, dtype) for name in BACKENDS for dtype in DTYPES[name]])
+@pytest.mark.parametrize("backend, dtype, groups", CASES)
 def test_matches_reference(check, backend, dtype, size, groups):
     check(backend, dtype, 20.0, *size, groups)
 
@@ -193,14 +92,14 @@ def test_all_similarities_at_the_limit(backend, sign):
     x[:, 0], y[:, 0] = 1, sign
     s = torch.tensor(100.0, device=DEVICE)
     x.requires_grad_(), y.requires_grad_()
-    lse_x, lse_y = similarity_logsumexp(x, y, s, backend=backend)
+    lse_x, lse_y = similarity_logsumexp(x, y, s, backend=small(backend))
     log = torch.tensor([m, n], dtype=torch.float64).log()
     torch.testing.assert_close(lse_x, torch.full_like(lse_x, sign * 100 + log[0]))
     torch.testing.assert_close(lse_y, torch.full_like(lse_y, sign * 100 + log[1]))
     dx, _ = torch.autograd.grad(lse_x.sum() + lse_y.sum(), (x, y))
     expected = 100 * sign * (1 + m / n)  # softmax sums to 1 along either direction
     torch.testing.assert_close(dx[:, 0], torch.full_like(dx[:, 0], expected))
-    total = similarity_softplus(x, y, s, backend=backend)
+    total = similarity_softplus(x, y, s, backend=small(backend))
     expected = m * F.softplus(torch.tensor(sign * 100.0, dtype=torch.float64))
     torch.testing.assert_close(total, torch.full_like(total, expected.item()))
 
@@ -211,7 +110,7 @@ def test_row_far_below_the_others(backend):
     x, y = (torch.zeros(20, 4, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
     x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.875
     x.requires_grad_()
-    lse_x, _ = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=backend)
+    lse_x, _ = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=small(backend))
     assert lse_x[7].item() == pytest.approx(-87.5 + torch.tensor(20.0).log().item(), rel=1e-6)
     (dx,) = torch.autograd.grad(lse_x[7], x)
     assert dx[7, 0].item() == pytest.approx(100, rel=1e-5 if dx.dtype == torch.float32 else 1e-3)
@@ -233,7 +132,7 @@ def test_tiny_softplus_in_float64(backend):
     x, y = (torch.ones(33, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
     require(backend, x.dtype)
     scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (-40.0, -5.0))
-    rows = similarity_softplus(x, y, scale, bias, backend=backend)
+    rows = similarity_softplus(x, y, scale, bias, backend=small(backend))
     expected = 33 * torch.tensor(-45.0, dtype=torch.float64).exp().item()
     assert rows[0].item() == pytest.approx(expected, rel=1e-12, abs=0)
 
@@ -242,7 +141,7 @@ def test_tiny_softplus_in_float64(backend):
 @pytest.mark.parametrize("backend", FAST)
 def test_softplus_over_its_range(backend, logit):
     x, y = (torch.ones(3, 1, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
-    rows = similarity_softplus(x, y, torch.tensor(logit, device=DEVICE), backend=backend)
+    rows = similarity_softplus(x, y, torch.tensor(logit, device=DEVICE), backend=small(backend))
     expected = 3 * F.softplus(torch.tensor(logit, dtype=torch.float64)).item()
     assert rows[0].item() == pytest.approx(expected, rel=1e-6, abs=0)
 
@@ -263,12 +162,14 @@ def test_half_precision_gradients_of_any_size(backend, size):
     """Incoming gradients far outside of float16, and sigmoids of a late SigLIP's bias near its smallest number."""
     x, y = (F.normalize(torch.randn(n, 32, device=DEVICE), dim=1).half() for n in (64, 48))
     scale, bias = torch.tensor(5.0, device=DEVICE), torch.tensor(-16.0, device=DEVICE)
-    lse = logsumexp(x, y, scale, None, None, "reference")
+    sides = [Operand(rows, None, None, torch.float16) for rows in (x, y)]
+    lse = local_backend("reference", *sides).similarity_logsumexp_fwd(*sides, scale)
     incoming = [size * torch.ones_like(t) for t in lse]
 
     def run(name: str) -> list[Tensor]:
-        softmax = logsumexp_backward(x, y, scale, None, None, *lse, *incoming, True, True, name)
-        return [*softmax, *softplus_with_gradients(x, y, scale, bias, None, None, incoming[0], True, True, name)]
+        chosen = local_backend(small(name), *sides)
+        softmax = chosen.similarity_logsumexp_bwd(*sides, scale, *lse, *incoming, True, True)
+        return [*softmax, *chosen.similarity_softplus_fwd_bwd(*sides, scale, bias, incoming[0], True, True)]
 
     for ours, truth in zip(run(backend), run("reference"), strict=True):
         assert (ours - truth).norm() <= 2e-2 * truth.norm()
@@ -288,7 +189,7 @@ def test_exact_integers(backend):
     x_group, y_group = torch.arange(n, device=DEVICE) // 3, torch.arange(m, device=DEVICE) // 5
     x_group[-4:] = -1
     scale = torch.tensor(2.0, device=DEVICE).log()
-    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
     taken = (x_group[:, None] != y_group) & (x_group[:, None] >= 0)
     counts = torch.where((x @ y.T) == 8, 256, 1) * taken
     assert torch.equal(lse_x.exp().round().long(), counts.sum(1))
@@ -301,7 +202,7 @@ def test_unsorted_groups(backend):
     order_x, order_y = torch.randperm(61, device=DEVICE), torch.randperm(83, device=DEVICE)
     require(backend, x.dtype)
     scale = torch.tensor(10.0, dtype=torch.float64, device=DEVICE)
-    sorted_x, sorted_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    sorted_x, sorted_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
     mixed_x, mixed_y = similarity_logsumexp(
         x[order_x], y[order_y], scale, x_group[order_x], y_group[order_y], backend=backend
     )
@@ -318,20 +219,22 @@ def test_groups_that_are_views(backend):
     pairs = torch.arange(42, dtype=torch.int32, device=DEVICE).view(21, 2) % 5
     views = pairs[:, 0], pairs[2, :1].expand(30)
     assert not any(group.is_contiguous() for group in views)
-    ours = similarity_logsumexp(x, y, scale, *views, backend=backend)
+    ours = similarity_logsumexp(x, y, scale, *views, backend=small(backend))
     truth = similarity_logsumexp(x, y, scale, *(group.contiguous() for group in views), backend="reference")
     torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_groups_over_several_ranges_of_rows(in_order, monkeypatch):
-    """The blockwise form looks for equal groups range by range."""
-    monkeypatch.setattr(similarity_blockwise, "_GROUP_ROWS", 7)
+def test_groups_over_several_ranges_of_rows(in_order):
+    """The blockwise form looks for pairs of the same image range by range."""
     x, y, x_group, y_group = operands(101, 75, 8)
     if not in_order:
         x_group, y_group = (group[torch.randperm(len(group), device=DEVICE)] for group in (x_group, y_group))
     scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE)
-    ours, truth = (similarity_logsumexp(x, y, scale, x_group, y_group, backend=b) for b in ("blockwise", "reference"))
+    ours, truth = (
+        similarity_logsumexp(x, y, scale, x_group, y_group, backend=b)
+        for b in (Blockwise(40, 56, search_rows=7), "reference")
+    )
     torch.testing.assert_close(ours, truth)
 
 
@@ -340,7 +243,7 @@ def test_groups_on_one_side_only_mark_padding(backend):
     x, y, x_group, _ = operands(41, 30, 16, widest(backend))
     require(backend, x.dtype)
     scale = torch.tensor(5.0, dtype=torch.float64, device=DEVICE)
-    _, lse_y = similarity_logsumexp(x, y, scale, x_group, None, backend=backend)
+    _, lse_y = similarity_logsumexp(x, y, scale, x_group, None, backend=small(backend))
     truth = (scale * x[x_group >= 0].double() @ y.double().T).logsumexp(0)
     torch.testing.assert_close(lse_y, truth.to(lse_y.dtype))
 
@@ -349,12 +252,14 @@ def test_groups_on_one_side_only_mark_padding(backend):
 def test_padded_rows_may_hold_anything(backend):
     x, y, x_group, y_group = operands(41, 30, 16, widest(backend, torch.float32))
     require(backend, x.dtype)
-    clean = [similarity_softplus(x, y, torch.tensor(9.0, device=DEVICE), None, x_group, y_group, backend=backend)]
+    clean = [
+        similarity_softplus(x, y, torch.tensor(9.0, device=DEVICE), None, x_group, y_group, backend=small(backend))
+    ]
     x[x_group < 0], y[y_group < 0] = torch.nan, torch.inf
     x.requires_grad_(), y.requires_grad_()
     scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
-    rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=backend)
-    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+    rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=small(backend))
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
     torch.testing.assert_close(rows, clean[0])
     loss = rows.sum() + lse_x[x_group >= 0].sum() + lse_y[y_group >= 0].sum()
     for gradient in torch.autograd.grad(loss, (x, y, scale)):
@@ -385,8 +290,8 @@ def test_one_side_all_padding(backend, padded):
     groups = [torch.arange(rows, device=DEVICE) for rows in (5, 6)]
     groups["xy".index(padded)] -= 100
     scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
-    lse_x, lse_y = similarity_logsumexp(x, y, scale, *groups, backend=backend)
-    rows = similarity_softplus(x, y, scale, None, *groups, backend=backend)
+    lse_x, lse_y = similarity_logsumexp(x, y, scale, *groups, backend=small(backend))
+    rows = similarity_softplus(x, y, scale, None, *groups, backend=small(backend))
     assert (lse_x == -torch.inf).all() and (lse_y == -torch.inf).all() and (rows == 0).all()
     gradients = torch.autograd.grad(
         [lse_x, lse_y, rows], (x, y, scale), [torch.ones_like(t) for t in (lse_x, lse_y, rows)]
@@ -398,19 +303,19 @@ def test_one_side_all_padding(backend, padded):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     require(backend, torch.float64)
-    x, y, x_group, y_group = operands(7, 9, 5)
+    x, y, _, _ = operands(5, 6, 3)
     scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (3.0, -0.5))
-    x_group = torch.tensor([0, 0, 1, 2, 2, -1, 3], device=DEVICE)
-    y_group = torch.tensor([0, 1, 1, 1, -1, 2, 4, 4, 5], device=DEVICE)
+    x_group = torch.tensor([0, 0, 1, -1, 2], device=DEVICE)
+    y_group = torch.tensor([0, 1, 1, -1, 3, 4], device=DEVICE)
     x.requires_grad_(), y.requires_grad_()
 
     def finite_logsumexp(x, y, scale):
-        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
         return lse_x[x_group >= 0], lse_y[y_group >= 0]
 
     assert torch.autograd.gradcheck(finite_logsumexp, (x, y, scale))
     assert torch.autograd.gradcheck(
-        lambda x, y, scale, bias: similarity_softplus(x, y, scale, bias, x_group, y_group, backend=backend),
+        lambda x, y, scale, bias: similarity_softplus(x, y, scale, bias, x_group, y_group, backend=small(backend)),
         (x, y, scale, bias),
     )
 
@@ -425,8 +330,8 @@ def test_any_subset_of_gradients(backend, needed):
     }
 
     def loss(x, y, scale, bias):
-        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=backend)
-        rows = similarity_softplus(x, y, scale, bias, x_group, y_group, backend=backend)
+        lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
+        rows = similarity_softplus(x, y, scale, bias, x_group, y_group, backend=small(backend))
         parts = (lse_x[x_group >= 0] * 1.5, lse_y[y_group >= 0] * 0.5, rows * 0.1)
         return sum(part.sum() for part in parts)
 
@@ -456,7 +361,9 @@ def test_noncontiguous(backend):
     for name, pair in views.items():
         x, y = (t.detach().requires_grad_() for t in pair)
         truth = [t.detach().double().contiguous().requires_grad_() for t in pair]
-        ours = torch.autograd.grad(sum(t.sum() for t in similarity_logsumexp(x, y, scale, backend=backend)), (x, y))
+        ours = torch.autograd.grad(
+            sum(t.sum() for t in similarity_logsumexp(x, y, scale, backend=small(backend))), (x, y)
+        )
         dense = torch.autograd.grad(dense_logsumexp(*truth, scale, None, None).sum(), truth)
         for a, b in zip(ours, dense, strict=True):
             tolerance = {} if dtype == b.dtype else {"rtol": 0, "atol": 2e-3 * b.abs().max().item()}
@@ -494,46 +401,73 @@ def test_offsets_beyond_int32(backend, pitch):
     other = torch.randn(5, 16, device=DEVICE).to(torch.float16)
     scale = torch.tensor(2.0, device=DEVICE)
     for pair, expected in (((far, other), (near, other)), ((other, far), (other, near))):
-        ours = similarity_logsumexp(*pair, scale, backend=backend)
-        truth = similarity_logsumexp(*expected, scale, backend=backend)
+        ours = similarity_logsumexp(*pair, scale, backend=small(backend))
+        truth = similarity_logsumexp(*expected, scale, backend=small(backend))
         torch.testing.assert_close(ours, truth)
 
 
-def test_opcheck():
+def opcheck(operator, *arguments):
+    """Autograd is not the operators' own, but that of the functions around them."""
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend):
+    """The four operators, the backward ones for any gradients that are needed."""
+    options = (images, texts_per_image, dtype, backend)
+    opcheck(logsumexp, x, y, scale, *ids, *options)
+    opcheck(softplus, x, y, scale, None, *ids, False, False, False, *options)
+    lse_x, lse_y, cosines = logsumexp(x, y, scale, *ids, *options)
+    incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, *incoming, cosines, *need, *options)
+        forward = (x, y, scale, bias, *ids, True, *need, *options)
+        opcheck(softplus, *forward)
+        rows, _, *formed = softplus(*forward)
+        for early, dsums in (([], rows), (formed, torch.ones_like(scale))):
+            if images or not early:
+                backward = (x, y, scale, bias, *ids, early, dsums, cosines, *need, *options)
+                opcheck(softplus_backward, *backward)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_opcheck(backend):
     x, y, x_group, y_group = operands(13, 17, 8)
-    x_group, y_group = x_group.int(), y_group.int()
     scale, bias = (torch.tensor(v, dtype=x.dtype, device=DEVICE) for v in (3.0, -1.0))
-    leaves = [t.clone().requires_grad_() for t in (x, y, scale, bias)]
-    for groups in ((x_group, y_group), (None, None)):
-        torch.library.opcheck(logsumexp, (*leaves[:3], *groups, "reference"))
-        torch.library.opcheck(softplus, (*leaves, *groups, "reference"))
-        torch.library.opcheck(softplus, (*leaves[:3], None, *groups, "blockwise"))
-        lse_x, lse_y = logsumexp(x, y, scale, *groups, "reference")
-        for need in ((True, True), (True, False), (False, True), (False, False)):
-            statistics = (lse_x, lse_y, torch.ones_like(lse_x), torch.ones_like(lse_y))
-            for backend in ("reference", "blockwise"):
-                torch.library.opcheck(logsumexp_backward, (x, y, scale, *groups, *statistics, *need, backend))
-                drows = torch.ones_like(lse_x)
-                torch.library.opcheck(softplus_with_gradients, (x, y, scale, bias, *groups, drows, *need, backend))
+    ids = {"reference": (x_group.int(), y_group.int(), None), "blockwise": (None, None, None)}[backend]
+    opcheck_all(x, y, scale, bias, ids, 0, 0, x.dtype, backend)
 
 
 def test_opcheck_in_half_precision(cuda):
     x, y, x_group, y_group = operands(13, 17, 8, torch.float16)
-    x_group, y_group = x_group.int(), y_group.int()
-    scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (3.0, -1.0))
-    leaves = x.requires_grad_(), y.requires_grad_(), scale
-    torch.library.opcheck(logsumexp, (*leaves, x_group, y_group, "cuda"))
-    torch.library.opcheck(softplus, (*leaves, bias, x_group, y_group, "cuda"))
-    lse = [t.detach() for t in logsumexp(*leaves, x_group, y_group, "cuda")]
-    detached, incoming = [t.detach() for t in leaves], [torch.ones_like(t) for t in lse]
-    for need in ((True, True), (True, False), (False, True), (False, False)):
-        torch.library.opcheck(logsumexp_backward, (*detached, x_group, y_group, *lse, *incoming, *need, "cuda"))
-        arguments = (*detached, bias.detach(), x_group, y_group, incoming[0], *need, "cuda")
-        torch.library.opcheck(softplus_with_gradients, arguments)
+    scale, bias = (torch.tensor(v, device=DEVICE) for v in (3.0, -1.0))
+    opcheck_all(x, y, scale, bias, (x_group.int(), y_group.int(), None), 0, 0, x.dtype, "cuda")
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise", "cuda"])
-def test_compile(backend):
+@pytest.mark.parametrize("dtype, ragged", [(torch.float32, False), (torch.bfloat16, True)])
+def test_opcheck_with_images(dtype, ragged):
+    x, y = (torch.randn(30, 24, device=DEVICE).to(dtype) for _ in range(2))
+    scale, bias = (torch.tensor(v, device=DEVICE) for v in (9.0, 1.0))
+    image_id = (torch.arange(30, device=DEVICE) // 5).int()
+    slots = torch.arange(30, device=DEVICE).view(6, 5) if ragged else None
+    opcheck_all(x, y, scale, bias, (image_id, image_id, slots), 6, 5, dtype, "blockwise")
+
+
+def test_six_operators():
+    """The losses and the public operations run the same ones."""
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("betaclip::")}
+    backward = {f"betaclip::{name}_backward" for name in ("similarity_logsumexp", "similarity_softplus")}
+    assert {name for name in names if "similarity" in name} == backward | {
+        "betaclip::similarity_logsumexp",
+        "betaclip::similarity_softplus",
+    }
+    assert len(names) <= 6
+
+
+@pytest.mark.parametrize(
+    "backend, compiler", [("reference", "aot_eager"), ("blockwise", "inductor"), ("cuda", "aot_eager")]
+)
+def test_compile(backend, compiler):
     """One graph, and no wrong reuse of it at a second shape."""
 
     def loss(x, y, scale, x_group, y_group):
@@ -541,7 +475,7 @@ def test_compile(backend):
         rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=backend)
         return lse_x.clamp_min(-9).sum() + lse_y.clamp_min(-9).sum() + rows.sum()
 
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     for n, m in ((12, 20), (18, 31)):
         x, y, x_group, y_group = operands(n, m, 8, widest(backend))
         scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -552,6 +486,15 @@ def test_compile(backend):
         tolerance = {"rtol": 4e-3, "atol": 1e-3} if x.dtype in HALF else {}
         for a, b in zip(torch.autograd.grad(graph, leaves), torch.autograd.grad(eager, leaves), strict=True):
             torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_compile_takes_the_same_tensor_twice():
+    """All pairs of one set of rows, of which each image has several."""
+    x, _, image, _ = operands(12, 1, 8)
+    scale = torch.tensor(3.0, dtype=x.dtype, device=DEVICE)
+    for ids in ((image, image), (image.int(), image.int()), (image.int(),) * 2, (None, None)):
+        compiled = torch.compile(similarity_logsumexp, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, x, scale, *ids), similarity_logsumexp(x, x, scale, *ids))
 
 
 def test_autocast_leaves_precision_alone():
@@ -568,7 +511,7 @@ def test_double_backward_raises():
     x.requires_grad_()
     scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE)
     (dx,) = torch.autograd.grad(similarity_logsumexp(x, y, scale)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
         dx.sum().backward()
 
 
@@ -614,10 +557,12 @@ def test_backend_from_the_environment(monkeypatch):
 @pytest.mark.parametrize("check", [check_logsumexp, check_softplus])
 def test_tensor_descriptors(check, monkeypatch):
     """The loads of sm_90's tiles, at a depth and sizes that end within a block."""
-    tile = similarity_tiles.Tile(32, 16, 32, 4, 1, 1, tma=True)
-    monkeypatch.setattr(similarity_tiles, "INTERPRETER", tile)
-    calls = []
-    make = similarity_triton._descriptor
-    monkeypatch.setattr(similarity_triton, "_descriptor", lambda *args: calls.append(args) or make(*args))
-    check("triton", torch.float32, 20.0, 101, 75, 40, True)
-    assert calls
+    tensor_descriptor = pytest.importorskip("triton.tools.tensor_descriptor")
+    from betaclip.kernels.similarity.triton_kernels import Triton
+
+    made = []
+    make = tensor_descriptor.TensorDescriptor
+    monkeypatch.setattr(tensor_descriptor, "TensorDescriptor", lambda *args: made.append(args) or make(*args))
+    require("triton", torch.float32)
+    check(Triton(Tile(32, 16, 32, 4, 1, tma=True)), torch.float32, 20.0, 101, 75, 40, True)
+    assert made

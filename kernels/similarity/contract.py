@@ -1,0 +1,91 @@
+"""The contract of the similarity backends: the operands that they receive, and the functions that they have."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from betaclip.kernels.precision import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The rows on one side, to be normalised on the way if ``inverse_norm`` is given.
+
+    Backends that read blocks never hold the normalised rows of both sides.
+
+    rows: (N, D) floating point.
+    image_id: (N,) contiguous int32, < 0 for rows that take no part; None on both sides of an operation, or neither.
+    inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None to use the rows as they are.
+    dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
+    """
+
+    rows: Tensor
+    image_id: Tensor | None
+    inverse_norm: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        return accumulation_dtype(self.dtype)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """(N, D) all rows in ``dtype``, zero where ``inverse_norm`` is; no copy if they can be used as they are."""
+        if self.inverse_norm is None:
+            return self.rows.to(dtype)
+        unit = torch.mul(self.rows, self.inverse_norm[:, None], out=self.rows.new_empty(self.rows.shape, dtype=dtype))
+        return zero_rows(unit, self.inverse_norm)
+
+
+def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
+    """Set ``rows`` (..., D) to zero in place where ``inverse_norm`` (...) is 0, whatever they hold."""
+    zero = inverse_norm == 0
+    if rows.device.type == "cpu" and not bool(zero.any()):  # elsewhere looking would cost more than doing it
+        return rows
+    return rows.masked_fill_(zero.unsqueeze(-1), 0)
+
+
+class SimilarityBackend(Protocol):
+    """Statistics of S = scale <x_i, y_j> (+ bias) over pairs of different image ids, N rows of x by M rows of y.
+
+    Rows whose image id is negative take part in nothing and may hold anything. Scalars are () tensors; scalars,
+    statistics, incoming gradients and results are in accumulation dtype. Gradients are with respect to the normalised
+    rows; dx and dy are new tensors that the caller may write over, and a gradient that is not needed is empty, (0,).
+    Results are deterministic. Nothing here is differentiable.
+    """
+
+    def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the pairs of each row, (N,), and of each column, (M,); -inf where there is no pair."""
+
+    def similarity_logsumexp_bwd(
+        self,
+        x: Operand,
+        y: Operand,
+        scale: Tensor,
+        lse_x: Tensor,
+        lse_y: Tensor,
+        dlse_x: Tensor,
+        dlse_y: Tensor,
+        need_dx: bool,
+        need_dy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dx (N, D), dy (M, D) and dscale (), from the forward's statistics and their incoming gradients."""
+
+    def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Sum of softplus over the pairs of each row, (N,); 0 where there is no pair."""
+
+    def similarity_softplus_fwd_bwd(
+        self,
+        x: Operand,
+        y: Operand,
+        scale: Tensor,
+        bias: Tensor | None,
+        drows: Tensor,
+        need_dx: bool,
+        need_dy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The sums (N,), and dx (N, D), dy (M, D), dscale () and dbias () for their incoming gradient ``drows`` (N,).
+
+        The gradient needs no statistic of the whole matrix, so one pass forms both: 6 N M D FLOP instead of 8.
+        """

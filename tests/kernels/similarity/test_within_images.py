@@ -1,0 +1,46 @@
+"""Cosines within images, and gradients of raw embeddings, however many images are taken at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, raw_gradients
+
+B, K, D = 6, 5, 24
+
+
+def layout(ragged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Image ids of the rows, and slots; ragged: 4, 1, 5, 3, 5 and 2 rows."""
+    if not ragged:
+        return torch.arange(B, dtype=torch.int32).repeat_interleave(K), None
+    counts = torch.tensor([4, 1, 5, 3, 5, 2])
+    slots = torch.full((B, K), -1)
+    slots[torch.arange(K) < counts[:, None]] = torch.arange(int(counts.sum()))
+    return torch.arange(B, dtype=torch.int32).repeat_interleave(counts), slots
+
+
+@pytest.mark.parametrize("chunk_elements", [None, 2 * K * D, 1])  # all images at a time, two, one
+@pytest.mark.parametrize("ragged", [False, True])
+def test_matches_autograd(ragged, chunk_elements):
+    image_id, slots = layout(ragged)
+    x, y = (torch.randn(len(image_id), D, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    images = Images(B, K, slots, chunk_elements)
+    inverse = inverse_norms(x.detach(), image_id, x.dtype), inverse_norms(y.detach(), image_id, y.dtype)
+    place = torch.arange(B * K).view(B, K) if slots is None else slots
+    u, v = (F.normalize(t, dim=-1) for t in (x, y))
+    empty = (place < 0)[..., None]
+    truth = u[place].masked_fill(empty, 0) @ v[place].masked_fill(empty, 0).mT
+    torch.testing.assert_close(cosines(x.detach(), y.detach(), inverse, images), truth.detach())
+    dcosines = torch.randn(B, K, K, dtype=torch.float64).masked_fill(empty | empty.mT, 0)
+    du, dv = torch.randn_like(x), torch.randn_like(y)
+    expected = torch.autograd.grad((truth * dcosines).sum() + 3 * (u * du).sum() + 3 * (v * dv).sum(), (x, y))
+    gain = torch.tensor(3.0, dtype=torch.float64)
+    for terms in ((du, dv, dcosines, gain), (3 * du, 3 * dv, dcosines)):
+        ours = raw_gradients(x.detach(), y.detach(), inverse, images, *terms)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_inverse_norms():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-13, 0.0], [torch.nan, 1.0], [3.0, 4.0]])
+    inverse = inverse_norms(x, torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), torch.float32)
+    torch.testing.assert_close(inverse, torch.tensor([0.2, 0.0, 0.0, torch.nan, 0.0]), equal_nan=True)
