@@ -1,6 +1,6 @@
 """libbetaclip, the CUDA C++ of csrc/, by ctypes: whether it is there, what it can serve, and its calls.
 
-The library is optional: nothing here fails when it is missing or does not load, there is then a reason against it.
+The library is optional: where it is missing or does not load, nothing fails, and its backend has a reason not to run.
 """
 
 import ctypes
@@ -78,7 +78,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def find(folder: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The library in ``folder``, or None and why not."""
+    """The library in ``folder``, or None and why there is none."""
     try:
         missing = json.loads((folder / "build.json").read_text(encoding="utf-8")).get("missing")
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def not_supported_reasons(device: torch.device) -> list[str]:
 
 
 def pointer(t: Tensor | None) -> int | None:
-    """Of a vector or scalar without gaps."""
+    """The address of a vector or scalar without gaps; None for None."""
     if t is None:
         return None
     if not t.is_contiguous():
@@ -125,7 +125,7 @@ def pointer(t: Tensor | None) -> int | None:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[int]:
-    """The current stream of ``device``, made current itself: a kernel starts there, wherever its tensors are."""
+    """The current stream of ``device``, made the current device: kernels start there, wherever their tensors are."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
 
@@ -135,8 +135,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def workspace(function: str, rows: int, cols: int, device: torch.device) -> Tensor:
-    """As many bytes as the library's ``function`` asks for. PyTorch's allocator reuses them per device and stream, and
-    knows which belong to a CUDA graph."""
+    """As many bytes as the library's ``function`` asks for.
+
+    PyTorch's allocator reuses them per device and stream, and knows which belong to a CUDA graph.
+    """
     size = getattr(_library, function)(rows, cols, multiprocessors(device))
     return torch.empty(size, dtype=torch.uint8, device=device)
 

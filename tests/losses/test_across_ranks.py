@@ -183,7 +183,7 @@ def test_other_inputs_equal_one_process(tmp_path):
 
 
 def only_some_gradients() -> None:
-    """Of one side, on all ranks or on the first alone; the others have to help with those of texts."""
+    """One side wants gradients, on all ranks or on the first alone; the others have to help with those of texts."""
     sizes = SIZES[:2]
     image, text, _ = whole_batch(sizes)
     part, rank = own_part(sizes), dist.get_rank()
@@ -208,7 +208,7 @@ def test_only_some_gradients(tmp_path):
 
 
 def backward_again() -> None:
-    """The forward's texts are gone then, and move once more."""
+    """The texts that the forward gathered are gone then, and move once more."""
     sizes = SIZES[:2]
     image, text, _ = whole_batch(sizes)
     part = own_part(sizes)

@@ -383,7 +383,7 @@ def test_no_grad_forms_no_gradient(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_after_inference_mode(form):
-    """What the backend keeps between calls may be made in inference mode and must then serve training."""
+    """Scratch kept between calls may be made in inference mode and must then serve training."""
     b = batch()
     forget()
     with torch.inference_mode():
@@ -466,7 +466,7 @@ def test_compile(form, compiler):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_saved_for_backward_is_linear(form):
-    """What autograd keeps between forward and backward: the inputs themselves, gradients in the sigmoid form
+    """Autograd keeps between forward and backward: the inputs themselves, gradients in the sigmoid form
     (formed early), and a few (B, K, K) blocks; nothing quadratic in the batch."""
     images, texts, dim = 64, 6, 32
     image, text = (torch.randn(images, texts, dim, device=DEVICE, requires_grad=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What the losses refuse, and how they say so."""
+"""The losses refuse malformed inputs, and say what they expected."""
 
 import pytest
 import torch

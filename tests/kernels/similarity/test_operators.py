@@ -356,6 +356,7 @@ def test_noncontiguous(backend):
         "strided": (wide[::2, 3:27], wide[1::2, 5:29]),
         "transposed": (wide[:24].T, wide[4:28].T),
         "expanded": (wide[:1, :24].expand(21, 24), wide[:30, :24]),
+        "rows apart": (wide[:24, :32].repeat(1, 2)[:, :32], wide[:30, :32].contiguous()),  # kernels read both in place
     }
     require(backend, dtype)
     for name, pair in views.items():
