@@ -9,8 +9,6 @@ from support.similarity import (
     DEVICE,
     DTYPES,
     FAST,
-    check_logsumexp,
-    check_softplus,
     dense_logsumexp,
     operands,
     require,
@@ -554,8 +552,17 @@ def test_backend_from_the_environment(monkeypatch):
     similarity_logsumexp(x, x, torch.tensor(1.0, device=DEVICE), backend="reference")  # a name is a name
 
 
+@CHECKS
+def test_chunks_that_end_within_a_tile(check):
+    """Rows and columns of the next chunk must count once."""
+    require("triton", torch.float32)
+    from betaclip.kernels.similarity.triton_kernels import Triton
+
+    check(Triton(chunk_rows=40), torch.float32, 20.0, 101, 75, 32, True)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="exercises the descriptor path in Triton's interpreter")
-@pytest.mark.parametrize("check", [check_logsumexp, check_softplus])
+@CHECKS
 def test_tensor_descriptors(check, monkeypatch):
     """The loads of sm_90's tiles, at a depth and sizes that end within a block."""
     tensor_descriptor = pytest.importorskip("triton.tools.tensor_descriptor")
