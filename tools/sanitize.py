@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from betaclip.kernels.similarity.operators import similarity_logsumexp, similarity_softplus
+from betaclip.kernels.similarity import similarity_logsumexp, similarity_softplus
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # n, m, d: less than a tile, one more than a tile, several with ragged ends, and the greatest depth.

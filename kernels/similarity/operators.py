@@ -3,7 +3,7 @@
 S_ij = scale * <x_i, y_j> (+ bias), over the pairs (i, j) of different images. The log-sum-exp serves softmax losses,
 the softplus sigmoid losses. Each has one operator and one backward operator, which serve both uses:
 
-* :func:`similarity_logsumexp` and :func:`similarity_softplus` take any rows as they are;
+* ``similarity_logsumexp`` and ``similarity_softplus`` (functional.py) take any rows as they are;
 * :func:`contrast_logsumexp` and :func:`contrast_softplus`, for losses over images with many texts, normalise rows on
   the way and also return the cosines within images, so that targets, weights and masks are ordinary PyTorch.
 
@@ -23,14 +23,12 @@ from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.backends import (
     always_supported,
     define_operator,
-    expect,
     needed_gradients,
     refuse_second_derivative,
     resolve,
     run_operator,
     without_autocast,
 )
-from betaclip.kernels.precision import DTYPES, accumulation_dtype
 from betaclip.kernels.similarity import cuda_backend
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
@@ -57,105 +55,6 @@ def local_backend(backend: Backend, x: Operand, y: Operand) -> SimilarityBackend
 
         return Triton()
     return cuda_backend.Cuda() if backend == "cuda" else Blockwise()
-
-
-def similarity_logsumexp(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    x_group: Tensor | None = None,
-    y_group: Tensor | None = None,
-    *,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Row-wise and column-wise log-sum-exp of ``scale * x @ y.T`` over pairs of different images.
-
-    Equivalent to:
-
-        s = scale * x.float() @ y.float().T
-        excluded = (x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0)
-        s = s.masked_fill(excluded, -torch.inf)
-        return s.logsumexp(1), s.logsumexp(0)
-
-    in O((N + M) * D) memory, from one product per tile (2*N*M*D FLOP forward, 6*N*M*D backward), accumulated
-    in float32 (float64 for float64 inputs); deterministic. Differentiable once in ``x``, ``y`` and ``scale``.
-
-    Args:
-        x: (N, D) image embeddings, any norm.
-        y: (M, D) text embeddings of the same dtype and device.
-        scale: () inverse temperature, floating point; read on the device.
-        x_group: (N,) integer image id of each row, below 2^31 - 1; pairs of equal ids are left out. ``< 0`` marks
-            padding, which takes part in nothing and may hold anything. None: each row has an image of its own.
-        y_group: (M,) likewise.
-        backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
-            ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
-
-    Returns:
-        lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree.
-        NotImplementedError: the backend cannot serve these tensors; the message says why.
-
-    Example:
-        >>> import torch
-        >>> from betaclip.kernels.similarity import similarity_logsumexp
-        >>> x, y = torch.eye(3), torch.eye(3)
-        >>> lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(2.0))
-        >>> print(lse_x)  # log(e^2 + 2)
-        tensor([2.2395, 2.2395, 2.2395])
-        >>> image = torch.arange(3)
-        >>> print(similarity_logsumexp(x, y, torch.tensor(2.0), image, image)[0])  # without the diagonal: log(2)
-        tensor([0.6931, 0.6931, 0.6931])
-    """
-    x, y, scale, _, *image_ids = _prepare(x, y, scale, None, x_group, y_group)
-    backend = _resolve("similarity_logsumexp", backend, x, y, x.dtype)
-    lse_x, lse_y, _ = _LogSumExp.apply(x, y, scale, *image_ids, None, 0, 0, x.dtype, backend)
-    return lse_x, lse_y
-
-
-def similarity_softplus(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    x_group: Tensor | None = None,
-    y_group: Tensor | None = None,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Row sums of ``softplus(scale * x @ y.T + bias)`` over pairs of different images.
-
-    Equivalent to:
-
-        s = scale * x.float() @ y.float().T + bias
-        excluded = (x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0)
-        return torch.nn.functional.softplus(s).masked_fill(excluded, 0).sum(1)
-
-    in O((N + M) * D) memory, accumulated in float32 (float64 for float64 inputs); deterministic.
-    Differentiable once in ``x``, ``y``, ``scale`` and ``bias``.
-
-    Args:
-        bias: () added to every logit, or None.
-        x, y, scale, x_group, y_group, backend: as for :func:`similarity_logsumexp`.
-
-    Returns:
-        (N,) float32 (float64), in nats; 0 for a row without any pair.
-
-    Raises:
-        ValueError, NotImplementedError: as for :func:`similarity_logsumexp`.
-
-    Example:
-        >>> import torch
-        >>> from betaclip.kernels.similarity import similarity_softplus
-        >>> x, y = torch.eye(2), torch.eye(2)
-        >>> print(similarity_softplus(x, y, torch.tensor(10.0), torch.tensor(-5.0)))  # log(1 + e^5) + log(1 + e^-5)
-        tensor([5.0134, 5.0134])
-    """
-    x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
-    backend = _resolve("similarity_softplus", backend, x, y, x.dtype)
-    rows, _ = _Softplus.apply(x, y, scale, bias, *image_ids, None, False, False, 0, 0, x.dtype, backend)
-    return rows
 
 
 class RowLayout(NamedTuple):
@@ -187,13 +86,13 @@ def contrast_logsumexp(
         scale: () in accumulation dtype.
         layout: which image each row belongs to.
         dtype: of the normalised rows in the matrix products.
-        backend: as for :func:`similarity_logsumexp`.
+        backend: as for ``similarity_logsumexp``.
 
     Returns:
         (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
     """
-    backend = _resolve("similarity_logsumexp", backend, image, text, dtype)
-    return _LogSumExp.apply(
+    backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
+    return LogSumExp.apply(
         image, text, scale, layout.image_id, None, layout.slots, layout.images, layout.texts_per_image, dtype, backend
     )
 
@@ -212,68 +111,18 @@ def contrast_softplus(
     The arguments are those of :func:`contrast_logsumexp`. A gradient that is wanted is formed together with the value,
     which saves forming the logits again.
     """
-    backend = _resolve("similarity_softplus", backend, image, text, dtype)
-    return _Softplus.apply(
+    backend = resolve_backend("similarity_softplus", backend, image, text, dtype)
+    return SoftplusSums.apply(
         image, text, scale, bias, layout.image_id, None, layout.slots, True, torch.is_grad_enabled(),
         layout.images, layout.texts_per_image, dtype, backend,
     )  # fmt: skip
 
 
-def _resolve(operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype) -> Backend:
+def resolve_backend(operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype) -> Backend:
     """A name is resolved for the dtype of the products."""
     return (
         resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype)) if isinstance(backend, str) else backend
     )
-
-
-def _prepare(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_image_id: Tensor | None, y_image_id: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The arguments as the operators take them: checked, padded rows 0, scalars in accumulation dtype, image ids as
-    contiguous int32; no ids of y where they are those of x, and else both or none."""
-    for name, value in (("x", x), ("y", y)):
-        if value.dim() != 2:
-            raise ValueError(f"{name}: expected (rows, D), got shape {tuple(value.shape)}")
-        if value.dtype not in DTYPES:
-            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"y: expected D = {x.shape[1]} as in x, got shape {tuple(y.shape)}")
-    expect("y", y, "as in x", dtype=x.dtype)
-    for name, scalar in (("scale", scale), ("bias", bias)):
-        if scalar is not None and (scalar.dim() != 0 or not scalar.is_floating_point()):
-            raise ValueError(f"{name}: expected a 0-d floating-point tensor, got {scalar.dtype} {tuple(scalar.shape)}")
-    for name, image_id, rows in (("x_group", x_image_id, x), ("y_group", y_image_id, y)):
-        expect(name, image_id, "", shape=rows.shape[:1])
-        if image_id is not None and not _is_integer(image_id):
-            raise ValueError(f"{name}: expected an integer dtype, got {image_id.dtype}")
-    others = {"y": y, "scale": scale, "bias": bias, "x_group": x_image_id, "y_group": y_image_id}
-    for name, tensor in others.items():
-        expect(name, tensor, "as for x", device=x.device)
-    same_ids = x_image_id is y_image_id
-    if x_image_id is not None or y_image_id is not None:
-        # Rows without image ids match nothing: an id of the other side is below 2^31 - 1.
-        x_image_id, y_image_id = (
-            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32)
-            if image_id is None
-            else image_id.to(torch.int32).contiguous()
-            for rows, image_id in ((x, x_image_id), (y, y_image_id))
-        )
-    x, y = _zero_padding(x, x_image_id), _zero_padding(y, y_image_id)
-    dtype = accumulation_dtype(x.dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return x, y, scale.to(dtype), bias, x_image_id, None if same_ids else y_image_id
-
-
-def _is_integer(t: Tensor) -> bool:
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-
-
-def _zero_padding(rows: Tensor, image_id: Tensor | None) -> Tensor:
-    """Padded rows must be finite inside the operators, so that a weight of 0 removes them.
-
-    The result is a tensor of its own: x and y may be the same, and Dynamo takes no tensor twice.
-    """
-    return rows.view_as(rows) if image_id is None else rows.masked_fill((image_id < 0)[:, None], 0)
 
 
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
@@ -449,7 +298,7 @@ def _fake_gradient(x: Tensor, needed: bool, dtype: torch.dtype | None = None) ->
     return torch.empty(x.shape if needed else (0,), dtype=dtype or x.dtype, device=x.device)
 
 
-class _LogSumExp(torch.autograd.Function):
+class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, y, scale, x_image_id, y_image_id, slots, *options):  # type: ignore[no-untyped-def]
         rows = x, y, scale, x_image_id, y_image_id, slots
@@ -467,7 +316,7 @@ class _LogSumExp(torch.autograd.Function):
         return needed_gradients(ctx, *gradients)
 
 
-class _Softplus(torch.autograd.Function):
+class SoftplusSums(torch.autograd.Function):
     """Sums of rows; with ``total`` their sum, whose gradient is formed early."""
 
     @staticmethod

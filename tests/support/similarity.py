@@ -10,7 +10,8 @@ from torch import Tensor
 
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.cuda_backend import Cuda
-from betaclip.kernels.similarity.operators import BACKENDS, Backend, similarity_logsumexp, similarity_softplus
+from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
+from betaclip.kernels.similarity.operators import BACKENDS, Backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["blockwise", "triton", "cuda"]

@@ -18,7 +18,8 @@ from betaclip.kernels import libbetaclip as binding
 from betaclip.kernels.backends import resolve
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.cuda_backend import Cuda
-from betaclip.kernels.similarity.operators import BACKENDS, similarity_logsumexp, similarity_softplus
+from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
+from betaclip.kernels.similarity.operators import BACKENDS
 
 HEADER = ROOT / "csrc" / "betaclip.h"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

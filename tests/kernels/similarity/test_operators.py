@@ -19,13 +19,12 @@ from torch import Tensor
 from betaclip.kernels.architecture import Tile
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
 from betaclip.kernels.similarity.operators import (
     BACKENDS,
     local_backend,
     logsumexp,
     logsumexp_backward,
-    similarity_logsumexp,
-    similarity_softplus,
     softplus,
     softplus_backward,
 )
