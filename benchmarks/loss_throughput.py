@@ -1,250 +1,183 @@
 """How fast are contrastive losses, how much memory do they take, and how exact are they? Ours and others.
 
-    python benchmarks/loss_throughput.py                                 # what fits this machine, in minutes
+    python benchmarks/loss_throughput.py                                 # what fits this machine and 3 minutes
+    python benchmarks/loss_throughput.py --minutes 0                     # all sizes and rounds
     python benchmarks/loss_throughput.py --smoke                         # seconds, tiny sizes, everything once
     python benchmarks/loss_throughput.py --forms ce --sizes 9216 73728 --implementations dense betaclip
-    python benchmarks/loss_throughput.py --embeddings batch.safetensors  # a real batch instead of a made-up one
 
-Prints a table per form and size, appends one CSV row per case to results/<device>.csv, and draws
-results/<device>.png from that file. N = images × texts per image, the side of the matrix of similarities.
+Prints a table per form and size, appends one CSV row per case to results/<device>.csv, and draws results/<device>.png
+from that file (--plot-only does only that). N = images × texts per image, the side of the matrix of similarities.
 
-"of mm" is the least FLOP that the loss needs without keeping the matrix (8 N²D softmax, 6 N²D sigmoid, 2 N²D
-forward; see implementations.loss_flop), over the time, over the rate of torch.mm in the same dtype, sizes and
-rounds. Extra memory is the peak above what existed before, gradients included. Errors are
+"speed-up" is against the published form (clip and siglip: open_clip). "of mm" is the least FLOP that the loss needs
+without keeping the matrix (8 N²D softmax, 6 N²D sigmoid, 2 N²D forward), over the time, over the rate of torch.mm; all
+in the same rounds. Extra memory is the peak above what existed before, gradients included. Errors are
 max |difference| / max |truth| against betaclip's dense reference in float64.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from batches import SIGLIP_BIAS, Batch, made_up_batch, real_batch
-from comparison import (
-    PHASES,
-    Comparison,
-    add_common_options,
-    begin,
-    end,
-    figure,
-    mm_rate,
-    phase_run,
-    resolve_common_options,
-    run,
-)
-from harness import OK, OUT_OF_MEMORY, Case, Measurement, Run, attempt, free_bytes, relative_error
-from implementations import FORMS, Implementation, Loss, implementations, loss_flop, memory_limit_bytes, reference
-from report import Figure, Row, in_bytes, number, plot, summary
+from common.batches import SIGLIP_BIAS, Batch, synthetic_batch
+from common.comparison import Call, Comparison
+from common.figures import Figure
+from common.harness import attempt, free_bytes, relative_error
+from common.losses import FORMS, Implementation, implementations, loss_flop, memory_bound_bytes, reference
+from common.report import in_bytes, memory, number
+from common.rows import BOTH, OK, Case, Row
+from common.session import Benchmark, Session
 from torch import Tensor
 
-BENCHMARK = "loss_throughput"
-SIZES = {"cpu": (2304, 4608, 9216), "cuda": (2304, 9216, 36864, 147456, 589824)}
-ONE_SIZE = {"cpu": (2304,), "cuda": (36864,)}  # of the forms of one text per image, unless sizes are given
+# The smallest are one device's share of a batch over many; sizes of several texts per image are multiples of 36.
+SIZES = {"cpu": (108, 288, 2304, 4608, 9216), "cuda": (108, 288, 2304, 9216, 36864, 147456, 589824)}
+PAIR_SIZES = {"cpu": (96, 288, 2304), "cuda": (96, 288, 36864)}  # of the forms of one text per image
+PER_IMAGE = ("ce", "bce")  # forms of several texts per image
 TRUTH_ROWS = {"cpu": 4608, "cuda": 9216}  # up to here the float64 truth is computed
-MATRIX_ROWS = {"cpu": 9216, "cuda": 16384}  # up to here torch.mm's rate is measured at the same N
-SLOWEST_S = {"cpu": 120.0, "cuda": 20.0}  # a call expected to take longer is not tried
+MATRIX_ROWS = {"cpu": 4608, "cuda": 16384}  # up to here torch.mm's rate is measured at the same N
 
 
-@dataclass(frozen=True)
-class LossCase(Case):
-    """n: side of the matrix of similarities, k: texts per image."""
-
-    n: int
-    k: int
-    dim: int
+def bound_bytes(row: Row) -> float:
+    itemsize = getattr(torch, row["dtype"]).itemsize
+    return memory_bound_bytes(
+        "cpu" if row["device"].startswith("cpu") else "cuda", int(row["n"]), int(row["dim"]), itemsize
+    )
 
 
-@dataclass(frozen=True)
-class LossMeasurement(Measurement):
-    """limit_bytes: what betaclip promises to take at the most."""
-
-    case: LossCase
-    limit_bytes: int | None = None
-    loss_error: float | None = None
-    gradient_error: float | None = None
-    scale_error: float | None = None
-
-
-def in_limit(row: Row) -> str:
-    """Does betaclip keep its promise?"""
+def in_bound(row: Row) -> str:
+    """Whether betaclip's peak memory is what it promises."""
     if not row["implementation"].startswith("betaclip") or not row["peak_bytes"]:
         return ""
-    return "yes" if float(row["peak_bytes"]) <= float(row["limit_bytes"]) else "no"
+    return "yes" if float(row["peak_bytes"]) <= bound_bytes(row) else "no"
 
 
-COLUMNS = {
-    "of mm": lambda row: number(row["share_of_mm"], ".2f"),
-    "extra memory": lambda row: in_bytes(row["peak_bytes"]),
-    "in limit": in_limit,
-    "error: loss": lambda row: number(row["loss_error"], ".1e"),
-    "gradients": lambda row: number(row["gradient_error"], ".1e"),
-    "scale": lambda row: number(row["scale_error"], ".1e"),
-}
-FIGURE = Figure(
-    panel=lambda row: f"{row['form']}, K = {row['k']}",
-    x="n",
-    x_label="N = images × texts per image",
-    quantities=(("time_ms_p50", "forward + backward, ms", 1.0), ("peak_bytes", "peak extra memory, MiB", 2.0**20)),
+BENCHMARK = Benchmark(
+    name="loss_throughput",
+    suffix="",
+    each="form, size and phase",
+    minutes=3,
+    slowest_call_s={"cpu": 120.0, "cuda": 20.0},
+    columns={
+        "speed-up": number("speedup", ".2f"),
+        "of mm": number("share_of_mm", ".2f"),
+        "extra memory": memory("peak_bytes"),
+        "in bound": in_bound,
+        "error: loss": number("loss_error", ".1e"),
+        "gradients": number("gradient_error", ".1e"),
+        "scale": number("scale_error", ".1e"),
+    },
+    figure=Figure(
+        panel=lambda row: f"{row['form']}, K = {row['k']}",
+        x="n",
+        x_label="N = images × texts per image",
+        quantities=(("time_ms_p50", "forward + backward, ms", 1.0), ("peak_bytes", "peak extra memory, MiB", 2.0**20)),
+        same=("dim", "dtype"),
+        title=lambda row: f"{row['device']}, {row['dtype']}, D = {row['dim']}",
+        bound=bound_bytes,
+        bound_label="bound of betaclip",
+    ),
 )
 
 
-def runner(loss: Loss, batch: Batch, phase: str) -> Run:
-    """A call that returns (loss,) or (loss, gradients)."""
-    return phase_run(lambda: loss(batch), batch.leaves, torch.ones((), device=batch.image.device), phase)
-
-
-class LossComparison(Comparison[LossMeasurement]):
+class LossComparison(Comparison):
     """All implementations of one form on one batch."""
 
     def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], device: str) -> None:
-        self.form, self.batch = form, batch
+        (images, k, dim), dtype, on = batch.image.shape, batch.image.dtype, batch.image.device
+        self.form, self.batch, self.n, self.dim = form, batch, images * k, dim
+        self.baseline = "published" if form in PER_IMAGE else "open_clip"
         self.chosen = {name: value for name, value in chosen.items() if form in value.forms}
-        images, self.k, dim = batch.image.shape
-        self.n, self.dtype = images * self.k, batch.image.dtype
-        rows = min(self.n, MATRIX_ROWS[batch.image.device.type])
-        super().__init__(f"{form}, N = {self.n}", self.chosen, rows, dim, self.dtype, batch.image.device)
-        self.case = LossCase(BENCHMARK, form, str(self.dtype)[6:], device, "", "", self.n, self.k, dim)
-        self.limit_bytes = memory_limit_bytes(self.device.type, self.n, self.dim, self.dtype.itemsize)
-        self.losses: dict[str, Loss] = {}
-        self.small = batch.to_leaves(images=max(2, 512 // self.k))
-        self.truth: tuple[Tensor, ...] | None = None
-        self.no_truth = f"no float64 truth above N = {TRUTH_ROWS[self.device.type]}, or without memory for it"
-        free = free_bytes(self.device)
-        if self.n <= TRUTH_ROWS[self.device.type] and (free is None or 12 * 8 * self.n**2 < free):
-            exact = batch.to_leaves(torch.float64)
-            self.truth, status = attempt(runner(reference(form, exact), exact, PHASES[0]))
-            self.no_truth = f"float64 truth: {status}"
+        self.small = batch.to_leaves(images=slice(max(2, 512 // k)))
+        case = Case(BENCHMARK.name, form, str(dtype)[6:], device, {"n": self.n, "k": k, "dim": dim})
+        super().__init__(case, self.chosen, (min(self.n, MATRIX_ROWS[on.type]), dim), on)
 
     def flop(self, phase: str) -> float:
         return loss_flop(self.form, phase, self.n, self.dim)
 
-    def heading(self, rows: list[Row]) -> str:
-        images = f"{self.n // self.k:,} images × {self.k} text{'s' * (self.k > 1)}"
-        limit = in_bytes(str(self.limit_bytes))
+    def heading(self) -> str:
+        k, dtype = self.case.sizes["k"], self.case.dtype
+        bound = memory_bound_bytes(self.device.type, self.n, self.dim, getattr(torch, dtype).itemsize)
         return (
-            f"\n{self.form}   N = {self.n:,} ({images})   D = {self.dim}   {self.case.dtype}   "
-            f"{mm_rate(rows)}limit of extra memory for betaclip {limit}"
+            f"{self.form}   N = {self.n:,} ({self.n // k:,} images × {k} text{'s' * (k > 1)})   D = {self.dim}   "
+            f"{dtype}   bound of betaclip's extra memory {in_bytes(str(bound))}"
         )
 
-    def first_call(self, name: str, phase: str, previous: list[Row]) -> tuple[LossMeasurement, Run | None, float]:
-        row = LossMeasurement(replace(self.case, implementation=name, phase=phase), limit_bytes=self.limit_bytes)
+    def prepare(self, name: str) -> Call:
         implementation = self.chosen[name]
-        if name not in self.losses:
-            loss, status = attempt(lambda: implementation.build(self.form, self.batch))
-            if status != OK:
-                return replace(row, status=status), None, 0.0
-            self.losses[name] = loss
-        refusal = self.refusal(row.case, previous)
-        if refusal is not None:
-            return replace(row, status=refusal[0], note=refusal[1]), None, 0.0
-        # Libraries initialise themselves and compilers compile in a first call, which is not what is measured.
-        warm_up = runner(self.losses[name], self.batch if implementation.compiles else self.small, phase)
-        run = runner(self.losses[name], self.batch, phase)
-        row, outputs, elapsed_ms = self.call(row, run, warm_up, implementation.forget)
-        if row.status != OK:
-            return row, None, 0.0
-        return self.with_errors(row, outputs), run, elapsed_ms
+        loss = implementation.build(self.form, self.batch)
+        small = None if implementation.compiles else Call(lambda: loss(self.small), self.small.leaves)
 
-    def refusal(self, case: LossCase, previous: list[Row]) -> tuple[str, str] | None:
-        """Status and note of a run that is not tried: it would exhaust the machine's memory, or everyone's patience."""
-        implementation, free = self.chosen[case.implementation], free_bytes(self.device)
-        needed = implementation.estimated_bytes(case.phase, self.n, self.dim, self.dtype.itemsize)
-        if self.device.type == "cuda":  # tries safely: left out is what holds a matrix that cannot exist
-            needed = self.n**2 * self.dtype.itemsize if implementation.copies[0] else 0
-        if free is not None and needed > 0.9 * free:
-            return OUT_OF_MEMORY, f"not tried: about {in_bytes(str(needed))}, {in_bytes(str(free))} are free"
-        for row in reversed(previous):
-            same = all(row[key] == getattr(case, key) for key in ("form", "implementation", "phase"))
-            if same and row["time_ms_p50"]:
-                expected_s = float(row["time_ms_p50"]) / 1e3 * (self.n / int(row["n"])) ** 2
-                if expected_s > SLOWEST_S[self.device.type]:
-                    return "skipped", f"about {expected_s:.0f} s expected, from N = {row['n']}"
-                return None
-        return None
+        def estimated_bytes(phase: str) -> float:
+            itemsize = self.batch.image.itemsize
+            if self.device.type == "cuda":  # tries safely: left out is what holds a matrix that cannot exist
+                return self.n**2 * itemsize if implementation.copies[0] else 0
+            return implementation.estimated_bytes(phase, self.n, self.dim, itemsize)
 
-    def with_errors(self, row: LossMeasurement, outputs: tuple[Tensor, ...]) -> LossMeasurement:
-        if self.truth is None:
-            return replace(row, note="; ".join(filter(None, (row.note, self.no_truth))))
-        loss, *gradients = (relative_error(x, y) for x, y in zip(outputs, self.truth, strict=False))
-        if not gradients:
-            return replace(row, loss_error=loss)
-        return replace(row, loss_error=loss, gradient_error=max(gradients[:2]), scale_error=max(gradients[2:]))
+        return Call(lambda: loss(self.batch), self.batch.leaves, small, implementation.forget, estimated_bytes)
+
+    @cached_property
+    def truth(self) -> tuple[tuple[Tensor, ...] | None, str]:
+        """The loss and its gradients in float64, or None and the reason."""
+        most, free = TRUTH_ROWS[self.device.type], free_bytes(self.device)
+        if self.n > most or (free is not None and 12 * 8 * self.n**2 > free):
+            return None, f"no float64 truth above N = {most}, or without memory for it"
+        exact = self.batch.to_leaves(torch.float64)
+        loss = reference(self.form, exact)
+        truth, status = attempt(Call(lambda: loss(exact), exact.leaves).run(BOTH, self.grad_output))
+        return truth, "" if status == OK else f"float64 truth: {status}"
+
+    def values(self, name: str, phase: str, outputs: Sequence[Tensor]) -> dict[str, Any]:
+        truth, reason = self.truth
+        if truth is None:
+            return {"loss_error": None, "gradient_error": None, "scale_error": None, "note": reason}
+        loss, *gradients = (relative_error(x, y) for x, y in zip(outputs, truth, strict=False))
+        errors = {"gradient_error": max(gradients[:2]), "scale_error": max(gradients[2:])} if gradients else {}
+        return {"loss_error": loss, **errors}
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser(__doc__)
     add = parser.add_argument
     add("--forms", nargs="+", choices=FORMS, default=FORMS, help="clip and siglip have one text per image")
     add("--sizes", nargs="+", type=int, metavar="N", help="default: what fits the device")
     add("--texts", type=int, default=36, metavar="K", help="texts per image of ce and bce (default 36)")
     add("--dim", type=int, default=512, metavar="D", help="width of the embeddings (default 512)")
-    add("--embeddings", type=Path, metavar="FILE.safetensors", help="a real batch: image_embeds, text_embeds ...")
-    add_common_options(parser, each="form, size and phase")
     args = parser.parse_args(argv)
     if args.smoke:
         args.sizes, args.texts, args.dim = [96], 12, 64
-    resolve_common_options(parser, args, BENCHMARK, implementations())
+    BENCHMARK.resolve(parser, args, implementations())
+    if args.smoke and not args.implementations:
+        args.chosen.pop("compiled", None)  # takes longer than all others together
     for n in args.sizes or ():
         if n % args.texts or n < 2 * args.texts:
             parser.error(f"--sizes: expected multiples of K = {args.texts} from {2 * args.texts} on, got {n}")
-    if args.embeddings is not None:
-        try:
-            args.embeddings = real_batch(args.embeddings, args.dtype, args.device)
-        except (ImportError, ValueError, OSError) as error:
-            parser.error(f"--embeddings: {error}")
     return args
 
 
-def batches(args: argparse.Namespace) -> Iterator[tuple[str, Batch]]:
-    """Form by form, size by size. Forms of one text per image run at one size unless sizes are given."""
-    if args.embeddings is not None:
-        single = args.embeddings.image.shape[1] == 1 and args.embeddings.mask is None
-        for form in args.forms:
-            if single or form in ("ce", "bce"):
-                yield form, args.embeddings.to_leaves(bias=SIGLIP_BIAS if form == "siglip" else None)
-        return
-    sizes = tuple(args.sizes or SIZES[args.device.type])
-    for form in args.forms:
-        texts = args.texts if form in ("ce", "bce") else 1
-        for n in sizes if texts > 1 or args.sizes else ONE_SIZE[args.device.type]:
-            batch = made_up_batch(n // texts, texts, args.dim, args.dtype, args.device)
-            yield form, batch.to_leaves(bias=SIGLIP_BIAS) if form == "siglip" else batch
+def comparisons(args: argparse.Namespace, device: str) -> dict[str, Callable[[], LossComparison]]:
+    """Functions that make each comparison: size by size, lest a limit of time leave out a whole form."""
 
+    def compare(form: str, n: int) -> LossComparison:
+        k = args.texts if form in PER_IMAGE else 1
+        batch = synthetic_batch(n // k, k, args.dim, args.dtype, args.device)
+        batch = batch.to_leaves(bias=SIGLIP_BIAS) if form == "siglip" else batch
+        return LossComparison(form, batch, args.chosen, device)
 
-def count_cases(args: argparse.Namespace) -> int:
-    sizes = len(args.sizes or SIZES[args.device.type]) if args.embeddings is None else 1
-    return len(PHASES) * sum(
-        (sizes if form in ("ce", "bce") or args.sizes else 1) * sum(form in x.forms for x in args.chosen.values())
-        for form in args.forms
-    )
-
-
-def draw(rows: list[Row], path: Path) -> str | None:
-    """Of the configuration that the last row has."""
-    last = {row["form"]: row for row in rows}
-    rows = [
-        row
-        for row in rows
-        if all(row[key] == rows[-1][key] for key in ("dim", "dtype")) and row["k"] == last[row["form"]]["k"]
-    ]
-    return plot(rows, path, f"{rows[-1]['device']}, {rows[-1]['dtype']}, D = {rows[-1]['dim']}", FIGURE)
+    kind = args.device.type
+    sizes = {form: args.sizes or (SIZES if form in PER_IMAGE else PAIR_SIZES)[kind] for form in args.forms}
+    ascending = sorted({n for form in args.forms for n in sizes[form]})
+    return {f"{form}, N = {n}": partial(compare, form, n) for n in ascending for form in args.forms if n in sizes[form]}
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
-    source, device = begin(args, BENCHMARK, argv)
-    path = args.output / f"{device}.csv"
-    print("Times: median (20th-80th percentile) of interleaved rounds. Of mm, extra memory and errors against float64:")
-    print("of forward+backward; see --help.")
-    comparisons = (LossComparison(form, batch, args.chosen, device) for form, batch in batches(args))
-    rows = run(comparisons, args.seconds, source, path, count_cases(args), COLUMNS)
-    compared = summary(rows, "betaclip/", ("published", "dense", "compiled"))
-    if compared and not args.smoke:  # tiny sizes tell nothing
-        print("", *compared, sep="\n")
-    return end(rows, path, figure(path, BENCHMARK, draw))
+    if args.plot_only:
+        return BENCHMARK.redraw(args.plot_only)
+    session = Session(BENCHMARK, args, argv)
+    return session.run(comparisons(args, session.device))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Runs of the benchmarks' scripts, as a user starts them. Those who import this put benchmarks/ on the path."""
+"""Runs of the benchmarks' scripts, as a user starts them."""
 
+import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import harness
 from support.paths import ROOT
 
 
@@ -16,7 +16,7 @@ def smoke_run(script: str, folder: Path) -> tuple[list[dict[str, str]], str]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = folder.glob("*.csv")
-    rows = harness.read_rows(file)
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
     assert not any(str(folder) in "".join(row.values()) for row in rows)
     return rows, done.stdout
 
@@ -26,3 +26,8 @@ def assert_timed(row: dict[str, str]) -> float:
     low, middle, high = (float(row[f"time_ms_{p}"]) for p in ("p20", "p50", "p80"))
     assert 0 < low <= middle <= high
     return middle
+
+
+def assert_drawn(folder: Path) -> None:
+    (figure,) = folder.glob("*.png")
+    assert figure.read_bytes()[:4] == b"\x89PNG"

@@ -1,4 +1,4 @@
-"""The poolings that benchmarks/pooling_throughput.py compares: as published, plain PyTorch, a peer, and ours.
+"""The poolings that are compared: as published, plain PyTorch, a peer, and ours.
 
 Parts: "attention", from raw patches and queries to the output projection; "block", the same and the MLP. Each is built
 on one batch, whose parameters all of them share, and returns the same (B, K, D).
@@ -11,14 +11,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Unavailable
 from torch import Tensor, nn
 
 from betaclip import TextConditionedPool
 from betaclip.kernels.attention_pool.operators import BACKENDS, FOLDED
+from betaclip.layers import QuickGELU
+from common.harness import Unavailable
 
 PARTS = ("attention", "block")
 MLP_RATIO = 4
+
+Pool = Callable[[], Tensor]
+# (B, K, H, Dh) queries, (B, P, H, Dh) keys and values -> (B, K, H, Dh)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class PoolBatch:
     heads: int
 
     def leaves(self, part: str) -> tuple[Tensor, ...]:
-        """What gradients are taken of: the patches, the queries, all parameters of the part."""
+        """The tensors that gradients are taken with respect to: patches, queries, all parameters of the part."""
         own = (x for name, x in self.parameters.items() if part == "block" or name.startswith("attn."))
         return self.patches, self.queries, *own
 
@@ -45,8 +50,8 @@ class PoolBatch:
         return PoolBatch(leaf(self.patches), leaf(self.queries), parameters, self.heads)
 
 
-def made_up_pool_batch(
-    images: int, texts: int, patches: int, dim: int, heads: int, dtype: torch.dtype, device: torch.device
+def synthetic_pool_batch(
+    images: int, texts_per_image: int, patches: int, dim: int, heads: int, dtype: torch.dtype, device: torch.device
 ) -> PoolBatch:
     """Embeddings of varied norms; weights by which some patches count more than others; biases that are not zero."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -57,12 +62,10 @@ def made_up_pool_batch(
                 parameter.data.mul_((2 * dim) ** 0.5)  # inputs of unit length give logits of unit spread
             elif name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.1)
-        embeds = (torch.randn(images, n, dim) * torch.empty(images, n, 1).uniform_(0.5, 2) for n in (patches, texts))
+        counts = (patches, texts_per_image)
+        embeds = (torch.randn(images, n, dim) * torch.empty(images, n, 1).uniform_(0.5, 2) for n in counts)
         x, t = (y.to(device) for y in embeds)
     return PoolBatch(x, t, {k: nn.Parameter(v.to(device)) for k, v in pool.named_parameters()}, heads).to(dtype)
-
-
-Pool = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,27 @@ class PoolImplementation:
     folds: bool | None = False
 
 
-def forward_flop(part: str, images: int, texts: int, patches: int, dim: int, heads: int, *, fold: bool) -> int:
+def forward_flop(
+    part: str, images: int, texts_per_image: int, patches: int, dim: int, heads: int, *, fold: bool
+) -> int:
     """FLOP of the products. Projected: keys and values of each patch, query and output of each text, and in between
     scores and means of all heads, together P·D wide. Folded: each of H latent queries per text is D wide and needs its
     own scores and means; per text four projections: query, its folding, values, output.
     """
     if fold:
-        products = 2 * heads * texts * patches * dim + 4 * texts * dim**2
+        products = 2 * heads * texts_per_image * patches * dim + 4 * texts_per_image * dim**2
     else:
-        products = 2 * patches * dim**2 + 2 * texts * patches * dim + 2 * texts * dim**2
-    mlp = 2 * MLP_RATIO * texts * dim**2 if part == "block" else 0
+        products = 2 * patches * dim**2 + 2 * texts_per_image * patches * dim + 2 * texts_per_image * dim**2
+    mlp = 2 * MLP_RATIO * texts_per_image * dim**2 if part == "block" else 0
     return 2 * images * (products + mlp)
 
 
-def least_flop(part: str, phase: str, images: int, texts: int, patches: int, dim: int, heads: int) -> int:
-    """Folded or projected, whatever is less; the gradients are two more products for each."""
-    ways = (forward_flop(part, images, texts, patches, dim, heads, fold=fold) for fold in (False, True))
-    return min(ways) * (1 if phase == "forward" else 3)
+def least_flop(part: str, phase: str, *sizes: int) -> int:
+    """Folded or projected, whichever is less; the gradients are two more products for each.
 
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    sizes: images, texts per image, patches, dim, heads.
+    """
+    return min(forward_flop(part, *sizes, fold=fold) for fold in (False, True)) * (1 if phase == "forward" else 3)
 
 
 class PublishedPool(nn.Module):
@@ -119,10 +121,6 @@ class PublishedPool(nn.Module):
     def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
         pooled = self.attend(patches, queries)
         return pooled + self.mlp(self.ln_2(pooled))
-
-
-# (B, K, H, Dh) queries, (B, P, H, Dh) keys and values -> (B, K, H, Dh)
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ProjectedPool(PublishedPool):
@@ -148,7 +146,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def bound(pool: PublishedPool | TextConditionedPool, part: str, batch: PoolBatch, compiled: bool = False) -> Pool:
-    """A call of the part on the batch, by whose parameters those of the same names are replaced."""
+    """A call of the part on the batch, whose parameters replace the pool's of the same names."""
     missing, unexpected = pool.to(batch.patches).load_state_dict(batch.parameters, strict=False, assign=True)
     if unexpected or set(missing) - {"logit_scale"}:
         raise ValueError(f"parameters disagree: {missing} are missing, {unexpected} are unknown")
@@ -159,17 +157,13 @@ def bound(pool: PublishedPool | TextConditionedPool, part: str, batch: PoolBatch
     return lambda: call(batch.patches, batch.queries)
 
 
-def _dim(batch: PoolBatch) -> int:
-    return batch.patches.shape[-1]
-
-
 def published(part: str, batch: PoolBatch) -> Pool:
     """In float64 the definition of correct."""
-    return bound(PublishedPool(_dim(batch), batch.heads), part, batch)
+    return bound(PublishedPool(batch.patches.shape[-1], batch.heads), part, batch)
 
 
-def _projected(part: str, batch: PoolBatch, compiled: bool = False) -> Pool:
-    return bound(ProjectedPool(_dim(batch), batch.heads, _sdpa), part, batch, compiled)
+def _projected(part: str, batch: PoolBatch, compiled: bool = False, attention: Attention = _sdpa) -> Pool:
+    return bound(ProjectedPool(batch.patches.shape[-1], batch.heads, attention), part, batch, compiled)
 
 
 def _xformers(part: str, batch: PoolBatch) -> Pool:
@@ -179,7 +173,7 @@ def _xformers(part: str, batch: PoolBatch) -> Pool:
         raise Unavailable(f"xformers: {error}") from error
     if batch.patches.device.type != "cuda":
         raise Unavailable("xformers: needs a GPU")
-    return bound(ProjectedPool(_dim(batch), batch.heads, memory_efficient_attention), part, batch)
+    return _projected(part, batch, attention=memory_efficient_attention)
 
 
 def _betaclip(backend: str, part: str, batch: PoolBatch) -> Pool:
@@ -188,8 +182,7 @@ def _betaclip(backend: str, part: str, batch: PoolBatch) -> Pool:
     reasons = [] if backend == "auto" else BACKENDS[backend](batch.patches, batch.queries)
     if reasons:
         raise Unavailable("; ".join(reasons))
-    pool = TextConditionedPool(_dim(batch), batch.heads, MLP_RATIO, backend=backend)
-    return bound(pool, part, batch)
+    return bound(TextConditionedPool(batch.patches.shape[-1], batch.heads, MLP_RATIO, backend=backend), part, batch)
 
 
 def pool_implementations() -> dict[str, PoolImplementation]:

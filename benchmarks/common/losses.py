@@ -1,32 +1,37 @@
-"""The losses that benchmarks/loss_throughput.py compares: dense forms, stock PyTorch, peers, and ours.
+"""The losses that are compared: dense forms, stock PyTorch, peers, and ours, on one device and over ranks.
 
 Forms: "ce" and "bce", β-CAL at K texts per image; "clip" and "siglip", the same at K = 1, where other libraries
 join. Each implementation starts from raw embeddings and returns one () loss of the same value: "ce" and "bce"
 as in the released code, "clip" as in open_clip, "siglip" as in open_clip (summed over texts, a mean over images).
-Peers are imported when they are asked for, and those that cannot run here say why.
+Over ranks each takes its rank's rows; averaged over ranks, loss and gradients are those of one process with the whole
+batch. Peers are imported when they are asked for, and raise Unavailable with the reason where they cannot run.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from batches import Batch
-from dense import LEAN, PUBLISHED, mean_over_valid, target_logits, unit, within_images
-from harness import Unavailable
 from torch import Tensor
 
 from betaclip import BetaCALLoss
 from betaclip.kernels.memory import forget
 from betaclip.kernels.similarity.operators import BACKENDS
+from betaclip.losses.across_ranks import TRANSPORTS
+from common.batches import Batch
+from common.dense_losses import LEAN, PUBLISHED, mean_over_valid, target_logits, unit, within_images
+from common.harness import Unavailable, nothing
 
 FORMS = ("ce", "bce", "clip", "siglip")
+RANK_FORMS = ("ce", "bce", "clip")
 BETA = 0.5
 # Rows per chunk of linear_cross_entropy: its own choice on the CPU, where others are no faster (512 to 4096 rows
 # differ by 4 % at N = 9216, one core) and take more memory; large products on a GPU.
 CHUNK = {"cpu": None, "cuda": 4096}
-
 
 Loss = Callable[[Batch], Tensor]
 
@@ -35,8 +40,8 @@ Loss = Callable[[Batch], Tensor]
 class Implementation:
     """build(form, batch) imports what it needs and returns the loss, or raises Unavailable.
 
-    copies: N × N matrices, and chunk: rows of one, of float32 at least, that exist at once in forward and in
-    forward + backward; measured, rounded up. By them a run is refused that would exhaust the CPU's memory.
+    copies: N × N matrices of float32 at least that exist at once in forward and in forward + backward, and chunk: rows
+    of such a matrix; measured, rounded up. By them a run is refused that would exhaust the CPU's memory.
     compiles: the first call at a size compiles. forget: lets go of scratch kept between calls, for it to be counted.
     """
 
@@ -45,7 +50,7 @@ class Implementation:
     copies: tuple[float, float] = (0, 0)
     chunk: int = 0
     compiles: bool = False
-    forget: Callable[[], None] = lambda: None
+    forget: Callable[[], None] = nothing
 
     def estimated_bytes(self, phase: str, n: int, dim: int, itemsize: int) -> int:
         """Peak above the inputs: the matrices, and eight arrays of the inputs' shape."""
@@ -61,10 +66,11 @@ def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
     return 2 * products * n * n * dim
 
 
-def memory_limit_bytes(device_type: str, n: int, dim: int, itemsize: int) -> int:
-    """What betaclip promises: on the CPU twice the inputs and 64 MiB, on GPUs four times the inputs and 512 MB."""
+def memory_bound_bytes(device_type: str, n: int, dim: int, itemsize: int) -> int:
+    """The peak that betaclip stays below: on the CPU twice the inputs and 96 MiB, of which some 20 MiB are scratch that
+    a thread keeps between calls; on GPUs four times the inputs and 512 MB."""
     inputs = 2 * n * dim * itemsize
-    return 4 * inputs + 512 * 10**6 if device_type == "cuda" else 2 * inputs + 64 * 2**20
+    return 4 * inputs + 512 * 10**6 if device_type == "cuda" else 2 * inputs + 96 * 2**20
 
 
 def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, compiled: bool = False) -> Loss:
@@ -84,8 +90,7 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
     from torch.nn import LinearCrossEntropyOptions
 
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK[batch.image.device.type])
-    rows = batch.image.shape[0] * batch.image.shape[1]
-    own = torch.arange(rows, device=batch.image.device)
+    own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
     if batch.mask is not None:
         own = torch.where(batch.mask.flatten(), own, -100)  # leaves the row out of the mean
     half = batch.image.dtype in (torch.bfloat16, torch.float16)
@@ -125,17 +130,28 @@ def reference(form: str, batch: Batch) -> Loss:
     return _betaclip("reference", form, batch)
 
 
+def _peer(module: str, batch: Batch, needs_gpu: bool = False) -> Any:
+    try:  # siglip_kernel looks for a GPU when imported, and raises RuntimeError if there is none
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise Unavailable(f"{module.split('.')[0]}: {error}") from error
+    if needs_gpu and batch.image.device.type != "cuda":
+        raise Unavailable(f"{module}: needs a GPU")
+    return found
+
+
 def _units(b: Batch) -> tuple[Tensor, Tensor]:
     """(B, D) normalised, for losses that leave it to the model."""
     return unit(b.image).squeeze(1), unit(b.text).squeeze(1)
 
 
-def _open_clip(form: str, batch: Batch) -> Loss:
-    try:
-        from open_clip.loss import ClipLoss, SigLipLoss
-    except Exception as error:
-        raise Unavailable(f"open_clip: {error}") from error
-    module = ClipLoss() if form == "clip" else SigLipLoss()
+def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
+    """Over ranks its ``--local-loss --gather-with-grad``."""
+    peer = _peer("open_clip.loss", batch)
+    ranks = {"local_loss": True, "gather_with_grad": True} if over_ranks else {}
+    if over_ranks:
+        ranks |= {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    module = peer.SigLipLoss() if form == "siglip" else peer.ClipLoss(**ranks)
     dtype, device = batch.image.dtype, batch.image.device.type
     half = dtype in (torch.bfloat16, torch.float16)
 
@@ -147,35 +163,31 @@ def _open_clip(form: str, batch: Batch) -> Loss:
 
 
 def _siglip_kernel(form: str, batch: Batch) -> Loss:
-    try:  # looks for a GPU when imported, and raises RuntimeError if there is none
-        from siglip_kernel import fused_siglip_loss
-    except Exception as error:
-        raise Unavailable(f"siglip_kernel: {error}") from error
-    return lambda b: fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
+    peer = _peer("siglip_kernel", batch)
+    return lambda b: peer.fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
 
 
-def _inf_cl(form: str, batch: Batch) -> Loss:
-    try:
-        from inf_cl import cal_flash_loss
-    except Exception as error:
-        raise Unavailable(f"inf_cl: {error}") from error
-    if batch.image.device.type != "cuda":
-        raise Unavailable("inf_cl: needs a GPU")
+def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
+    """``cal_flash_loss`` on one device; over ranks ``cal_ring_loss``, its ring in plain PyTorch, and ``cal_inf_loss``,
+    the same ring around Triton kernels."""
+    peer = _peer("inf_cl", batch, needs_gpu)
+    if name != "cal_flash_loss" and dist.get_world_size() == 1:
+        raise Unavailable("inf_cl: its ring sends to itself on one rank")
     dim = batch.image.shape[-1]
-    head = min(256, dim & -dim)
-    if head < 16:
+    head_dim = min(256, dim & -dim)
+    if head_dim < 16:
         raise Unavailable(f"inf_cl: needs D divisible by 16, not {dim}")
+    one_way = getattr(peer, name)
 
     def loss(b: Batch) -> Tensor:
         v, t = _units(b)
-        one_way, other = (cal_flash_loss(x, y, scale=b.scale, head_dim=head).mean() for x, y in ((v, t), (t, v)))
-        return (one_way + other) / 2
+        return sum(one_way(x, y, scale=b.scale, head_dim=head_dim).mean() for x, y in ((v, t), (t, v))) / 2
 
     return loss
 
 
 def implementations() -> dict[str, Implementation]:
-    """By name, in the order of the tables."""
+    """Losses on one device by name, in the order of the tables."""
     ours = {
         f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=forget)
         for backend in BACKENDS
@@ -189,6 +201,25 @@ def implementations() -> dict[str, Implementation]:
         "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy, chunk=4 * 4096),
         "open_clip": Implementation(("clip", "siglip"), _open_clip, (5, 7)),
         "siglip_kernel": Implementation(("siglip",), _siglip_kernel),
-        "inf_cl": Implementation(("clip",), _inf_cl),
+        "inf_cl": Implementation(("clip",), partial(_inf_cl, "cal_flash_loss")),
+        **ours,
+    }
+
+
+def beta_cal_over_ranks(gather: bool | str, form: str, batch: Batch, backend: str = "auto") -> Loss:
+    module = BetaCALLoss("bce" if form == "bce" else "ce", BETA, backend=backend, gather=gather)
+    return lambda b: module(b.image, b.text, b.scale, mask=b.mask)
+
+
+def rank_implementations() -> dict[str, Implementation]:
+    """Losses over the ranks of the default process group by name, in the order of the tables."""
+    ours = {
+        f"betaclip/{way}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, way), forget=forget)
+        for way in TRANSPORTS
+    }
+    return {
+        "open_clip": Implementation(("clip",), partial(_open_clip, over_ranks=True)),
+        "inf_cl/ring": Implementation(("clip",), partial(_inf_cl, "cal_ring_loss", needs_gpu=False)),
+        "inf_cl/ring, Triton": Implementation(("clip",), partial(_inf_cl, "cal_inf_loss")),
         **ours,
     }

@@ -1,8 +1,8 @@
-"""The training steps that benchmarks/train_step.py compares: padded and dense as published, and ours.
+"""The training steps that are compared: padded and dense as published, and ours.
 
 All have the same weights and see the same batch: real captions (captions.json), their sentences and phrases, so that
-the lengths of texts and what they share are those of training. Every image has all of its K texts, for then both
-forms have the same loss.
+the lengths of texts and the prefixes they share are those of training. Every image has all of its K texts, for then
+both forms have the same loss.
 """
 
 import json
@@ -14,12 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import cast
 
-import pools
 import torch
 import torch.nn.functional as F
-from dense import PUBLISHED, wide
-from implementations import loss_flop
-from pools import PublishedPool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,22 +23,27 @@ from betaclip.data.hierarchy import distinct_phrases
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.phrases.spans import cut_phrases
 from betaclip.data.sentences import clean, split_sentences
+from betaclip.kernels.memory import forget
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.text_tower import text_modules
 from betaclip.model.texts import RaggedTexts
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.training.objective import Objective
+from common import pools
+from common.comparison import Call
+from common.dense_losses import PUBLISHED, wide
+from common.losses import loss_flop
 
 PARTS = ("step", "text", "vision", "pooling", "losses")
 SENTENCES = 5
-_WORDS = range(49406)  # all ids of the tokenizer but its start and its end
+_WORDS = range(49406)  # all token ids but those of a text's start and end
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """images: (B, 3, H, W). texts: K of each image: a caption, SENTENCES sentences, phrases.
 
-    embeds: stand-ins for what towers give, raw leaves: CLS (B, D), patches (B, P, D), texts and pooled (B, K, D).
+    embeds: leaves in place of the towers' outputs: CLS (B, D), patches (B, P, D), texts and pooled (B, K, D).
     """
 
     images: Tensor
@@ -55,19 +56,19 @@ class StepBatch:
         return self.texts.num_images, self.texts.max_texts_per_image
 
 
-def made_up_step_batch(model: BetaCLIP, images: int, texts: int, dtype: torch.dtype) -> StepBatch:
-    """Noise for images; for texts, captions with their sentences and phrases, each caption in other words for every
-    time that it is needed again, so that texts of different images share no more than different captions do."""
+def synthetic_step_batch(model: BetaCLIP, images: int, texts_per_image: int, dtype: torch.dtype) -> StepBatch:
+    """Noise for images; for texts, captions with their sentences and phrases. A caption that is needed again comes in
+    other words, so that texts of different images share no more than different captions do."""
     device, dim = model.logit_scale.device, model.embed_dim
-    captions = json.loads((Path(__file__).parent / "captions.json").read_text(encoding="utf-8"))["captions"]
+    captions = json.loads((Path(__file__).parents[1] / "captions.json").read_text(encoding="utf-8"))["captions"]
     rng, tokens = random.Random(0), Tokenizer(model.context_length)
     batch = []
     for image in range(images):
         other = dict(zip(_WORDS, rng.sample(_WORDS, len(_WORDS)), strict=True)) if image >= len(captions) else {}
-        chosen = texts_of_caption(captions[image % len(captions)], texts, rng)
+        chosen = texts_of_caption(captions[image % len(captions)], texts_per_image, rng)
         batch.append([[other.get(token, token) for token in tokens(text)] for text in chosen])
     patches = model.patch_grid[0] * model.patch_grid[1]
-    sizes = (images, dim), (images, patches, dim), (images, texts, dim), (images, texts, dim)
+    sizes = (images, dim), (images, patches, dim), (images, texts_per_image, dim), (images, texts_per_image, dim)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         pixels = torch.randn(images, 3, model.image_size, model.image_size).to(device, dtype)
@@ -75,15 +76,16 @@ def made_up_step_batch(model: BetaCLIP, images: int, texts: int, dtype: torch.dt
     return StepBatch(pixels, RaggedTexts.of(batch), (embeds[0], embeds[1], embeds[2], embeds[3]))
 
 
-def texts_of_caption(caption: str, texts: int, rng: random.Random) -> list[str]:
-    """Sampled sentences joined, the sentences, and as many phrases of the whole caption as make ``texts``."""
+def texts_of_caption(caption: str, texts_per_image: int, rng: random.Random) -> list[str]:
+    """Sampled sentences joined, the sentences, and as many phrases of the whole caption as are missing."""
     parts = split_sentences(clean(caption))
-    sentences = [parts[i] for i in sorted(rng.sample(range(len(parts)), min(SENTENCES, texts - 1, len(parts))))]
+    count = min(SENTENCES, texts_per_image - 1, len(parts))
+    sentences = [parts[i] for i in sorted(rng.sample(range(len(parts)), count))]
     spans = RuleExtractor()(parts)
     phrases = chain.from_iterable(cut_phrases(part, found) for part, found in zip(parts, spans, strict=True))
-    chosen = [". ".join(sentences), *sentences, *distinct_phrases(phrases, texts - 1 - len(sentences))]
-    if len(chosen) != texts:
-        raise ValueError(f"texts: expected at most {len(chosen)}, which a caption has, got {texts}")
+    chosen = [". ".join(sentences), *sentences, *distinct_phrases(phrases, texts_per_image - 1 - count)]
+    if len(chosen) != texts_per_image:
+        raise ValueError(f"texts_per_image: expected at most {len(chosen)}, as a caption has, got {texts_per_image}")
     return chosen
 
 
@@ -94,19 +96,19 @@ def padded(texts: RaggedTexts) -> tuple[Tensor, Tensor]:
     index, _ = texts.slots()
     blocks = index[:, : 1 + SENTENCES], index[:, 1 + SENTENCES :]
     longest = [int(texts.lengths[block].max()) if block.numel() else 0 for block in blocks]
-    return tuple(rows[block][:, :, :most] for block, most in zip(blocks, longest, strict=True))  # type: ignore[return-value]
+    return tuple(rows[block][:, :, :length] for block, length in zip(blocks, longest, strict=True))  # type: ignore[return-value]
 
 
 class PublishedStep:
     """Padded texts, dense attention over them, an nn.MultiheadAttention over patches, (B·K)² similarities.
 
-    The vision tower is ours: it is the same work. The text tower calls open_clip's own blocks; ``checkpointed``: they
-    are computed again in the backward, as the released code does.
+    The vision tower is ours: it does the same work. The text tower calls open_clip's own blocks, and computes them
+    again in the backward if ``checkpointed``, as the released code does.
     """
 
     def __init__(self, model: BetaCLIP, checkpointed: bool) -> None:
         self.model, self.checkpointed = model, checkpointed
-        pool = PublishedPool(model.embed_dim, model.config.pool_heads)
+        pool = pools.PublishedPool(model.embed_dim, model.config.pool_heads)
         pool.load_state_dict(dict(model.pool.named_parameters()), strict=False, assign=True)
         self.pool = pool
 
@@ -148,7 +150,7 @@ class PublishedStep:
 
 
 class OurStep:
-    """What the training loop does."""
+    """A step as the trainer makes it."""
 
     def __init__(self, model: BetaCLIP) -> None:
         self.model, self.objective = model, Objective()
@@ -192,22 +194,26 @@ def step_implementations() -> dict[str, Callable[[BetaCLIP], Step]]:
     }
 
 
-def call(step: Step, part: str, batch: StepBatch) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A function whose value is (), and what its gradients are taken of: trained parameters, and ``batch.embeds``."""
+def part_call(step: Step, part: str, batch: StepBatch) -> Call:
+    """A part of the step, with respect to the parameters that it trains and to ``batch.embeds``."""
     cls, patches, texts, pooled = batch.embeds
     clip, pool = step.model.clip, step.model.pool
-    vision = {id(p): p for p in trained(clip.visual)}
-    scales = {id(p): p for p in (step.model.logit_scale, pool.logit_scale)}
-    if part == "step":
-        return lambda: step.step(batch), trained(step.model)
-    if part == "text":
-        return lambda: step.text(batch).square().mean(), [p for p in trained(clip) if id(p) not in vision | scales]
-    if part == "vision":
-        return lambda: torch.stack([x.square().mean() for x in step.vision(batch)]).sum(), list(vision.values())
-    if part == "pooling":
-        own = [p for p in trained(pool) if id(p) not in scales]
-        return lambda: step.pooling(patches, texts).square().mean(), [patches, texts, *own]
-    return lambda: step.losses(cls, texts, pooled), [cls, texts, pooled, *scales.values()]
+    vision, scales = trained(clip.visual), [step.model.logit_scale, pool.logit_scale]
+
+    def without(module: nn.Module, others: list[Tensor]) -> list[Tensor]:
+        return [p for p in trained(module) if all(p is not other for other in others)]
+
+    def of_vision() -> Tensor:
+        return torch.stack([x.square().mean() for x in step.vision(batch)]).sum()
+
+    function, leaves = {
+        "step": (lambda: step.step(batch), trained(step.model)),
+        "text": (lambda: step.text(batch).square().mean(), without(clip, vision + scales)),
+        "vision": (of_vision, vision),
+        "pooling": (lambda: step.pooling(patches, texts).square().mean(), [patches, texts, *without(pool, scales)]),
+        "losses": (lambda: step.losses(cls, texts, pooled), [cls, texts, pooled, *scales]),
+    }[part]
+    return Call(function, leaves, forget=forget)
 
 
 def trained(module: nn.Module) -> list[Tensor]:
@@ -216,24 +222,23 @@ def trained(module: nn.Module) -> list[Tensor]:
 
 def least_flop(model: BetaCLIP, part: str, phase: str, batch: StepBatch) -> int:
     """FLOP of the products: patches and distinct prefixes of texts through their towers, and what pools.least_flop and
-    implementations.loss_flop count. Gradients are two more products for each, of the losses three in all."""
-    images, texts = batch.shape
+    losses.loss_flop count. Gradients are two more products for each; the losses need four in all."""
+    images, k = batch.shape
     patches = model.patch_grid[0] * model.patch_grid[1]
-    packing = batch.texts.packing
-    lengths = packing.positions + 1  # what each attends to
+    lengths = batch.texts.packing.positions + 1  # how many tokens each attends to
     visual, tower = model.clip.visual.transformer, text_modules(model.clip).transformer
-    both = 1 if phase == "forward" else 3
+    passes = 1 if phase == "forward" else 3
     attended = torch.full((1 + patches,), 1 + patches)
     flop = {
-        "vision": both * images * transformer_flop(visual.width, visual.layers, attended),
-        "text": both * transformer_flop(tower.width, tower.layers, lengths),
-        "pooling": pools.least_flop("block", phase, images, texts, patches, model.embed_dim, model.config.pool_heads),
-        "losses": loss_flop("ce", phase, images * texts, model.embed_dim),
+        "vision": passes * images * transformer_flop(visual.width, visual.layers, attended),
+        "text": passes * transformer_flop(tower.width, tower.layers, lengths),
+        "pooling": pools.least_flop("block", phase, images, k, patches, model.embed_dim, model.config.pool_heads),
+        "losses": loss_flop("ce", phase, images * k, model.embed_dim),
     }
     return sum(flop.values()) if part == "step" else flop[part]
 
 
 def transformer_flop(width: int, layers: int, attended: Tensor) -> int:
-    """Forward, of tokens that attend to so many each: 12 width² multiply-adds in a block's linear layers (MLP of four
-    widths), and scores and means."""
+    """FLOP of the forward, where token i attends to ``attended[i]``: 12 width² multiply-adds in a block's linear layers
+    (MLP of four widths), and scores and means."""
     return layers * (24 * width**2 * len(attended) + 4 * width * int(attended.sum()))

@@ -1,9 +1,9 @@
-"""β-CAL with its (B·K)² matrix, twice: what betaclip is compared with.
+"""β-CAL with its (B·K)² matrix, in two ways: the baselines of the loss benchmarks.
 
-``published_*`` follow the released formula step by step, N × N intermediates included. What that code does for
-its accuracy counters is left out, and so is its masking when there is nothing to mask: both in its favour.
-``lean_*`` are what a careful user would write instead, and the honest baseline: one similarity matrix, plain
-autograd, and the positives taken from a (B, K, K) block. ``torch.compile`` is applied to these.
+``published_*`` follow the released formula step by step, N × N intermediates included. Its accuracy counters are left
+out, and so is its masking when there is nothing to mask: both in its favour. ``lean_*`` are what a careful user would
+write instead, and the honest baseline: one similarity matrix, plain autograd, and the positives taken from a (B, K, K)
+block. ``torch.compile`` is applied to these.
 
 All take raw (B, K, D) embeddings and a () scale, normalise along D, and return one () loss with the released
 code's treatment of padding (``padding="published"`` in betaclip), so that all can be compared.
@@ -21,12 +21,12 @@ _EXCLUDED = -1e9  # the released code's logit of a padded text
 
 
 def wide(x: Tensor) -> Tensor:
-    """Half precision to float32, as autocast does before a softmax."""
+    """x in float32 if it is in half precision, as autocast does before a softmax."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Normalised along D, optionally times ``scale``, in the dtype of x but rounded only once."""
+    """x normalised along D, optionally times ``scale``, in the dtype of x but rounded only once."""
     normalised = F.normalize(wide(x), dim=-1)
     return (normalised if scale is None else normalised * scale).to(x.dtype)
 

@@ -1,0 +1,164 @@
+"""Cases, measurements and their provenance, and the CSV files whose rows they become."""
+
+import csv
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OK, OUT_OF_MEMORY, SKIPPED = "ok", "out of memory", "skipped"
+FORWARD, BOTH = "forward", "forward+backward"
+PHASES = (BOTH, FORWARD)
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: ``form`` and ``implementation`` name the code, ``phase`` is one of ``PHASES``.
+
+    sizes: the columns that say how large the operation is, of each benchmark its own.
+    """
+
+    benchmark: str
+    form: str
+    dtype: str
+    device: str
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
+    implementation: str = ""
+    phase: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result for a case. None means that it was not measured, and ``note`` says why.
+
+    status: ok, out of memory, skipped, or "unavailable: " or "failed: " with the reason.
+    foreign_cores: how many cores other processes kept busy meanwhile; CPU times mean little unless it is near 0.
+    values: errors and whatever else this benchmark reports.
+    """
+
+    case: Case
+    status: str = OK
+    time_ms_p20: float | None = None
+    time_ms_p50: float | None = None
+    time_ms_p80: float | None = None
+    rounds: int = 0
+    peak_bytes: int | None = None
+    mm_tflops: float | None = None
+    share_of_mm: float | None = None
+    foreign_cores: float | None = None
+    note: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def timed(self, times_ms: list[float], flop: float, mm_tflops: float) -> "Measurement":
+        """This measurement with the percentiles of ``times_ms`` and their share of the matrix product's rate."""
+        p20, p50, p80 = percentiles(times_ms)
+        return replace(
+            self,
+            time_ms_p20=p20,
+            time_ms_p50=p50,
+            time_ms_p80=p80,
+            rounds=len(times_ms),
+            mm_tflops=mm_tflops,
+            share_of_mm=flop / (p50 * 1e9) / mm_tflops,
+        )
+
+    def with_values(self, **values: Any) -> "Measurement":
+        return replace(self, values={**self.values, **values})
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile, interpolated."""
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return float(p20), float(p50), float(p80)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"CPU {torch.get_num_threads()}x {re.sub(r'[(](R|TM)[)]', '', model)}"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def provenance(command: str) -> Row:
+    """The columns that say where a row comes from: versions, commit, date and the command."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        try:
+            return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    import betaclip
+
+    changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
+    return {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "betaclip": betaclip.__version__,
+        "commit": (git("rev-parse", "--short", "HEAD") or "none") + ("+changes" if changed else ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def as_row(measurement: Measurement, source: Row) -> Row:
+    """One CSV row: the case, the measurement, and where it comes from."""
+
+    def flat(x: Case | Measurement, nested: str) -> dict[str, Any]:
+        own = {f.name: getattr(x, f.name) for f in fields(x) if f.name not in (nested, "case")}
+        return {**own, **getattr(x, nested)}
+
+    values = {**flat(measurement.case, "sizes"), **flat(measurement, "values"), **source}
+    return {name: _cell(value) for name, value in values.items()}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def append_rows(path: Path, rows: list[Row]) -> None:
+    """Append to a CSV file, which is rewritten if the rows bring new columns."""
+    old = read_rows(path) if path.exists() else []
+    names = list(dict.fromkeys(name for row in [*old[:1], *rows] for name in row))
+    fresh = not old or list(old[0]) != names
+    os.makedirs(path.parent, exist_ok=True)
+    with path.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+            writer.writerows(old)
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

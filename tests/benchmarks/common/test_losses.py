@@ -1,0 +1,72 @@
+"""The losses that are compared are one loss; FLOP and memory are what the formulas say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from common import batches, comparison, harness, losses, rows
+from support.loss_batches import small_batch, value_and_gradients, worst_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "masked"),
+    [
+        (name, form, masked)
+        for name, implementation in losses.implementations().items()
+        for form in implementation.forms
+        for masked in ((False, True) if form in ("ce", "bce") else (False,))
+    ],
+)
+def test_implementations_compute_the_same_loss(name, form, masked):
+    if name == "compiled" and (masked or form == "bce"):
+        pytest.skip("compiles the code of dense: once is enough")
+    batch = small_batch(form, masked)
+    try:
+        loss = losses.implementations()[name].build(form, batch)
+    except harness.Unavailable as reason:
+        pytest.skip(str(reason))
+    truth = value_and_gradients(losses.reference(form, batch), batch)
+    assert worst_error(value_and_gradients(loss, batch), truth) < 1e-9
+
+
+def test_forms_of_one_text_are_clip_and_siglip():
+    """Against the formulas of the papers, as open_clip may not be installed."""
+    batch = small_batch("siglip")
+    v, t = (torch.nn.functional.normalize(x.squeeze(1), dim=-1) for x in (batch.image, batch.text))
+    logits, own = batch.scale * v @ t.T, torch.arange(len(v))
+    clip = (torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)) / 2
+    sign = 2 * torch.eye(len(v), dtype=torch.float64) - 1
+    siglip = -torch.nn.functional.logsigmoid(sign * (logits + batch.bias)).sum() / len(v)
+    without_bias = replace(batch, bias=None)
+    assert abs(losses.reference("clip", without_bias)(without_bias) - clip) < 1e-12
+    assert abs(losses.reference("siglip", batch)(batch) - siglip) < 1e-12
+
+
+def test_flop_formulas():
+    n, dim = 9216, 512
+    for form, products in (("ce", 4), ("clip", 4), ("bce", 3), ("siglip", 3)):
+        assert losses.loss_flop(form, "forward", n, dim) == 2 * n * n * dim
+        assert losses.loss_flop(form, "forward+backward", n, dim) == products * 2 * n * n * dim
+
+
+def test_memory_bound_formula():
+    inputs = 2 * 9216 * 512
+    assert losses.memory_bound_bytes("cpu", 9216, 512, 4) == 2 * inputs * 4 + 96 * 2**20
+    assert losses.memory_bound_bytes("cuda", 9216, 512, 2) == 4 * inputs * 2 + 512 * 10**6
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+@pytest.mark.parametrize("name", ["published", "dense"])
+def test_memory_estimates_are_from_above_and_not_wild(name, form):
+    """A run is refused by the estimate, so one that is too low would let the machine run out of memory."""
+    if harness.with_peak_bytes(lambda: None, CPU)[1] is None:
+        pytest.skip("peak memory needs Linux's /proc/self/clear_refs")
+    batch = batches.synthetic_batch(3300, 1, 32, torch.float32, CPU)  # matrices beyond malloc's largest heap block
+    implementation = losses.implementations()[name]
+    for phase in rows.PHASES:
+        loss = implementation.build(form, batch)
+        run = comparison.Call(lambda loss=loss: loss(batch), batch.leaves).run(phase, torch.ones(()))
+        _, peak, _ = harness.with_peak_bytes(run, CPU, seconds=0)
+        assert peak <= implementation.estimated_bytes(phase, 3300, 32, 4) <= 4 * peak

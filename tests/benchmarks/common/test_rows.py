@@ -1,0 +1,47 @@
+"""Measurements become rows, and rows stay in their file."""
+
+import pytest
+from common import rows
+
+
+def test_percentiles():
+    assert rows.percentiles([5.0]) == (5.0, 5.0, 5.0)
+    assert rows.percentiles([float(x) for x in range(101)]) == pytest.approx((20.0, 50.0, 80.0))
+
+
+def test_share_of_the_matrix_rate():
+    case = rows.Case("b", "ce", "float32", "cpu")
+    row = rows.Measurement(case).timed([8.0, 10.0, 12.0], flop=3e9, mm_tflops=0.6)
+    assert (row.time_ms_p50, row.rounds) == (10.0, 3)
+    assert row.share_of_mm == pytest.approx(0.5)  # 3e9 FLOP in 10 ms are 0.3 TFLOP/s
+
+
+def test_rows_are_appended_and_columns_may_be_added(tmp_path):
+    path = tmp_path / "new" / "x.csv"
+    rows.append_rows(path, [{"a": "1", "b": "2,3"}])
+    rows.append_rows(path, [{"a": "4", "b": "5"}])
+    rows.append_rows(path, [{"a": "6", "c": "7"}])
+    assert rows.read_rows(path) == [
+        {"a": "1", "b": "2,3", "c": ""},
+        {"a": "4", "b": "5", "c": ""},
+        {"a": "6", "b": "", "c": "7"},
+    ]
+
+
+def test_a_row_holds_case_measurement_and_provenance():
+    case = rows.Case("b", "ce", "float32", "cpu", {"n": 72, "model": "x"}, "dense", "forward")
+    measured = rows.Measurement(case, time_ms_p50=1.234567, values={"loss_error": None, "speedup": 2.0})
+    row = rows.as_row(measured, {"commit": "abc"})
+    assert (row["n"], row["model"], row["implementation"], row["commit"]) == ("72", "x", "dense", "abc")
+    assert (row["time_ms_p50"], row["loss_error"], row["speedup"], row["peak_bytes"]) == ("1.2346", "", "2", "")
+    assert "case" not in row and "sizes" not in row and "values" not in row
+
+
+def test_provenance_names_versions_and_the_command():
+    source = rows.provenance("python x.py")
+    assert source["command"] == "python x.py"
+    assert all(source[name] for name in ("torch", "betaclip", "commit", "date"))
+
+
+def test_device_names_make_file_names():
+    assert rows.slug("CPU 2x Intel Xeon(R) @ 2.1GHz") == "cpu-2x-intel-xeon-r-2-1ghz"

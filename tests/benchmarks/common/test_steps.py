@@ -1,0 +1,96 @@
+"""The steps that are compared have one loss, realistic texts, and FLOP as the formulas say."""
+
+import json
+import random
+
+import pytest
+import torch
+from common import steps
+from support.paths import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+from betaclip.model.beta_clip import ModelConfig, create_model
+
+IMAGES, TEXTS = 3, 9
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model(ModelConfig(context_length=248)).double()
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return steps.synthetic_step_batch(model, IMAGES, TEXTS, torch.float64)
+
+
+def test_texts_are_those_of_training():
+    captions = json.loads((ROOT / "benchmarks" / "captions.json").read_text(encoding="utf-8"))["captions"]
+    for caption in captions:
+        texts = steps.texts_of_caption(caption, 36, random.Random(0))
+        assert len(texts) == len(set(texts)) == 36
+        assert texts[0] == ". ".join(texts[1:6])
+        assert all(sentence in caption for sentence in texts[1:6])
+        assert all(len(phrase.split()) <= 14 and phrase in caption for phrase in texts[6:])
+    with pytest.raises(ValueError, match="texts_per_image: expected at most"):
+        steps.texts_of_caption("One sentence. Another", 36, random.Random(0))
+
+
+def test_repeated_captions_are_in_other_words(model):
+    """An image that repeats a caption has its lengths, but shares no more than the tokens around every text."""
+    texts = steps.synthetic_step_batch(model, 13, 2, torch.float32).texts
+    first, again = (texts.of_images(i, i + 1) for i in (0, 12))
+    assert not set(first.tokens.tolist()) & set(again.tokens.tolist()) - {49406, 49407}
+    assert texts.max_texts_per_image == 2 and texts.num_images == 13
+
+
+def test_padded(model, batch):
+    captions, phrases = steps.padded(batch.texts)
+    assert captions.shape[:2] == (IMAGES, 6) and phrases.shape[:2] == (IMAGES, TEXTS - 6)
+    rows = [row for image in range(IMAGES) for block in (captions, phrases) for row in block[image]]
+    for row, tokens in zip(rows, batch.texts.tokens.split(batch.texts.lengths.tolist()), strict=True):
+        assert torch.equal(row[: len(tokens)], tokens) and not row[len(tokens) :].any()
+    assert phrases[:, :, -1].any() and captions[:, :, -1].any()  # no longer than the longest
+
+
+@pytest.mark.parametrize("part", steps.PARTS)
+def test_all_compute_the_same(part, model, batch):
+    one = torch.ones((), dtype=torch.float64)
+    values = [
+        steps.part_call(build(model), part, batch).run("forward+backward", one)()
+        for build in steps.step_implementations().values()
+    ]
+    assert all(bool(gradient.any()) for gradient in values[0][1:])
+    for value in values[1:]:
+        for a, b in zip(value, values[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_every_trained_parameter_is_in_the_step(model, batch):
+    leaves = steps.part_call(steps.OurStep(model), "step", batch).leaves
+    assert {id(p) for p in leaves} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_tokens(model, batch):
+    ours, published = steps.OurStep(model), steps.PublishedStep(model, checkpointed=True)
+    assert published.tokens(batch) == sum(block.numel() for block in steps.padded(batch.texts))
+    texts = [t.tolist() for t in batch.texts.tokens.split(batch.texts.lengths.tolist())]
+    assert ours.tokens(batch) == len({tuple(text[: i + 1]) for text in texts for i in range(len(text))})
+
+
+def test_flop_of_transformers():
+    """One block, counted, without padding."""
+    width, tokens = 64, 10
+    block = torch.nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0, batch_first=True)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        block(torch.randn(3, tokens, width))
+    assert counter.get_total_flops() == 3 * steps.transformer_flop(width, 1, torch.full((tokens,), tokens))
+
+
+def test_least_flop_of_a_step_is_that_of_its_parts(model, batch):
+    for phase, factor in (("forward", 1), ("forward+backward", 3)):
+        parts = [steps.least_flop(model, part, phase, batch) for part in steps.PARTS[1:]]
+        assert steps.least_flop(model, "step", phase, batch) == sum(parts)
+        vision = 3 * steps.transformer_flop(128, 4, torch.full((37,), 37))
+        assert steps.least_flop(model, "vision", phase, batch) == factor * vision
