@@ -157,7 +157,7 @@ def test_headers_come_from_the_pinned_wheel_and_no_other(build, nvcc, tmp_path, 
     monkeypatch.delenv("CUTLASS_PATH")
     build.BUILD.mkdir()
     with pytest.raises(
-        RuntimeError, match=r"nvidia-cutlass==4\.2\.0\.0 could not be fetched (?s:.*)DO NOT MATCH THE HASHES"
+        RuntimeError, match=r"nvidia-cutlass==4\.2\.0\.0 could not be fetched(?s:.*)DO NOT MATCH THE HASHES"
     ):
         build.cutlass_includes()
     assert not list(build.BUILD.iterdir())
