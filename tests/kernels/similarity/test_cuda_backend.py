@@ -52,7 +52,7 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
     missing = "betaclip was installed without its CUDA library: no nvcc on PATH, and no CUDA_HOME"
     assert binding.find(installed) == (None, missing)
     (installed / "build.json").unlink()
-    never = "the CUDA library was never built: pip install does it where it finds nvcc"
+    never = "the CUDA library was not built; pip install builds it where it finds nvcc"
     assert binding.find(installed) == (None, never)
     monkeypatch.setattr(binding, "_library", None)
     monkeypatch.setattr(binding, "_missing", missing)
@@ -62,7 +62,7 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
 
 def test_refuses_a_library_of_another_interface(installed, monkeypatch):
     monkeypatch.setattr(binding, "VERSION", 2)
-    assert "is of version 1, this package needs 2" in binding.find(installed)[1]
+    assert "expected version 2 of the interface, got 1" in binding.find(installed)[1]
     monkeypatch.setitem(binding._SIGNATURES, "betaclip_of_tomorrow", (ctypes.c_int, ()))
     assert "undefined symbol: betaclip_of_tomorrow" in binding.find(installed)[1]
 
