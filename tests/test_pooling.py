@@ -174,7 +174,7 @@ def saved_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def test_ragged_texts_cost_no_memory():
-    """A mask of texts keeps nothing but itself for the backward."""
+    """A mask of texts adds only itself to the tensors kept for the backward."""
     pool, (patches, queries) = block(backend="folded"), inputs(k=40)
     leaves = [t.requires_grad_() for t in (patches, queries)]
     mask = torch.rand(3, 40, device=DEVICE) < 0.5
@@ -323,7 +323,7 @@ class LowRank(nn.Module):
 
 
 def test_parametrized_attention_acts():
-    """It acts as in nn.MultiheadAttention, and is evaluated once per call, so that it may be random."""
+    """It takes effect as in nn.MultiheadAttention, and is evaluated once per call, so it may be random."""
     pool, (patches, queries) = block(), inputs()
     before = pool(patches, queries)
     lora = LowRank(pool.attn.in_proj_weight)

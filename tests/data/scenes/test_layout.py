@@ -1,4 +1,4 @@
-"""Layouts: what is in a scene differs, lies apart, and is a function of the generator's state."""
+"""Layouts: the things of a scene differ, lie apart, and depend only on the generator's state."""
 
 from collections import Counter
 from random import Random

@@ -1,4 +1,4 @@
-"""The binding of libbetaclip: what it finds, refuses and hands over. test_operators.py looks at what it computes."""
+"""The binding of libbetaclip: finding the library, refusals and arguments. test_operators.py tests the results."""
 
 import ctypes
 import json
@@ -83,7 +83,7 @@ def test_signatures_are_the_header_s():
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_structures_and_constants_are_the_header_s(tmp_path):
-    """Sizes, offsets and numbers as a C compiler sees them."""
+    """Sizes, offsets and constants agree with those that a C compiler gives."""
     fields = [(name, field) for name, structure in STRUCTURES.items() for field, _ in structure._fields_]
     values = [
         *(f"sizeof({name})" for name in STRUCTURES),
