@@ -12,7 +12,7 @@ LIBRARY_FOLDER = Path("betaclip", "lib")
 
 
 class BuildLibrary(Command):
-    """Puts the library, and the record of how it was made or why it was not, into betaclip/lib."""
+    """Puts the library, and the record of how it was built or why it was not, into betaclip/lib."""
 
     editable_mode = False
     user_options: ClassVar[list[tuple[str, str, str]]] = []
@@ -44,7 +44,7 @@ class Build(build):
 
 
 class PlatformDistribution(Distribution):
-    """Platform-specific only if it holds the library, which depends on neither Python nor torch binaries."""
+    """A distribution that is platform-specific only if it holds the library, which needs neither Python nor torch."""
 
     def has_ext_modules(self) -> bool:
         return build_library.reason_not_to_build() is None
@@ -55,8 +55,8 @@ class BdistWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-# betaclip/kernels is a symbolic link for checkouts that nobody installed. A build must not need it, since a clone may
-# have a text file in its place, nor may kernels/ become a package of its own, since transformers looks for that name.
+# betaclip/kernels is a symbolic link, for checkouts that are not installed. A build must not need it, since a clone may
+# have a text file in its place. Nor may kernels/ become a package of its own, since transformers looks for that name.
 setup(
     packages=[
         *find_packages(include=["betaclip", "betaclip.*"], exclude=["betaclip.kernels*"]),

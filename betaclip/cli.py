@@ -12,7 +12,7 @@ from betaclip.errors import ConfigError, NonFiniteError, Stopped, closed_pipe_en
 
 
 class Command(NamedTuple):
-    """run: a function in ``module``. config: the dataclass in ``module`` that it takes; None if it takes nothing."""
+    """A command: ``run`` is a function in ``module``, ``config`` the dataclass in ``module`` that it takes, or None."""
 
     module: str
     config: str | None
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exits with 2 for what is wrong with its arguments, and 1 for what goes wrong later."""
+    """Run a command; exits with 2 if its arguments are invalid, and with 1 if it fails later."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with closed_pipe_ends_output():
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -83,7 +83,7 @@ def _run(name: str, command: Command, config_class: str, arguments: list[str]) -
         if name == "train":
             file, arguments = _config_file(arguments)
             options["default"] = kind() if file is None else read(kind(), file)
-            description += " --config FILE: a TOML file with other defaults for what follows, or the name of a recipe."
+            description += " --config FILE: a TOML file with other defaults for these options, or the name of a recipe."
         config = tyro.cli(kind, prog=f"betaclip {name}", description=description, args=arguments, **options)
         getattr(module, command.run)(config)
     except ConfigError as error:

@@ -1,6 +1,6 @@
-"""The facts for a bug report: versions, devices, settings, and what each backend of each operation can serve.
+"""A report for bug reports: versions, devices, settings, and which tensors each backend of each operation can serve.
 
-``betaclip env`` prints it, as does ``python -m betaclip.env``; :func:`report` returns it.
+``betaclip env`` and ``python -m betaclip.env`` print it; :func:`report` returns it.
 """
 
 import importlib
@@ -33,8 +33,8 @@ def report() -> dict[str, Any]:
     """Versions, devices, environment variables (None: unset) and backends, as plain data.
 
     ``["operations"][operation]`` is a list with one entry per device and dtype: ``{"device", "dtype",
-    "auto": the backend that "auto" takes or why there is none, "backends": {name: reasons why not}}``. Of
-    attention_pool, whose "auto" weighs sizes too, it is the backend for few queries.
+    "auto": the backend that "auto" takes or why there is none, "backends": {name: reasons why not}}``. For
+    attention_pool, whose "auto" also depends on sizes, "auto" is the backend for few queries.
     """
     return {
         "versions": {
@@ -82,7 +82,7 @@ def _probes() -> Iterator[Tensor]:
 def _probe(operation: str, table: Mapping[str, NotSupportedReasons], probe: Tensor) -> dict[str, Any]:
     try:
         auto = resolve(operation, "auto", table, probe, probe)
-    except (NotImplementedError, ValueError) as error:  # a mistaken BETACLIP_BACKEND belongs into the report
+    except (NotImplementedError, ValueError) as error:  # an invalid BETACLIP_BACKEND belongs in the report
         auto = f"none ({' '.join(str(error).split())})"
     return {
         "device": probe.device.type,

@@ -1,4 +1,4 @@
-"""Layers shared by the pooling block and the towers, and what both ask of an attention module."""
+"""Layers shared by the pooling block and the towers, and the check that both make of an attention module."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ class LayerNorm(nn.LayerNorm):
 class _QuickGELU(torch.autograd.Function):
     """silu(1.702 x) / 1.702, and 1.702 x.
 
-    The derivative of the first is silu's at the second, so one tensor is kept and the backward is one pass over memory,
-    where autograd's would be three. The second is an output so that second derivatives flow through it.
+    The derivative of the first output is that of silu at the second, so one tensor is kept and the backward is one pass
+    over memory, where autograd's would be three. 1.702 x is an output so that second derivatives flow through it.
     """
 
     generate_vmap_rule = True
@@ -45,14 +45,14 @@ class _QuickGELU(torch.autograd.Function):
             return dx
         if not torch.is_grad_enabled():
             through_silu = torch.ops.aten.silu_backward(grad, scaled)
-        else:  # which has no derivative
+        else:  # silu_backward has no derivative
             sigmoid = scaled.sigmoid()
             through_silu = grad * sigmoid * (1 + scaled * (1 - sigmoid))
         return through_silu if dx is None else through_silu + dx
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the activation of OpenAI's CLIP, with fewer passes over memory than written out."""
+    """x · sigmoid(1.702 x), the activation of OpenAI's CLIP, with fewer passes over memory than that formula."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)[0]
@@ -65,11 +65,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def attention_not_supported_reasons(attn: nn.Module) -> list[str]:
-    """Why reading the weights of an attention module differs from calling it; empty where it does not.
+    """The reasons why reading the weights of an attention module differs from calling it; empty if it does not.
 
     The pooling block and the towers read ``attn.in_proj_weight`` and compute the attention themselves. A
-    parametrization acts whenever the weight is read. Adapters that wrap the module, other forwards and hooks act only
-    when it is called.
+    parametrization takes effect whenever the weight is read. Adapters that wrap the module, other forwards and hooks
+    take effect only when it is called.
     """
     if type(attn).forward is not nn.MultiheadAttention.forward or "forward" in vars(attn):
         return [f"attn has a forward of its own ({type(attn).__name__}), which would never be called"]
@@ -77,7 +77,7 @@ def attention_not_supported_reasons(attn: nn.Module) -> list[str]:
 
 
 def check_attention(attn: nn.Module, reader: str) -> None:
-    """Raise NotImplementedError where ``reader`` would compute something else than ``attn`` does when called."""
+    """Raise NotImplementedError if ``reader``, which reads the weights, would compute something else than ``attn``."""
     if reasons := attention_not_supported_reasons(attn):
         raise NotImplementedError(
             f"{reader} reads the weights of attn, but {'; '.join(reasons)}. Adapt attn.out_proj, mlp.c_fc and "

@@ -15,7 +15,7 @@ from betaclip.layers import LayerNorm, QuickGELU, check_attention
 
 
 class _Operands(NamedTuple):
-    """The arguments of ``attention_pool``, in the dtype to compute in."""
+    """The arguments of ``attention_pool``, in the dtype of the computation."""
 
     patches: Tensor  # (B, P, D)
     queries: Tensor  # (B or 1, K, D), projected
@@ -37,8 +37,8 @@ class TextConditionedPool(nn.Module):
     (:func:`betaclip.kernels.attention_pool.operators.attention_pool`). Parameters have the names of the released
     checkpoints.
 
-    The block reads the weights of ``attn`` and never calls it: parametrizations of ``attn`` act, wrappers of it and
-    hooks on it are refused. ``attn.out_proj`` and the MLP are called, so that adapters around them act.
+    The block reads the weights of ``attn`` and never calls it: parametrizations of ``attn`` take effect, wrappers of it
+    and hooks on it are refused. ``attn.out_proj`` and the MLP are called, so adapters around them take effect.
 
     Args:
         embed_dim: D, the width of patches and texts.
@@ -47,10 +47,10 @@ class TextConditionedPool(nn.Module):
         norm_inputs: apply LayerNorm to the queries (``ln_1``) and to the patches (``ln_1_kv``) after their
             normalisation. The released models do not.
         identity: initialise the projections to identities and the MLP to zero: a text attends to patches that resemble
-            it, and the result is their weighted mean. Towers trained from scratch learn faster so; the released models
-            start from random projections.
-        backend: of the attention; ``"auto"`` chooses.
-        device, dtype: of the parameters, as for every ``nn.Module`` of PyTorch.
+            it, and the result is their weighted mean. Towers trained from scratch then learn faster; the released
+            models start from random projections.
+        backend: the backend of :func:`betaclip.kernels.attention_pool.attention_pool`; ``"auto"`` chooses.
+        device, dtype: those of the parameters, as for PyTorch's modules.
 
     Attributes:
         logit_scale: () logarithm of the inverse temperature for a loss over the pooled embeddings. The block does not
@@ -124,8 +124,7 @@ class TextConditionedPool(nn.Module):
             patches: (B, P, D) patch embeddings of any norm.
             queries: (B, K, D) text embeddings of any norm, or (K, D) for the same texts with every image.
             patch_mask: (B, P) bool, True = valid patch. An image without valid patches gives zeros.
-            query_mask: (B, K) bool, True = valid text. Masked texts give zeros; masked values may be anything, NaN
-                included.
+            query_mask: (B, K) bool, True = valid text. Masked texts give zeros, and may hold anything, NaN included.
             need_weights: also return the attention weights, for example to draw them.
 
         Returns:
@@ -198,7 +197,7 @@ class TextConditionedPool(nn.Module):
 
             return F.cosine_similarity(self(patches, queries), queries, dim=-1)
 
-        in O(B·M + (B + M)·D) memory: pairs are computed a chunk at a time, and once more in the backward. For
+        in O(B·M + (B + M)·D) memory: pairs are computed a chunk at a time, and once more in the backward. Use it for
         text-conditioned negatives in training and for text-conditioned retrieval.
 
         Args:
@@ -248,7 +247,8 @@ class TextConditionedPool(nn.Module):
         )
 
     def _chunk_sizes(self, num_queries: int, dtype: torch.dtype, chunk_bytes: int) -> tuple[int, int]:
-        """Images and texts in a chunk of pairs: few images by many texts, which projects an image's patches once."""
+        """The numbers of images and texts in a chunk of pairs: few images and many texts, so that an image's patches
+        are projected only once."""
         # For each pair, the hidden layer exists three times and the embedding eight times.
         width = 8 * self.attn.embed_dim + 3 * self.hidden
         pairs = max(1, chunk_bytes // (width * dtype.itemsize))
@@ -258,9 +258,9 @@ class TextConditionedPool(nn.Module):
     def _operands(
         self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None
     ) -> _Operands:
-        """Check the arguments, normalise and project them."""
+        """Check the arguments, normalise them and project the queries."""
         check_attention(self.attn, "TextConditionedPool")
-        in_weight, in_bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # once: a parametrization computes them
+        in_weight, in_bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # a parametrization computes them
         _check(patches, queries, patch_mask, query_mask, in_weight)
         device = patches.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else patches.dtype
@@ -291,7 +291,7 @@ class TextConditionedPool(nn.Module):
 def _check(
     patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None, weight: Tensor
 ) -> None:
-    """Raise on malformed arguments. weight: (3 D, D), of the module."""
+    """Raise a ValueError for malformed arguments. weight: the module's in_proj_weight, (3 D, D)."""
     width = weight.shape[1]
     if patches.dim() != 3 or patches.shape[1] == 0 or patches.shape[2] != width:
         raise ValueError(f"patches: expected (B, P, {width}) with P >= 1, got shape {tuple(patches.shape)}")
@@ -304,9 +304,9 @@ def _check(
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != weight.device:
-            raise ValueError(f"{name}: expected device {weight.device} as the module, got {tensor.device}")
+            raise ValueError(f"{name}: expected device {weight.device} as for the module, got {tensor.device}")
         if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
-            expected = f"dtype {weight.dtype} as the module's weights, or autocast"
+            expected = f"dtype {weight.dtype} as in the module's weights, or autocast"
             raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
     for name, mask, shape in (
         ("patch_mask", patch_mask, patches.shape[:2]),

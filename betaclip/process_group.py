@@ -20,11 +20,10 @@ from betaclip.errors import ConfigError
 class ProcessGroup:
     """This process's rank among ``size`` processes.
 
-    With size > 1, :meth:`shard_range` excepted, every method is a collective: all ranks must call the same methods in
-    the same order, with tensors on a device that the group's backend serves. A single process needs no
-    torch.distributed.
+    With size > 1, every method except :meth:`shard_range` is a collective: all ranks must call the same methods in the
+    same order, with tensors on a device that the group's backend serves. A single process needs no torch.distributed.
 
-    group: None is the default process group, or none at all where ``size`` is 1.
+    group: None stands for the default process group, or for no group if ``size`` is 1.
     """
 
     rank: int = 0
@@ -58,7 +57,7 @@ class ProcessGroup:
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any rank. Communicates on the CPU, so a GPU's queued work is not waited for."""
+        """Whether ``flag`` is true on any rank. Communicates on the CPU, and does not wait for a GPU's queued work."""
         if self.size == 1:
             return flag
         return bool(self.max(torch.tensor(int(flag))))
@@ -74,7 +73,7 @@ class ProcessGroup:
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """(sum of n, ...): the rows of all ranks in their order, from (n, ...) of this rank; n may differ, or be 0."""
+        """The rows of all ranks in their order, (sum of n, ...), from this rank's (n, ...); n may differ, or be 0."""
         if self.size == 1:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
@@ -98,7 +97,7 @@ class ProcessGroup:
         return self._reduce(t, "MAX")
 
     def mean_(self, t: Tensor) -> Tensor:
-        """The element-wise mean over ranks, in place and without waiting for the device."""
+        """Replace ``t`` by its element-wise mean over ranks, without waiting for the device."""
         if self.size > 1:
             dist.all_reduce(t, group=self.group)
             t /= self.size
@@ -117,7 +116,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def initialized(device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
-    """The default process group and this process's device; under torchrun, initialises the group and destroys it after.
+    """Yield the default process group and this process's device. Under torchrun, initialise and destroy the group.
 
     Args:
         device: "cpu", "cuda", "cuda:N", or "auto": a GPU if there is one. "cuda" is the GPU of torchrun's LOCAL_RANK.

@@ -32,8 +32,8 @@ def load_published(
         The model, in float32 on the CPU. ``create_model(model.config)`` makes the same one with random weights.
 
     Raises:
-        ValueError: the file has another layout, holds no weights or objects beyond tensors, or the heads do not divide
-            the widths.
+        ValueError: the file has another layout, has no weights, or has objects other than tensors; or the heads do not
+            divide the widths.
 
     Example:
         >>> import tempfile, torch
@@ -67,7 +67,7 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     """Write a model in the published layout, as a safetensors file.
 
     Args:
-        model: one with stretched positions and QuickGELU; :func:`load_published` has an example.
+        model: it must have stretched positions and QuickGELU; :func:`load_published` has an example.
         path: the file to write.
 
     Raises:
@@ -80,7 +80,7 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
 
 
 def _not_supported_reasons(clip: nn.Module) -> list[str]:
-    """Why the layout cannot express a model with these towers; empty if it can."""
+    """The reasons why the layout cannot express a model with these towers; empty if it can."""
     if not isinstance(clip, CLIP):
         return [f"its towers are of type {type(clip).__name__}, not CLIP"]
     reasons = []

@@ -1,4 +1,4 @@
-"""``betaclip train``: a training run, the evaluation of its model, and the pictures that it leaves."""
+"""``betaclip train``: a training run, the evaluation of its model, and pictures of its attention."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -28,14 +28,14 @@ PICTURES, PHRASES_PER_PICTURE = 6, 7
 
 @dataclass(frozen=True, kw_only=True)
 class TrainEvaluationConfig(EvaluationConfig):
-    """The sets to evaluate the model on, at the end and during the run. ``betaclip evaluate`` explains them."""
+    """The sets to evaluate the model on, at the end and during the run; ``betaclip evaluate`` has the same options."""
 
     every: int | None = None
     """Updates between evaluations; by default only at the end."""
     scenes: int | None = None
     """Number of rendered scenes; by default 200 if the training data are scenes, else none."""
     conditioned: bool = False
-    """Also text-conditioned retrieval."""
+    """Also evaluate text-conditioned retrieval."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def main(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: an invalid setting.
-        NonFiniteError: a loss or gradient is not finite, unless the run skips those.
-        BadDataError: more bad data than the run allows.
-        Stopped: SIGTERM came; a checkpoint is written.
+        NonFiniteError: a loss or gradient is not finite, and the run does not skip such updates.
+        BadDataError: there are more bad data than the run allows.
+        Stopped: SIGTERM came; a checkpoint has been written.
     """
     with initialized(config.run.device) as (process_group, device):
         check(config, process_group.size)
@@ -70,9 +70,10 @@ def main(config: TrainConfig) -> None:
 
 
 def create_evaluator(config: TrainConfig) -> Evaluator:
-    """
+    """Read the sets that the settings name.
+
     Raises:
-        ConfigError: a set is not there, or a number is out of range.
+        ConfigError: a set does not exist, or a number is out of range.
     """
     chosen = config.evaluation
     if chosen.every is not None and chosen.every < 1:
@@ -86,7 +87,7 @@ def create_evaluator(config: TrainConfig) -> Evaluator:
 
 
 def train(config: TrainConfig, evaluator: Evaluator, process_group: ProcessGroup, device: torch.device) -> Path:
-    """Train to the last step, from the start or from the latest checkpoint; returns the run's folder."""
+    """Train to the last step, from the start or from the latest checkpoint; return the run's folder."""
     evaluate = partial(_evaluate, evaluator)
     trainer = Trainer(config, process_group, device, evaluate=evaluate, evaluate_every=config.evaluation.every)
     trainer.train()
@@ -96,7 +97,7 @@ def train(config: TrainConfig, evaluator: Evaluator, process_group: ProcessGroup
 def finish(
     config: TrainConfig, runs: dict[str, Path], evaluator: Evaluator, process_group: ProcessGroup, device: torch.device
 ) -> None:
-    """Evaluate each run's last checkpoint on all ranks; the first rank prints, and writes results and pictures."""
+    """Evaluate each run's last checkpoint on all ranks; the first rank prints and writes results and pictures."""
     models = {name: load_checkpoint(folder, device=device) for name, folder in runs.items()}
     results = {
         run if set_name == "scenes" else f"{set_name}, {run}": values

@@ -29,7 +29,7 @@ from betaclip.process_group import initialized
 PANEL, GAP, BAR, MAX_WIDTH = 2.6, 0.1, 1.0, 12.5
 LETTER, LINE = 0.08, 0.19  # of a title: width of a letter, height of a line
 MAX_COLUMNS, MAX_TITLE_LINES = 4, 3
-MAX_PIXELS = 1024  # of the longer side of the picture that is drawn
+MAX_PIXELS = 1024  # the longer side of the picture as it is drawn
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def visualize(config: VisualizeConfig) -> None:
 
 
 def attention(model: BetaCLIP, tokenizer: Tokenizer, image: Image.Image, texts: Sequence[str]) -> Tensor:
-    """(K, height, width) attention weights of K texts over the grid of patches, averaged over heads. Each sums to 1."""
+    """The attention of K texts over the grid of patches, (K, height, width), averaged over heads; each sums to 1."""
     with evaluating(model):
         _, patches = encode_images(model, [Squash(model.image_size)(image)])
         queries, _ = encode_slots(model, tokenizer, [texts])
@@ -126,7 +126,7 @@ def attention_figure(
 
 
 def _panels(titles: Sequence[str], across: float, down: float) -> tuple[Figure, list[Axes], Axes]:
-    """A figure with an empty panel below the space of each title, and the axes of the colour bar."""
+    """Make a figure; return it with its empty panels, each below the space for its title, and the colour bar's axes."""
     columns = max(1, min(MAX_COLUMNS, len(titles), int((MAX_WIDTH - BAR) / (across + GAP))))
     rows = [titles[i : i + columns] for i in range(0, len(titles), columns)]
     heads = [LINE * max(title.count("\n") + 1 for title in row) + GAP for row in rows]
@@ -161,5 +161,5 @@ def _overlay(
 
 
 def _wrapped(text: str, letters: int) -> str:
-    """The text in lines of at most so many letters, cut where it needs more than a title has."""
+    """The text in at most MAX_TITLE_LINES lines of at most ``letters`` letters; the rest is cut off."""
     return "\n".join(textwrap.wrap(text, letters, max_lines=MAX_TITLE_LINES, placeholder=" …"))

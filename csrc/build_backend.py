@@ -1,4 +1,4 @@
-"""setuptools' build backend, with the requirements of the CUDA library where one will be built."""
+"""setuptools' build backend, which also asks for the requirements of the CUDA library if that will be built."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""Build libbetaclip.so from the CUDA sources beside this file: which compiler, whose headers, one call of ninja.
+"""Build libbetaclip.so from the CUDA sources beside this file: find compiler and CUTLASS's headers, then call ninja.
 
 pip runs it through setup.py; ``python csrc/build_library.py`` builds in place, into betaclip/lib. Beside the library
-lies a record of how it was made, or of why it was not. Objects stay in build/cuda, where ninja finds them next time.
+lies a record of how it was built, or of why it was not. Objects stay in build/cuda, where ninja finds them next time.
 """
 
 import json
@@ -23,7 +23,7 @@ BUILD = ROOT / "build" / "cuda"
 LIBRARY, RECORD = "libbetaclip.so", "build.json"
 VARIABLE = "BETACLIP_BUILD_CUDA"
 ARCHITECTURE = "90a"
-# An ordinary requirement on this wheel would bring in some 320 MB of others: only its headers are wanted.
+# Only the headers of this wheel are needed; as an ordinary requirement it would bring in some 320 MB of other wheels.
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 CUTLASS_SHA256 = "f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6"
 CUTLASS_FOLDERS = ("include", "tools/util/include")
@@ -31,7 +31,7 @@ FLAGS = [
     f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}",
     # Flushing denormals makes __expf and __logf single instructions.
     *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-ftz=true"),
-    # The library exports what betaclip.h declares, and nothing that CUTLASS or the CUDA runtime brings along.
+    # The library exports the functions of betaclip.h, and nothing of CUTLASS or the CUDA runtime.
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
     *("-cudart", "static", "-Xlinker", "--exclude-libs,ALL"),
 ]
@@ -41,7 +41,7 @@ def reason_not_to_build() -> str | None:
     """Return why no library will be built, or None if one will be.
 
     Raises:
-        RuntimeError: BETACLIP_BUILD_CUDA demands a library that cannot be built, or is none of auto, 0 and 1.
+        RuntimeError: BETACLIP_BUILD_CUDA demands a library that cannot be built, or is not one of auto, 0 and 1.
     """
     demand = os.environ.get(VARIABLE, "auto")
     if demand not in ("auto", "0", "1"):
@@ -58,7 +58,7 @@ def requirements() -> list[str]:
     """Return the packages that the build needs beside setuptools."""
     if reason_not_to_build():
         return []
-    # A ninja that another environment's Python starts does not run in an isolated build.
+    # An isolated build finds, but cannot run, the ninja of another Python environment.
     have_ninja = shutil.which("ninja") and subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
     have_headers = bool(os.environ.get("CUTLASS_PATH")) or _fetched_headers().is_dir()
     return [*([] if have_ninja else ["ninja"]), *([] if have_headers else ["pip"])]
@@ -69,7 +69,7 @@ def install(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     missing = reason_not_to_build()
     if missing:
-        (folder / LIBRARY).unlink(missing_ok=True)  # an earlier build's
+        (folder / LIBRARY).unlink(missing_ok=True)  # from an earlier build
         print(f"betaclip: installing without the CUDA library: {missing}")
         record: dict[str, object] = {"missing": missing}
     else:
@@ -214,8 +214,8 @@ def _fetch_headers(top: Path) -> None:
         )
         if fetched.returncode:
             raise RuntimeError(
-                f"{CUTLASS} could not be fetched (CUTLASS_PATH names headers that you have, {VARIABLE}=0 installs"
-                f" without the CUDA library):\n{fetched.stderr}"
+                f"{CUTLASS} could not be fetched; set CUTLASS_PATH to a copy of CUTLASS, or {VARIABLE}=0 to install"
+                f" without the CUDA library:\n{fetched.stderr}"
             )
         (wheel,) = Path(scratch).glob("*.whl")
         prefixes = tuple(f"cutlass_library/source/{folder}/" for folder in CUTLASS_FOLDERS)

@@ -28,7 +28,7 @@ class BetaCLIPLoss(nn.Module):
 
 
 def tiny_model():
-    """Random weights, the same in each call."""
+    """A model whose random weights are the same in each call."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
     text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2}

@@ -1,4 +1,4 @@
-"""A batch of random pictures and texts, and a few updates on it: shared by the examples, nothing to download."""
+"""What the examples share: a batch of random pictures and texts, and a few updates on it. Nothing to download."""
 
 import torch
 
@@ -14,7 +14,7 @@ def random_batch():
 
 
 def train(model, steps=6):
-    """The losses of some updates of a model that returns its loss."""
+    """Update a model that returns its loss a few times on one batch; return the losses."""
     images, texts = random_batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     values = []

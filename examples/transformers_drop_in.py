@@ -19,7 +19,7 @@ class BetaCLIPLoss(nn.Module):
 
     def forward(self, images, texts):
         vision = self.clip.vision_model(images)
-        tokens = self.clip.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])  # as CLS has it already
+        tokens = self.clip.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])  # applied to CLS already
         patches = self.clip.visual_projection(tokens)  # (B, P, D)
         text = self.clip.text_projection(self.clip.text_model(texts.flatten(0, 1)).pooler_output)
         text = text.unflatten(0, texts.shape[:2])  # (B, K, D)

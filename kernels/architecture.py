@@ -1,9 +1,9 @@
-"""Which architecture the Triton kernels run on, whether they can run at all, and which tile they take there.
+"""The architecture that the Triton kernels run on, the reasons why they cannot run, and the choice of a tile.
 
 A tile table maps (architecture, bytes per element) to a value, and :func:`choose` reads it. To tune an architecture,
 add its entry to the tables in ``similarity/tiles.py`` and ``attention_pool/tiles.py``. To give it other kernels, write
 a backend class in a file of its own, such as ``similarity/triton_sm100.py``, and return it from the operation's
-``local_backend`` where :func:`architecture` asks for it.
+``local_backend`` where :func:`architecture` returns its name.
 """
 
 import functools
@@ -28,7 +28,7 @@ _Entry = TypeVar("_Entry")
 class Tile:
     """Block sizes and compiler options of one kernel.
 
-    ``block_m`` by ``block_n`` logits are formed at a time, from the depth D in steps of ``block_d``. In the similarity
+    A tile is ``block_m`` by ``block_n`` logits, computed over the depth D in steps of ``block_d``. In the similarity
     kernels m counts rows of x and n rows of y; in attention pooling m counts latent queries and n patches.
 
     programs: how many programs share a multiprocessor. tma: operands come through the tensor memory accelerator.
@@ -46,7 +46,7 @@ class Tile:
 def choose(table: Mapping[tuple[str, int], _Entry], architecture: str, itemsize: int) -> _Entry:
     """The entry for an architecture such as ``"sm_90"`` and elements of ``itemsize`` bytes (8 counts as 4).
 
-    An architecture without an entry takes that of the oldest of its make, gfx942 or sm_80.
+    An architecture without an entry takes that of its vendor's oldest one, gfx942 or sm_80.
     """
     itemsize = min(itemsize, 4)
     oldest = "gfx942" if architecture.startswith("gfx") else "sm_80"
@@ -84,7 +84,7 @@ def triton_not_supported_reasons(x: Tensor, *others: Tensor) -> list[str]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, or ``"interpreter"``."""
+    """The name of the device's architecture, such as ``"sm_90"`` or ``"gfx942"``, or ``"interpreter"``."""
     if INTERPRETED:
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)

@@ -1,9 +1,9 @@
-"""Names and choice of backends, by one rule for every operation, and what all operators share.
+"""Names and choice of backends, by one rule for every operation, and helpers that all operators share.
 
 An operation lists its backends in a table ``{name: not_supported_reasons}``. The function
-``not_supported_reasons(*tensors)`` returns why that backend cannot serve these tensors; an empty list means that it
-can. It may read only metadata (device, dtype, shape), so that a choice works under ``torch.compile`` and never
-synchronises. The contracts that backends keep are ``similarity.contract.SimilarityBackend`` and
+``not_supported_reasons(*tensors)`` returns the reasons why that backend cannot serve these tensors; an empty list means
+that it can. It may read only metadata (device, dtype, shape), so that the choice works under ``torch.compile`` and
+never synchronises. The protocols that backends implement are ``similarity.contract.SimilarityBackend`` and
 ``attention_pool.folded.Attention``.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 NotSupportedReasons = Callable[..., list[str]]
 
-# The names of all operations: BETACLIP_BACKEND may be set to one that only some operations have.
+# The backends of all operations. BETACLIP_BACKEND accepts each of them, although some operations lack it.
 NAMES = ("triton", "cuda", "blockwise", "folded", "sdpa", "reference")
 
-# Reasons for which "auto" passes over a backend that could serve the tensors; it runs only when it is named.
+# Why "auto" passes over a backend that could serve the tensors, so that it runs only when it is named.
 NOT_AUTOMATIC_REASONS: Mapping[str, NotSupportedReasons] = {
     "triton": lambda x, *others: [] if x.is_cuda else ["its interpreter is for tests and is never chosen by 'auto'"],
     "cuda": lambda *tensors: ["never chosen by 'auto' until a recorded run on a GPU shows it correct and faster"],
@@ -61,14 +61,14 @@ def resolve(operation: str, requested: str, table: Mapping[str, NotSupportedReas
 
 
 def always_supported(*tensors: Tensor) -> list[str]:
-    """The ``not_supported_reasons`` of backends that need nothing but PyTorch."""
+    """The ``not_supported_reasons`` of backends that need only PyTorch."""
     return []
 
 
 def expect(name: str, tensor: Tensor | None, like: str = "", **expected: Any) -> None:
-    """Raise a ValueError unless the attributes of ``tensor`` are the ``expected`` ones; None passes.
+    """Raise a ValueError unless the attributes of ``tensor`` are the ``expected`` ones; None is accepted.
 
-    like: completes the message, such as "as in x".
+    like: a reason for the message, such as "as in x".
     """
     for attribute, value in expected.items():
         if tensor is None or (actual := getattr(tensor, attribute)) == value:
@@ -79,7 +79,7 @@ def expect(name: str, tensor: Tensor | None, like: str = "", **expected: Any) ->
 
 
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Run an operator's implementation as if autocast were off: it chooses its own precisions."""
+    """Run an operator's implementation with autocast off, because it chooses its own precisions."""
 
     @functools.wraps(implementation)
     def run(x: Tensor, *args: Any) -> Any:
@@ -90,28 +90,34 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define_operator(name: str, function: Callable[..., Any], arguments: str, results: int) -> Any:
-    """The operator ``betaclip::name`` of a ``function`` that takes ``arguments``, in the language of PyTorch's schemas,
-    and returns so many tensors."""
+    """Register ``function`` as the operator ``betaclip::name``.
+
+    Args:
+        name: of the operator.
+        function: its implementation.
+        arguments: those of the function, as in a schema of PyTorch.
+        results: number of tensors that it returns.
+    """
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
     return torch.library.custom_op(f"betaclip::{name}", function, mutates_args=(), schema=schema)
 
 
 def run_operator(operator: Callable[..., Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the ``operator`` of ``function`` where the last argument is a backend's name.
+    """Call the ``operator`` if the last argument is a backend's name, else its ``function`` directly.
 
-    A backend that is an object cannot be an operator's argument: the function itself is called with it.
+    A backend that is an object cannot be an operator's argument.
     """
     if isinstance(arguments[-1], str):
         return operator(*arguments)
-    if torch.is_grad_enabled():  # in a backward that is to be differentiated; a forward runs without
+    if torch.is_grad_enabled():  # only in a backward with create_graph=True; a forward runs without
         refuse_second_derivative()
     return function(*arguments)
 
 
 def needed_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the backward of an autograd.Function returns, from the gradients of its first inputs.
+    """The result of an autograd.Function's backward, from the gradients of its first inputs.
 
-    Gradients that nobody needs become None, as do those of all further inputs.
+    Gradients that are not needed become None, as do those of all further inputs.
     """
     needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))

@@ -1,6 +1,7 @@
-"""libbetaclip, the CUDA C++ of csrc/, by ctypes: whether it is there, what it can serve, and its calls.
+"""The ctypes binding of libbetaclip, the CUDA C++ library of csrc/.
 
-The library is optional: where it is missing or does not load, nothing fails, and its backend has a reason not to run.
+The library is optional: where it is missing or does not load, importing this does not fail, and the backend "cuda"
+gives the reason why it cannot run.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(str(files("betaclip"))) / "lib"  # not beside this file: kernels/ may lie outside the package
-VERSION = 1  # BETACLIP_VERSION of the interface below, which is that of csrc/betaclip.h
+VERSION = 1  # BETACLIP_VERSION of csrc/betaclip.h, whose structures and functions are repeated below
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
@@ -63,7 +64,7 @@ def load(path: Path) -> ctypes.CDLL:
     """The library at ``path`` with its signatures.
 
     Raises:
-        OSError: it does not load, or is of another version of the interface.
+        OSError: it does not load, or has another version of the interface.
     """
     library = ctypes.CDLL(str(path))
     try:
@@ -73,7 +74,7 @@ def load(path: Path) -> ctypes.CDLL:
     except AttributeError as error:
         raise OSError(f"{path}: {error}") from error
     if (version := library.betaclip_version()) != VERSION:
-        raise OSError(f"{path} is of version {version}, this package needs {VERSION}: install again")
+        raise OSError(f"{path}: expected version {VERSION} of the interface, got {version}; install betaclip again")
     return library
 
 
@@ -82,7 +83,7 @@ def find(folder: Path) -> tuple[ctypes.CDLL | None, str]:
     try:
         missing = json.loads((folder / "build.json").read_text(encoding="utf-8")).get("missing")
     except (OSError, ValueError):
-        return None, "the CUDA library was never built: pip install does it where it finds nvcc"
+        return None, "the CUDA library was not built; pip install builds it where it finds nvcc"
     if missing:
         return None, f"betaclip was installed without its CUDA library: {missing}"
     try:
@@ -135,7 +136,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def workspace(function: str, rows: int, cols: int, device: torch.device) -> Tensor:
-    """As many bytes as the library's ``function`` asks for.
+    """A workspace of the size that the library's ``function`` returns, in bytes.
 
     PyTorch's allocator reuses them per device and stream, and knows which belong to a CUDA graph.
     """
@@ -147,7 +148,7 @@ def launch(function: str, device: torch.device, *arguments: Any) -> None:
     """Queue the work of ``function`` on the current stream of ``device``.
 
     Raises:
-        RuntimeError: the library or CUDA refused; the message is theirs.
+        RuntimeError: the library or CUDA returned an error; the message is theirs.
     """
     with current(device) as stream:
         error = getattr(_library, function)(*arguments, stream)

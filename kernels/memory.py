@@ -1,6 +1,7 @@
 """Scratch memory that the CPU keeps between calls, and copies whose rows are aligned for vector loads.
 
-Fresh pages cost the CPU several times as much as the work done in them, and its allocator returns large blocks at once.
+On the CPU, touching new pages takes several times as long as the work done in them, and the allocator returns large
+blocks to the system as soon as they are freed.
 """
 
 import math
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# More than the tiles that are meant to stay in cache ever take. A larger request is freed after its use.
+# More than the scratch of any tiles that are meant to stay in cache. A larger request is freed after its use.
 MAX_KEPT_BYTES = 64 * 2**20
 
 
@@ -30,7 +31,7 @@ def scratch(
 ) -> Iterator[list[Tensor]]:
     """One uninitialised tensor of each shape, valid inside the ``with`` block.
 
-    On the CPU they lie in the same memory at every use by a thread, unless they take more than ``max_kept_bytes``.
+    On the CPU, every call in a thread returns the same memory, unless the tensors take more than ``max_kept_bytes``.
 
     Raises:
         RuntimeError: a block is already open in this thread; both would have the same memory.
@@ -66,9 +67,9 @@ def forget() -> None:
 
 
 def aligned(t: Tensor, multiple: int) -> Tensor:
-    """``t`` (rows, D), or a copy with zero columns, that vector loads and the tensor memory accelerator can read.
+    """``t`` (rows, D) if vector loads and the tensor memory accelerator can read it, else a copy with zero columns.
 
-    Depth and stride are multiples of ``multiple`` elements, and rows start at multiples of 16 bytes.
+    Depth and stride of the result are multiples of ``multiple`` elements, and its rows start at multiples of 16 bytes.
     """
     rows, depth = t.shape
     in_place = t.stride(1) == 1 and t.stride(0) >= depth and t.data_ptr() % 16 == 0

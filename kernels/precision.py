@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def float32_products(precision: str, device_type: str) -> Iterator[None]:
-    """Run float32 matrix products in ``"ieee"`` precision, or on the CPU with operands rounded to ``"bf16"``.
+    """Run float32 matrix products in ``precision``: ``"ieee"``, ``"tf32"`` on a GPU, or ``"bf16"`` on the CPU.
 
     The setting belongs to the process, so it also affects float32 products that other threads run in the meantime.
     """
@@ -33,8 +33,8 @@ def float32_products(precision: str, device_type: str) -> Iterator[None]:
 def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """The context in which to multiply operands of ``dtype`` that were widened to float32.
 
-    16-bit operands are multiplied as bfloat16 on the CPU, at four times float32's rate where it has AMX, and in TF32
-    on a GPU. Products of wider operands follow the user's settings.
+    16-bit operands are multiplied as bfloat16 on a CPU that supports it, at four times float32's rate with AMX, and in
+    TF32 on a GPU. Products of wider operands follow the user's settings.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
@@ -45,7 +45,7 @@ def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextMa
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Add a @ b to ``total`` in place, or write it there if ``first``; matrices, or batches of matrices.
+    """Add a @ b to ``total`` in place, or overwrite it if ``first``; for matrices and for batches of matrices.
 
     16-bit operands are accumulated in float32, the dtype of ``total``."""
     add = torch.ops.aten.addmm if total.dim() == 2 else torch.ops.aten.baddbmm
@@ -54,20 +54,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         add.out(total, a, b, beta=beta, out=total)
     elif total.is_cuda and not torch.version.hip:
         add.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    else:  # no such product on the CPU, where the interpreter runs, nor in every ROCm build
+    else:  # neither the CPU, where the interpreter runs, nor every ROCm build has a product with another output dtype
         add.out(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def dot_precision(architecture: str, dtype: torch.dtype) -> str:
-    """The ``input_precision`` of tl.dot that gives float32 products float32's error (AMD has no TF32x3)."""
+    """The ``input_precision`` of tl.dot with which float32 products keep float32's accuracy (AMD has no TF32x3)."""
     return "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee"
 
 
 def norm_eps(dtype: torch.dtype) -> float:
-    """Vectors whose norm is at most this count as zero: they have no direction and receive no gradient.
+    """The norm up to which a vector counts as zero: it then has no direction and receives no gradient.
 
-    It is 1e-12, as in torch.nn.functional.normalize, where the inverse norm is held in ``dtype``; for float16, which
-    could not hold 1e12, its smallest normal number.
+    This is 1e-12, as in torch.nn.functional.normalize. The inverse norm is held in ``dtype``, and float16 cannot
+    hold 1e12, so for float16 it is the smallest normal number.
     """
     return 2.0**-14 if dtype == torch.float16 else 1e-12
 

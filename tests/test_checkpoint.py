@@ -24,7 +24,7 @@ def test_write_keeps_the_last(tmp_path):
 
 @pytest.mark.parametrize("at", ["save", "fsync", "rename"])
 def test_kill_while_writing(tmp_path, monkeypatch, at):
-    """Wherever it comes, the last whole checkpoint is the latest; what is left over goes with the next."""
+    """Whenever the kill comes, the last complete checkpoint is the latest; the next write removes leftovers."""
 
     class Kill(BaseException):
         pass
@@ -81,7 +81,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 
 def test_model_and_optimizer_return(tmp_path):
-    """Into new ones, after which both go on alike, bit for bit."""
+    """Loaded into new ones, they continue like the old ones, bit for bit."""
 
     def create() -> tuple[nn.Module, torch.optim.AdamW]:
         model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))

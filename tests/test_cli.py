@@ -51,7 +51,7 @@ def tiny(tmp_path):
 
 
 def test_train_and_what_follows(tiny, tmp_path, capsys):
-    """A file over the defaults, a flag over the file; a run, the one to compare with, and all that they leave."""
+    """A file overrides defaults, an option the file; the run, its comparison run, and all their files exist."""
     main([*tiny, "--run.steps", "3", "--optimizer.pool.lr", "0.5"])
     out = capsys.readouterr().out
     saved = read(TrainConfig(), tmp_path / "a" / "config.toml")
@@ -138,7 +138,7 @@ def test_recipe_by_name(tmp_path, monkeypatch, capsys):
 
 
 def test_help_is_light():
-    """It imports no more than the package itself does."""
+    """Help imports no more than the package itself does."""
     code = "import sys; from betaclip.cli import main; main(['--help']); print({'tyro', 'open_clip'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("usage: betaclip COMMAND") and "  prepare" in out and out.endswith("set()\n")

@@ -1,4 +1,4 @@
-"""The report of ``python -m betaclip.env``: complete, true, and never the thing that fails."""
+"""The report of ``python -m betaclip.env`` is complete and true, and does not fail itself."""
 
 import importlib
 import pkgutil

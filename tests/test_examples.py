@@ -1,4 +1,4 @@
-"""The examples as a reader would use them: they run, they learn, and the losses in them are the right ones."""
+"""The examples run, they learn, and their losses are right."""
 
 import importlib.util
 import runpy
@@ -55,7 +55,7 @@ def beta_clip(example: ModuleType, beta: float = 0.5) -> nn.Module:
 
 
 def own_loss(library: str, clip: nn.Module, images: Tensor, captions: Tensor) -> Tensor:
-    """What the library itself computes of images and one text for each."""
+    """The loss that the library itself computes for images and one text of each."""
     if library == "transformers":
         loss: Tensor = clip(captions, images, return_loss=True).loss
         return loss
@@ -98,7 +98,7 @@ class Pooling(NamedTuple):
 
 
 def pooling_of(model: nn.Module, images: Tensor, texts: Tensor) -> Pooling:
-    """What the block is given in a forward of the model, and what it returns."""
+    """The pooling block's arguments and result in a forward of the model."""
     seen: list[Pooling] = []
     model.pool.register_forward_hook(lambda module, inputs, output: seen.append(Pooling(*inputs, output)))
     model(images, texts)

@@ -174,7 +174,7 @@ def saved_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def test_ragged_texts_cost_no_memory():
-    """A mask of texts keeps nothing but itself for the backward."""
+    """A mask of texts adds only itself to the tensors kept for the backward."""
     pool, (patches, queries) = block(backend="folded"), inputs(k=40)
     leaves = [t.requires_grad_() for t in (patches, queries)]
     mask = torch.rand(3, 40, device=DEVICE) < 0.5
@@ -323,7 +323,7 @@ class LowRank(nn.Module):
 
 
 def test_parametrized_attention_acts():
-    """It acts as in nn.MultiheadAttention, and is evaluated once per call, so that it may be random."""
+    """It takes effect as in nn.MultiheadAttention, and is evaluated once per call, so it may be random."""
     pool, (patches, queries) = block(), inputs()
     before = pool(patches, queries)
     lora = LowRank(pool.attn.in_proj_weight)
@@ -375,12 +375,12 @@ def test_unknown_backend():
         ({"patches": torch.ones(2, 0, 8)}, r"patches: expected \(B, P, 8\) with P >= 1, got shape \(2, 0, 8\)"),
         ({"patches": torch.ones(2, 5, 4)}, r"patches: expected \(B, P, 8\) with P >= 1, got shape \(2, 5, 4\)"),
         ({"patches": torch.ones(2, 5, 8).long()}, r"patches: expected float16, .* or float64, got torch.int64"),
-        ({"patches": torch.ones(2, 5, 8).bfloat16()}, r"patches: expected dtype torch.float32 as the module's weights"),
+        ({"patches": torch.ones(2, 5, 8).bfloat16()}, r"patches: expected dtype torch.float32 as in the module's"),
         ({"queries": torch.ones(3, 6, 8)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(3, 6, 8\)"),
         ({"queries": torch.ones(2, 6, 4)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(2, 6, 4\)"),
         ({"queries": torch.ones(8)}, r"queries: expected \(2, K, 8\) or \(K, 8\) .*, got shape \(8,\)"),
         ({"queries": torch.ones(2, 6, 8).double()}, r"queries: expected dtype torch.float32 as .*, got torch.float64"),
-        ({"queries": torch.ones(2, 6, 8, device="meta")}, r"queries: expected device cpu as the module, got meta"),
+        ({"queries": torch.ones(2, 6, 8, device="meta")}, r"queries: expected device cpu as for the module, got meta"),
         ({"patch_mask": torch.ones(2, 6) > 0}, r"patch_mask: expected bool of shape \(2, 5\), .* torch.bool \(2, 6\)"),
         ({"patch_mask": torch.ones(2, 5)}, r"patch_mask: expected bool of shape \(2, 5\), .* torch.float32 \(2, 5\)"),
         ({"query_mask": torch.ones(2, 5) > 0}, r"query_mask: expected bool of shape \(2, 6\), .* torch.bool \(2, 5\)"),

@@ -78,7 +78,7 @@ def test_figure_shows_the_attention():
 
 
 def test_even_attention_looks_even():
-    """The scale goes to 2 at least, so even attention does not fill it."""
+    """The scale goes to at least 2, so even attention does not fill it."""
     figure = attention_figure(colours.ColourModel(sharpness=0), Tokenizer(), colours.picture({}), ["red"])
     shown = figure.axes[1].images[1]
     assert shown.get_clim() == (0, 2)

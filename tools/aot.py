@@ -3,11 +3,12 @@
     python tools/aot.py sm_90 bfloat16     # one line of JSON per kernel
     python tools/aot.py --update           # all targets, into tools/aot_verdicts.json
 
-Run as a program of its own, since the kernels must be compiled ones and not the interpreter's. The launchers do
-all that they would do on a GPU, except that a kernel is compiled and not started. Their results are meaningless.
+This is a program of its own because it needs compiled kernels, where the tests' process has interpreted ones. The
+launchers do all that they would do on a GPU, except that kernels are compiled and not started; their results are
+meaningless.
 
-Compiling all targets takes minutes, so the verdicts are kept, under a key of everything that they depend on: a test
-checks the kept ones if the key is still that of the sources and of the installed Triton, and else compiles anew.
+Compiling all targets takes minutes, so the verdicts are recorded, under a hash of all that they depend on.
+The tests use the record if the hash is that of the sources and the installed Triton, and compile otherwise.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ class CompileOnly:
 
 
 def compile_launches(architecture: str) -> list[Any]:
-    """Point launchers and compiler at ``architecture``; return the list that compiled kernels will be added to."""
+    """Make launchers and compiler take ``architecture``; return the list to which compiled kernels will be added."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     driver.set_active(CompileOnly(target))
@@ -91,7 +92,7 @@ def compile_launches(architecture: str) -> list[Any]:
 
 
 def launch_similarity(dtype: torch.dtype) -> None:
-    """Least, usual and greatest depths, one whose rows are not aligned for TMA; with and without image ids and bias."""
+    """Launch at small, usual and largest depths and at one that TMA cannot read, with and without ids and bias."""
     for depth, with_ids, bias in (
         (512, True, True),
         (512, False, False),
@@ -103,7 +104,7 @@ def launch_similarity(dtype: torch.dtype) -> None:
 
 
 def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, bias: bool) -> None:
-    """Every launcher once, N and M no multiple of a tile."""
+    """Call every launcher once, with N and M that are no multiples of a tile."""
     n, m = 300, 200
     x_id, y_id = (torch.arange(rows, dtype=torch.int32) if with_ids else None for rows in (n, m))
     x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype)
@@ -116,7 +117,7 @@ def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, bias: boo
 
 
 def launch_attention_pool(dtype: torch.dtype) -> None:
-    """Both kernels at aligned and odd widths and numbers of patches, in one block and in several, masked and not."""
+    """Launch both kernels at aligned and odd widths, with patches in one block and in several, masked and not."""
     for width, heads, patches, masked, norm_eps in (
         (64, 8, 196, False, 1e-12),
         (96, 4, 577, True, None),
@@ -147,7 +148,7 @@ def nvidia_spills(cubin: bytes) -> int:
 
 
 def amd_spills(text: str) -> int:
-    """Vector registers spilled and bytes of scratch memory; scalar registers spill to vector ones, not to memory."""
+    """Spilled vector registers plus bytes of scratch memory; scalar registers spill to vector ones, not to memory."""
     found = [re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_spill_count", "private_segment_fixed_size")]
     if None in found:
         raise ValueError("no spill counts in the AMD assembly")
@@ -169,13 +170,13 @@ def describe(kernel: Any) -> dict[str, Any]:
 
 
 def key() -> str:
-    """The hash of all that the verdicts depend on."""
+    """The hash of everything that the verdicts depend on."""
     parts = [triton.__version__.encode(), *((ROOT / source).read_bytes() for source in SOURCES)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def verdicts(architecture: str, dtype: str) -> list[dict[str, Any]]:
-    """What the machine code of each kernel says: kept if still valid, else by compiling in a process of its own."""
+    """The description of each kernel's machine code, from the record if it is valid, else by compiling in a process."""
     kept = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
     if kept.get("key") == key():
         return kept["targets"][f"{architecture} {dtype}"]
@@ -193,7 +194,7 @@ def verdicts(architecture: str, dtype: str) -> list[dict[str, Any]]:
 
 
 def update() -> None:
-    """Write the verdicts of all targets."""
+    """Compile all targets and record their verdicts."""
     VERDICTS.unlink(missing_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda target: verdicts(*target), TARGETS)

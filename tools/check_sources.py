@@ -1,7 +1,7 @@
-"""Rules that the project's text files keep: no path of a machine, no package index, one literal of the version.
+"""Check the project's text files for paths of a machine, package indexes, and copies of the version number.
 
-    python tools/check_sources.py            # all files under version control, or about to be
-    python tools/check_sources.py FILE...    # these; as a pre-commit hook
+    python tools/check_sources.py            # all files that git tracks or does not ignore
+    python tools/check_sources.py FILE...    # these files, as a pre-commit hook calls it
 
 Prints each violation as ``file:line: text: rule`` and exits with 1 if there is any.
 """
@@ -22,7 +22,7 @@ RULES = {
 
 
 def violations(name: str, text: str, version: str) -> Iterator[str]:
-    """Each violation in a file, by its name relative to the root."""
+    """Each violation in the text of the file ``name``, a path relative to the root."""
     rules = dict(RULES)
     if name in ("pyproject.toml", "setup.py") or (name.startswith(("betaclip/", "kernels/")) and name != VERSION_FILE):
         rules[f"a second copy of the version; {VERSION_FILE} has it"] = f"[\"']{re.escape(version)}[\"']"
@@ -38,7 +38,7 @@ def version_of(root: Path) -> str:
 
 
 def text_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Those of the files that are text, with their text; a link, and what is deleted, is none."""
+    """The name and content of each text file; links and deleted files are left out."""
     for name in names:
         path = root / name
         if path.is_file() and not path.is_symlink() and b"\0" not in (content := path.read_bytes()):

@@ -1,4 +1,4 @@
-"""What mkdocstrings is shown of a docstring: ``:func:`name``` as code, and "Example:" as a section of examples."""
+"""Rewrite docstrings for mkdocstrings: ``:func:`name``` becomes code, and "Example:" a section of examples."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Links from a page to any file of the repository, as a code host shows them, also work in the site of mkdocs.
+"""Make links from a page to any file of the repository work on the mkdocs site, as they do on a code host.
 
 mkdocs publishes docs/ alone. A file outside of it that a page links to (a figure of benchmarks/results, a
 configuration, CONTRIBUTING.md) is published under repository/, and the link is rewritten.
@@ -39,7 +39,7 @@ on_config.mkdocs_priority = 100  # type: ignore[attr-defined]  # before mkdocstr
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add what pages link to, and what is linked to from there."""
+    """Add the files that pages link to, and those that the added pages link to."""
     from mkdocs.structure.files import File
 
     pages = [f"{DOCS}/{file.src_uri}" for file in files.documentation_pages()]
@@ -66,20 +66,20 @@ def linked_files(markdown: str, page: str) -> Iterator[str]:
 
 
 def rewritten(markdown: str, page: str) -> str:
-    """The page with the links that it needs where the site has it."""
+    """The page's Markdown, with links that are right at its place on the site."""
     here = posixpath.dirname(site_uri(page))
 
     def link(match: re.Match[str]) -> str:
         target = _target(match, page)
         if not (ROOT / target).is_file():
-            return match.group()  # mkdocs complains of it
+            return match.group()  # mkdocs reports it as broken
         return match.group(1) + posixpath.relpath(site_uri(target), here or ".")
 
     return LINK.sub(link, markdown)
 
 
 def site_uri(path: str) -> str:
-    """Where the site has a file of the repository."""
+    """The path on the site of a file of the repository."""
     return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else f"repository/{path}"
 
 

@@ -1,4 +1,4 @@
-"""What a batch over many ranks costs each of them, by a model: prints predictions for H100 and H200 GPUs.
+"""Predicts the time that a batch over many ranks takes on each of them, for H100 and H200 GPUs, from a cost model.
 
     python tools/network_cost.py
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from betaclip.losses.across_ranks import TRANSPORTS, pieces
 
-PRODUCTS = {  # of each pass over the columns
+PRODUCTS = {  # the number of matrix products in each pass over the columns
     ("ce", "forward"): (1,),
     ("ce", "forward+backward"): (1, 3),
     ("bce", "forward"): (1,),
@@ -24,7 +24,7 @@ GPU_ROWS = (2304, 18432)  # 64 images × 36 texts, and eight times that, as with
 
 @dataclass(frozen=True)
 class Work:
-    """form: "ce" or "bce"; CLIP's loss costs what "ce" does. rows: of each rank. itemsize: bytes of a text's number."""
+    """A loss over all ranks, with ``rows`` rows on each. form: "ce" or "bce"; CLIP's loss costs the same as "ce"."""
 
     form: str
     ranks: int
@@ -39,7 +39,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Link:
-    """What one rank can send, while it receives as much."""
+    """The rate at which one rank sends while it receives as much, and the latency."""
 
     bytes_per_s: float
     latency_s: float
@@ -47,11 +47,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """flop_per_s: sustained by the loss's kernels on one rank. near: between ranks of a node, far: between nodes.
+    """The assumed rates of a machine.
 
-    rails: how many far links of a node work at once in a collective. NCCL spreads its rings over all of them; one ring
-    of sends crosses between two nodes on a single one. launch_s: before a message starts. element_s: for each element
-    of a rank's own embeddings.
+    flop_per_s: sustained by the loss's kernels on one rank. near: between ranks of a node, far: between nodes.
+    node: ranks of a node. rails: far links of a node that a collective uses at once; NCCL spreads its rings over all of
+    them, while a ring of sends crosses from one node to the next on a single link. launch_s: time before a message
+    starts. element_s: time for each element of a rank's own embeddings.
     """
 
     flop_per_s: float
@@ -63,8 +64,8 @@ class Machine:
     element_s: float = 0.0
 
 
-# torch.mm reaches 700 TFLOP/s in bfloat16 on an H100 or H200 (whose peak is 989), and the kernels are to reach 0.65 of
-# it. NVLink 4 gives 450 GB/s each way and a 400 Gb/s NIC per GPU 50 GB/s, of which NCCL reaches 0.8 and 0.9; a ring's
+# Assumptions: torch.mm reaches 700 TFLOP/s in bfloat16 on an H100 or H200 (whose peak is 989), and the kernels 0.65 of
+# that. NVLink 4 gives 450 GB/s each way and a 400 Gb/s NIC per GPU 50 GB/s, of which NCCL reaches 0.8 and 0.9; a ring's
 # next GPU in a node of 8 is 1 µs away, another node 5 µs, and a message's kernel takes 5 µs to start. A rank's own
 # embeddings are passed over some 20 times, at 3 bytes an element and 2.5 TB/s.
 HOPPER = Machine(0.65 * 700e12, Link(0.8 * 450e9, 1e-6), Link(0.9 * 50e9, 5e-6), 8, 8, 5e-6, 20 * 3 / 2.5e12)
@@ -82,8 +83,8 @@ class Message:
 class Pass:
     """One pass over all columns, of ``products`` matrix products.
 
-    In each step (of a ring, with one shard; of the all-gather, with a piece of all shards) messages bring operands and
-    take results; others precede the first step and follow the last.
+    A step is that of a ring, with one shard, or of the all-gather, with a piece of all shards. In each step, messages
+    ``brings`` bring operands and ``takes`` return results; ``before`` precede all steps, ``after`` follow them.
     """
 
     products: int
@@ -116,7 +117,7 @@ def passes(work: Work, transport: str, phase: str, device_type: str) -> list[Pas
 
 
 def _with_counts(one: Pass, transport: str) -> Iterator[tuple[Message, int]]:
-    """Each message and how often it is sent. A ring begins with the rank's own shard."""
+    """Each message and the number of times it is sent. A ring begins with the rank's own shard, without a message."""
     brought = one.steps - 1 if transport == "ring" else one.steps
     for messages, count in ((one.before, 1), (one.brings, brought), (one.takes, one.steps), (one.after, 1)):
         for message in messages:
@@ -135,7 +136,7 @@ def sent_bytes(work: Work, transport: str, phase: str) -> int:
 
 
 def seconds(message: Message, ranks: int, machine: Machine) -> float:
-    """How long one message takes, alone."""
+    """The time that one message takes alone."""
     if ranks == 1:
         return 0.0
     near, far, nodes = machine.near, machine.far, math.ceil(ranks / machine.node)
@@ -145,7 +146,7 @@ def seconds(message: Message, ranks: int, machine: Machine) -> float:
     if message.kind == "send":
         slowest = far if nodes > 1 else near
         return machine.launch_s + slowest.latency_s + message.nbytes / slowest.bytes_per_s
-    rails = 1 if message.kind == "all_to_all" else machine.rails  # every rank sends its own
+    rails = 1 if message.kind == "all_to_all" else machine.rails  # all_to_all: every rank sends on its own link
     rate = near.bytes_per_s if nodes == 1 else min(near.bytes_per_s, rails * far.bytes_per_s)
     hops_s = (ranks - nodes) * near.latency_s + (nodes - 1) * far.latency_s
     return machine.launch_s + hops_s + (ranks - 1) * message.nbytes / rate
@@ -153,7 +154,7 @@ def seconds(message: Message, ranks: int, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Prediction:
-    """arithmetic_s: matrix products alone. messages_s: messages alone, one after the other. time_s: everything."""
+    """Times of matrix products alone, of messages alone, one after the other, and of the whole loss."""
 
     arithmetic_s: float
     messages_s: float
@@ -166,7 +167,7 @@ class Prediction:
 
 
 def predict(work: Work, transport: str, phase: str, machine: Machine = HOPPER) -> Prediction:
-    """One loss on one rank, whose messages and arithmetic go on at once as far as they do not wait for each other."""
+    """Predict one loss on one rank, with messages and arithmetic concurrent unless one needs a result of the other."""
     sums_s = 2 * seconds(Message("all_reduce", 0), work.ranks, machine)
     arithmetic_s, messages_s = work.flop(phase) / machine.flop_per_s, sums_s
     time_s = sums_s + work.rows * work.dim * machine.element_s
@@ -184,7 +185,7 @@ def predict(work: Work, transport: str, phase: str, machine: Machine = HOPPER) -
 
 
 def gathered_s(steps: int, compute: float, bring: float, take: float) -> float:
-    """All pieces are asked for at once and arrive one by one; messages are one queue, arithmetic another."""
+    """The time of a pass whose pieces are all requested at once and arrive one by one; messages form one queue."""
     queue, now = steps * bring, 0.0
     for step in range(steps):
         now = max(now, (step + 1) * bring) + compute
@@ -193,7 +194,7 @@ def gathered_s(steps: int, compute: float, bring: float, take: float) -> float:
 
 
 def ring_s(steps: int, compute: float, bring: float, take: float) -> float:
-    """The next shard sets out as a step begins. A step's result waits for that of the step before on another rank."""
+    """The time of a pass. The next shard is sent as a step begins; a step's result waits for the previous step's."""
     queue = now = taken = 0.0
     for step in range(steps):
         if step + 1 < steps:

@@ -4,7 +4,7 @@
     python tools/sanitize.py --tools racecheck    # one of them
     python tools/sanitize.py --inside             # the kernels alone, in this process
 
-Each tool is stopped after 15 minutes, since the likeliest fault of a pipelined kernel is that it waits for ever.
+Each tool is stopped after 15 minutes, because the likeliest fault of a pipelined kernel is a deadlock.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LIMIT_S = 900
 def run_kernels(device: str, shapes: Sequence[tuple[int, int, int]] = tuple(SHAPES)) -> int:
     """Run each kernel in both dtypes, with and without image ids and bias, and return the number of cases.
 
-    At scale 10 a row's terms share one exponential; 100 takes the kernels' other path.
+    At scale 10 rows and columns share one exponential per pair; at 100 the kernels take their other path.
     """
     cases = list(itertools.product(shapes, (torch.bfloat16, torch.float16), (False, True), (10.0, 100.0)))
     for (n, m, d), dtype, with_ids, scale_value in cases:

@@ -1,4 +1,4 @@
-"""Examples, batches of them, and what happens to those that cannot be read.
+"""Examples, batches of them, and the treatment of examples that cannot be read.
 
 A data set maps a :class:`Draw` to an :class:`Example`, or to a :class:`Bad` with the reason: bad data are found in
 worker processes, where an exception would end the epoch. ``collate`` leaves them out of the batch and hands them on;
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Draw:
-    """What a sampler yields: the number of an example, and the seed of all that is random about it.
+    """What a sampler yields: the number of an example, and the seed of everything random in it.
 
-    Neither the number of workers nor their order changes an example.
+    An example therefore does not depend on the number of workers or their order.
     """
 
     index: int
@@ -67,7 +67,7 @@ class Batch:
     bad: list[Bad]
 
     def of_images(self, begin: int, end: int) -> "Batch":
-        """Images ``begin`` to ``end`` with their texts, as views; ``bad`` stays with the whole."""
+        """Images ``begin`` to ``end`` with their texts, as views, and without ``bad``."""
         return Batch(self.images[begin:end], self.texts.of_images(begin, end), self.paths[begin:end], [])
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -80,7 +80,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example | Bad]) -> Batch:
-    """The batch of the examples that could be read. If none could, its images are (0, 3, 0, 0)."""
+    """Make a batch of the examples that could be read. If none could, its images are (0, 3, 0, 0)."""
     good = [example for example in examples if isinstance(example, Example)]
     return Batch(
         torch.stack([example.image for example in good]) if good else torch.empty(0, 3, 0, 0),
@@ -95,9 +95,9 @@ class BadDataError(RuntimeError):
 
 
 class BadData:
-    """Logs each path that could not be read once, with its reason, and stops the run when there are too many.
+    """Logs each unreadable path once, with its reason, and stops the run when there are too many.
 
-    limit: how many different paths may be bad. ``reasons`` maps each of those so far to its reason.
+    limit: the number of different paths that may be bad. ``reasons`` maps the bad paths so far to their reasons.
     """
 
     def __init__(self, limit: int) -> None:

@@ -27,7 +27,7 @@ def hierarchy(
         rng: samples the sentences, and nothing else.
         sentences: how many to sample.
         max_phrases: how many phrases to keep at most.
-        fits: tells whether a phrase is short enough.
+        fits: whether a phrase is short enough.
 
     Returns:
         At most 1 + sentences + max_phrases texts, and none if the caption has no words.
@@ -43,7 +43,7 @@ def hierarchy(
 
 
 def distinct_phrases(phrases: Iterable[Phrase], max_phrases: int) -> list[str]:
-    """Each phrase once, whatever its case, and noun phrases first, so that they are the last that the limit drops."""
+    """Each phrase once, whatever its case, with noun phrases first, so that the limit drops other phrases first."""
     distinct: dict[str, Phrase] = {}
     for phrase in phrases:
         distinct.setdefault(phrase.text.lower(), phrase)

@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """The questions that were read from a source, and the rows that cannot be used.
+    """The questions read from a source, and the rows that cannot be used.
 
     Raises:
         ValueError: there are no questions.

@@ -18,14 +18,14 @@ from betaclip.data.scenes.dataset import SceneOptions
 
 T = TypeVar("T")
 
-# Training data: the name is a value of --data.kind, the fields of the class are further options --data.FIELD.
+# Training data. A name is a value of --data.kind, the fields of the class are options --data.FIELD.
 DATASETS: dict[str, type[DatasetOptions]] = {
     "scenes": SceneOptions,
     "sharegpt4v": ShareGPT4VOptions,
     "shards": ShardOptions,
 }
 
-# Sets for retrieval: the name is an option of betaclip evaluate, as are the fields of the class.
+# Sets for retrieval. A name is an option of betaclip evaluate, as are the fields of the class.
 RETRIEVAL_SETS: dict[str, type[RetrievalOptions]] = {
     "urban1k": Urban1KOptions,
     "sharegpt4v": ShareGPT4V1kOptions,
@@ -43,13 +43,13 @@ class _AnyKind:
     kind: Kind = "scenes"
     """Rendered scenes, pictures in files with ShareGPT4V's annotations, or pictures and captions in tar shards."""
     bad_limit: int = at_least(0, 100)
-    """Images or captions that may be unusable, each counted once; beyond, the run stops."""
+    """Number of images or captions that may be unusable, each counted once; the run stops at more."""
 
 
 # The bases are reversed because a dataclass lists the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
-    """What to train on: the settings of all kinds of data, of which ``kind`` names one."""
+    """The data to train on: ``kind`` names the data set, and the settings are those of all kinds."""
 
     def create(
         self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
@@ -58,12 +58,12 @@ class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
 
         Raises:
             ValueError: a setting is missing, or belongs to another kind of data.
-            FileNotFoundError: a setting names a file that is not there.
+            FileNotFoundError: a setting names a file that does not exist.
         """
         options = DATASETS[self.kind]
         own = {setting.name for setting in fields(options)}
         for setting in fields(self):
-            # Others have defaults that suit their kind, and do no harm where a file of settings gives them.
+            # Only settings without a default are checked: a settings file gives all others too, whatever its kind.
             given = setting.default is None and getattr(self, setting.name) is not None
             if given and setting.name not in own:
                 users = [kind for kind, other in DATASETS.items() if setting.name in {f.name for f in fields(other)}]
@@ -73,10 +73,10 @@ class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(*reversed(RETRIEVAL_SETS.values())):  # type: ignore[misc]
-    """Where the sets for retrieval lie; those without a path are left out."""
+    """The paths of the sets for retrieval; sets without a path are left out."""
 
     def read_retrieval_sets(self) -> list[RetrievalSet]:
-        """The sets that are asked for, in the order of RETRIEVAL_SETS.
+        """Read the sets that have a path, in the order of RETRIEVAL_SETS.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`RetrievalOptions.read`.
@@ -86,5 +86,5 @@ class RetrievalConfig(*reversed(RETRIEVAL_SETS.values())):  # type: ignore[misc]
 
 
 def _part(config: Any, options: type[T]) -> T:
-    """The settings that belong to one of the classes that a configuration inherits from."""
+    """The settings of one of the classes that a configuration inherits from."""
     return options(**{setting.name: getattr(config, setting.name) for setting in fields(cast(Any, options))})

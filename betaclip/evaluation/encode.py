@@ -1,4 +1,4 @@
-"""Encode pictures and texts with a model, a batch at a time. Pictures that cannot be read are left out and named."""
+"""Encodes pictures and texts with a model, a batch at a time. Pictures that cannot be read are left out and logged."""
 
 import logging
 from collections import deque
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 READER_THREADS = 4  # decoding and resizing release the interpreter's lock
-MAX_LOGGED = 20  # of a list of unusable samples
+MAX_LOGGED = 20  # unusable samples of a list
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class NoPicturesError(ValueError):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every part of the model has the mode that it had.
+    """Put the model into evaluation mode, without gradients; afterwards every module has its previous mode again.
 
-    Not torch.inference_mode: buffers that the kernels keep between calls must serve a training step again.
+    This is not torch.inference_mode, because later training steps use the buffers that kernels keep between calls.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -66,10 +66,10 @@ class Squash:
 def read_pictures(
     sources: Iterable[Source], transform: Transform, depth: int, *, upright: bool = True
 ) -> Iterator[Picture | None]:
-    """The picture of each source, or None and a line in the log if it cannot be read. Threads read up to ``depth``
+    """Yield the picture of each source, or None if it cannot be read, which is logged. Threads read up to ``depth``
     pictures ahead.
 
-    upright: turn pictures as their EXIF orientation says; not where boxes count pixels as they are stored.
+    upright: turn pictures as their EXIF orientation says. Boxes that count pixels as they are stored need False.
     """
 
     def read(source: Source) -> Picture | Bad:
@@ -88,7 +88,7 @@ def read_pictures(
 
 
 def log_unusable(bad: Sequence[Bad]) -> None:
-    """Log the first samples, each with its reason, and how many more there are."""
+    """Log the first samples, each with its reason, and the number of the others."""
     for one in bad[:MAX_LOGGED]:
         _log.warning("left out %s: %s", one.path, one.reason)
     if len(bad) > MAX_LOGGED:
@@ -116,18 +116,18 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def encode_images(model: BetaCLIP, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, D) CLS embeddings and (B, P, D) patch embeddings of B pictures (3, S, S)."""
+    """Encode B pictures (3, S, S) into (B, D) CLS embeddings and (B, P, D) patch embeddings."""
     return model.encode_image(torch.stack(list(images)).to(model.logit_scale.device))
 
 
 def encode_texts(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
-    """(N, D) text embeddings, computed ``batch_size`` texts at a time."""
+    """Encode N texts into (N, D) embeddings, ``batch_size`` texts at a time."""
     parts = [model.encode_text(RaggedTexts.of([tokenizer(t)] for t in some)) for some in batches(texts, batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, model.embed_dim, device=model.logit_scale.device)
 
 
 def encode_slots(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """(B, K, D) embeddings of the texts of B images or questions, and (B, K) bool: True where there is a text."""
+    """Encode the texts of B images or questions into (B, K, D) embeddings; also return (B, K) bool, True for a text."""
     ragged = RaggedTexts.of([tokenizer(text) for text in some] for some in texts)
     slots, valid = (t.to(model.logit_scale.device) for t in ragged.slots())
     return model.encode_text(ragged)[slots], valid

@@ -10,7 +10,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
 def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
-    """(N, 4) float32 boxes in units of patches, from boxes in pixels of pictures with the given widths and heights.
+    """Convert boxes in pixels of pictures with the given widths and heights to (N, 4) float32, in units of patches.
 
     A picture is squashed to the model's square, so each axis has its own factor.
     """
@@ -21,7 +21,7 @@ def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[
 
 
 def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image_of_box: Tensor) -> Tensor:
-    """(N, D) features of the boxes: RoIAlign (1 x 1, aligned) of projected patches.
+    """The (N, D) features of the boxes, by RoIAlign (1 x 1, aligned) of projected patches.
 
     Args:
         patches: (B, P, D), in row-major order of the grid.
@@ -35,7 +35,7 @@ def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N, P) the share of each patch that a box covers, from (N, 4) boxes in units of patches."""
+    """The share of each patch that a box covers, (N, P), from (N, 4) boxes in units of patches."""
     height, width = grid
 
     def overlap(low: Tensor, high: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ _RECALLS = [f"{direction}_r{k}" for direction in ("t2i", "i2t") for k in RECALLS
 
 
 def table(results: Results) -> str:
-    """Aligned text: a table for each task that has results; accuracies, recalls and shares in percent."""
+    """Format a table for each task that has results, with accuracies, recalls and shares in percent."""
     tables = (
         ("Retrieval, %", _retrieval_rows(results)),
         ("Choices, % right", _choice_rows(results)),
@@ -79,7 +79,7 @@ def _count(number: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Words aligned to the left, numbers to the right."""
+    """Align columns of words to the left and columns of numbers to the right."""
     columns = list(zip(*rows, strict=True))
     lines = []
     for row in rows:

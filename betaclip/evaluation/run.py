@@ -1,4 +1,4 @@
-"""``betaclip evaluate``: a checkpoint on the sets that are asked for."""
+"""``betaclip evaluate``: evaluates a checkpoint on the sets that the options name."""
 
 import logging
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(EvaluationConfig):
-    """Evaluate a checkpoint on the sets that are named. Under torchrun, ranks share the work."""
+    """Evaluate a checkpoint on the sets that the options name. Under torchrun, ranks share the work."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint, a run's folder, or a file in the published layout."""
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     """Print a table, write the JSON file, and return shares and counts by set and name.
 
     Raises:
-        ConfigError: no set is named, or a set, the checkpoint or the device is not there.
+        ConfigError: no set is named, or a set, the checkpoint or the device does not exist.
     """
     with initialized(config.device) as (process_group, device):
         evaluator = Evaluator(config)
@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> Results:
             options = ", ".join(f"--{name}" for name in ("scenes", *RETRIEVAL_SETS))
             raise ConfigError(f"nothing to evaluate: give {options} or --fg-ovd")
         try:
-            if config.output is not None:  # before hours of work
+            if config.output is not None:  # fails before hours of work, if it fails
                 config.output.parent.mkdir(parents=True, exist_ok=True)
             model = load_checkpoint(config.checkpoint, device=device)
         except (OSError, ValueError) as error:
@@ -68,7 +68,7 @@ class Evaluator:
     """Evaluates models on the sets that the settings name, which are read once, before any long work.
 
     Raises:
-        ConfigError: a set is not there, or a number is out of range.
+        ConfigError: a set does not exist, or a number is out of range.
     """
 
     def __init__(self, config: EvaluationConfig) -> None:
@@ -82,7 +82,7 @@ class Evaluator:
         return not (self.scenes or self.sets.retrieval or self.sets.choices)
 
     def log_unusable(self) -> None:
-        """Log the samples that cannot be used, and FG-OVD's files that are not there."""
+        """Log the samples that cannot be used, and missing files of FG-OVD."""
         for bad in self.sets.unusable:
             log_unusable(bad)
         for difficulty in fg_ovd.DIFFICULTIES:
@@ -90,7 +90,10 @@ class Evaluator:
                 _log.warning("left out the %s choices: no such file in %s", difficulty, self.config.fg_ovd)
 
     def __call__(self, model: BetaCLIP, process_group: ProcessGroup = SINGLE_PROCESS) -> Results:
-        """Shares and counts by set and name, the same on every rank; by default a rank evaluates everything by itself.
+        """Evaluate a model; by default, without the other ranks.
+
+        Returns:
+            Shares and counts by set and name, the same on every rank.
 
         Raises:
             ConfigError: none of a set's pictures can be read.

@@ -16,15 +16,15 @@ class EvaluationConfig(RetrievalConfig):
     """The sets to evaluate on, and how."""
 
     scenes: int | None = None
-    """Number of rendered scenes: retrieval, choices and pointing. By default none."""
+    """Number of rendered scenes, for retrieval, choices and pointing. By default none."""
     fg_ovd: Path | None = None
-    """Folder of FG-OVD's files, in either form: choices, for each difficulty whose file is there."""
+    """Folder of FG-OVD's files, in either form, for choices of each difficulty whose file is there."""
     fg_ovd_images: Path | None = None
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
     conditioned: bool = True
-    """Also text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
+    """Also evaluate text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
     batch_size: int = 64
-    """Pictures, texts or questions that a rank encodes at a time."""
+    """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0
     """Seed of the scenes."""
 
@@ -43,9 +43,10 @@ class Sets:
 
 
 def read_sets(config: EvaluationConfig) -> Sets:
-    """
+    """Read the sets that the settings name.
+
     Raises:
-        ConfigError: a set is not there, or nothing in it can be used.
+        ConfigError: a set does not exist, or nothing in it can be used.
     """
     try:
         return Sets(config.read_retrieval_sets(), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))

@@ -43,8 +43,8 @@ class ModelConfig:
     pretrained: str | None = None
     """An open_clip tag (openai), or a file in open_clip's, the published or our own layout. Random weights without."""
     context_length: int = 77
-    """The model's own number of tokens (77), or 248: its positions stretched as in the published models, with the first
-    20 frozen."""
+    """The number of tokens that the model has (77), or 248: positions are then stretched as in the published models,
+    and the first 20 frozen."""
     pool_heads: int = 8
     """Attention heads of the pooling block."""
     pool_norm_inputs: bool = False
@@ -54,20 +54,20 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Compute the towers' blocks again in the backward rather than keep their activations."""
     quick_gelu: bool = False
-    """QuickGELU in the towers, whatever the name says. Weights trained with it, OpenAI's and the published ones, turn
-    it on by themselves, also in the configuration that checkpoints keep."""
+    """Use QuickGELU in the towers, whatever the name says. Weights trained with it (OpenAI's, the published ones) turn
+    this on by themselves, also in the configuration that checkpoints keep."""
 
 
 class BetaCLIP(nn.Module):
     """CLIP's towers with text-conditioned pooling between them (arXiv 2512.12678).
 
-    ``clip`` is taken over. It stays an open_clip model with its parameters' names, but its blocks are replaced, in
-    place, by β-CLIP's vision blocks and padding-free text blocks over the same modules. Called as open_clip calls them
-    they compute what they did, so ``encode_image`` and ``encode_text`` of ``clip`` return what they returned before.
+    ``clip`` is modified in place. It remains an open_clip model with its parameters' names, but its blocks are replaced
+    by β-CLIP's vision blocks and padding-free text blocks over the same modules. Called as open_clip calls them, these
+    compute what the old blocks did, so ``clip.encode_image`` and ``clip.encode_text`` return what they did before.
 
     Args:
-        clip: an open_clip model. Hooks of its blocks are registered after this.
-        config: what the model was made from, for checkpoints.
+        clip: an open_clip model. Register hooks on its blocks only afterwards, because the blocks are replaced.
+        config: the settings that the model was made from, for checkpoints.
 
     Attributes:
         clip: the towers.
@@ -95,7 +95,7 @@ class BetaCLIP(nn.Module):
         super().__init__()
         reasons = [*vision_not_supported_reasons(clip), *text_not_supported_reasons(clip)]
         if reasons:
-            raise NotImplementedError(f"{config.name} cannot be a β-CLIP: {'; '.join(reasons)}")
+            raise NotImplementedError(f"{config.name} cannot become a β-CLIP: {'; '.join(reasons)}")
         prepare_vision(clip)
         prepare_text(clip)
         self.config = config
@@ -109,19 +109,19 @@ class BetaCLIP(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """The largest number of tokens of a text."""
+        """The largest number of tokens that a text may have."""
         return self.clip.context_length
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """() logarithm of the inverse temperature between images and captions.
 
-        The one between pooled images and texts is ``pool.logit_scale``.
+        ``pool.logit_scale`` is that between pooled images and texts.
         """
         return self.clip.logit_scale
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images; project, do not normalise.
+        """Encode images into the joint space, without normalising.
 
         Args:
             images: (B, 3, H, W).
@@ -134,7 +134,7 @@ class BetaCLIP(nn.Module):
         return cls[:, 0].clone(), patches  # a copy, because FSDP2 warns of outputs that are views
 
     def encode_text(self, texts: RaggedTexts) -> Tensor:
-        """Encode texts; project, do not normalise.
+        """Encode texts into the joint space, without normalising.
 
         Args:
             texts: N texts.
@@ -149,7 +149,7 @@ class BetaCLIP(nn.Module):
         return F.embedding(to_device(texts.packing.distinct, distinct.device), distinct)
 
     def forward(self, images: Tensor, texts: RaggedTexts, texts_per_image: int | None = None) -> dict[str, Tensor]:
-        """Compute everything that the losses take.
+        """Compute the inputs of the losses.
 
         Args:
             images: (B, 3, H, W).
@@ -207,9 +207,9 @@ class BetaCLIP(nn.Module):
             raise ValueError(f"images: expected (B, 3, {size}, {size}), got shape {tuple(images.shape)}")
         if texts.num_images != len(images):
             raise ValueError(f"texts: expected those of {len(images)} images, got those of {texts.num_images}")
-        least = texts.max_texts_per_image
-        if texts_per_image is not None and texts_per_image < least:
-            raise ValueError(f"texts_per_image: expected at least {least}, as one image has, got {texts_per_image}")
+        needed = texts.max_texts_per_image
+        if texts_per_image is not None and texts_per_image < needed:
+            raise ValueError(f"texts_per_image: expected at least {needed}, as one image has, got {texts_per_image}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -264,7 +264,7 @@ def load_state(model: BetaCLIP, state: dict[str, Tensor], source: Path | str) ->
     """Load a state dict.
 
     Raises:
-        ValueError: it is that of another model; the message begins with ``source``.
+        ValueError: its names or shapes are not those of the model; the message begins with ``source``.
     """
     try:
         model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Making the open_clip model that a BetaCLIP is built on."""
+"""Makes the open_clip model that a BetaCLIP is built on."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
-# Learns the rendered scenes on a CPU in minutes.
+# A model that learns the rendered scenes on a CPU in minutes.
 SCENES: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 72, "patch_size": 12, "width": 128, "layers": 4, "head_width": 32},

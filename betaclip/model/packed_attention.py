@@ -1,7 +1,7 @@
 """Causal self-attention of packed texts.
 
-M nodes, R rows of attention, U distinct texts, W = heads · width of a head. Rows are gathered from the nodes' queries,
-keys and values; each node takes back the result of one of its rows.
+Legend: M nodes, R rows of attention, U distinct texts, W = heads · width of a head. Rows are gathered from the nodes'
+queries, keys and values; each node takes its result from one of its rows.
 """
 
 from abc import ABC, abstractmethod
@@ -80,7 +80,7 @@ def _by_heads(rows: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
 class PackedAttention(ABC):
     """The attention of one batch's texts, on the device, for all layers.
 
-    ``torch.compile`` leaves out all that depends on the lengths of texts, or it would compile again for every batch.
+    Code that depends on the lengths of texts is excluded from ``torch.compile``, which would recompile for every batch.
     """
 
     def __init__(self, packing: Packing, rows: Rows, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class PackedAttention(ABC):
 class Buckets(PackedAttention):
     """One fused attention per bucket of texts of similar length, for any device and dtype.
 
-    Padding follows each text, where causal attention never looks.
+    Padding follows each text, so that causal attention never reads it.
     """
 
     def __init__(self, packing: Packing, device: torch.device) -> None:
@@ -149,7 +149,7 @@ class Buckets(PackedAttention):
 
 
 class Sequences(PackedAttention):
-    """PyTorch's variable-length attention, without padding, for CUDA in half precision."""
+    """PyTorch's variable-length attention without padding, for CUDA in half precision."""
 
     def __init__(self, packing: Packing, device: torch.device) -> None:
         super().__init__(packing, packing.flat_rows, device)

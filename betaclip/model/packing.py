@@ -2,8 +2,8 @@
 
 The tower is causal, so the states of a prefix are the same in all texts that begin with it. The distinct prefixes of
 all texts are the nodes of a tree, and everything but attention is computed once per node. Attention needs whole texts:
-its rows are gathered from the nodes, and each node takes back the result of one of its rows.
-The plan is made on the CPU, in NumPy, from the tokens alone.
+its rows are gathered from the nodes, and each node takes its result from one of its rows. The plan is made on the CPU,
+in NumPy, from the tokens alone.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 MAX_BUCKETS = 8  # calls of attention per layer
-CALL_ROWS = 64  # the rows of padding that cost about as much as one more call of attention
+CALL_ROWS = 64  # the number of rows that cost about as much as one more call of attention
 
 
 class Bucket(NamedTuple):
-    """``num_texts`` texts, in order, padded to ``length`` tokens at the end."""
+    """``num_texts`` consecutive texts, each padded at its end to ``length`` tokens."""
 
     num_texts: int
     length: int
@@ -32,9 +32,9 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The R rows of attention, gathered from M nodes; R' of them are tokens, the others padding.
+    """The R rows of attention, gathered from M nodes; R' of them are tokens, the others are padding.
 
-    node: (R,) node of each row; an arbitrary one for padding.
+    node: (R,) node of each row; any node for padding.
     users: (R',) rows that are tokens, grouped by node.
     starts: (M,) index into ``users`` where each node's rows begin.
     row: (M,) the row whose result each node takes.
@@ -91,7 +91,7 @@ class Packing:
 
 
 def pack(tokens: Tensor, lengths: Tensor) -> Packing:
-    """Plan N texts of ``lengths`` (N,) whose ``tokens`` (T,) follow one another; both int64 on the CPU."""
+    """Plan N texts of ``lengths`` (N,), whose ``tokens`` (T,) are concatenated; both are int64 on the CPU."""
     length, longest = lengths.numpy(), int(lengths.max()) if len(lengths) else 0
     padded = np.full((len(length), longest), -1, np.int64)
     padded[np.arange(longest) < length[:, None]] = tokens.numpy()
@@ -109,14 +109,15 @@ def pack(tokens: Tensor, lengths: Tensor) -> Packing:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without making the host wait."""
+    """Copy to the device without waiting for it."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def choose_buckets(lengths: Ints, max_buckets: int = MAX_BUCKETS, call_rows: int = CALL_ROWS) -> tuple[Bucket, ...]:
     """Divide texts of ascending ``lengths`` into at most ``max_buckets`` buckets with the fewest rows.
 
-    Each bucket counts ``call_rows`` more. A dynamic programme over the lengths at which buckets end finds the optimum.
+    Each bucket costs ``call_rows`` rows more. Dynamic programming over the lengths at which buckets end finds the
+    optimum.
     """
     if not len(lengths):
         return ()
@@ -139,7 +140,7 @@ def choose_buckets(lengths: Ints, max_buckets: int = MAX_BUCKETS, call_rows: int
 
 def _distinct(padded: Ints) -> tuple[Ints, Ints]:
     """The distinct rows in lexicographic order, prefixes first, and the index of each row among them."""
-    # Big-endian bytes compare like the tokens, -1 lowest; sorting them takes an eighth of the time of np.lexsort.
+    # Big-endian bytes sort like the tokens, with -1 first; sorting them takes an eighth of the time of np.lexsort.
     keys = np.ascontiguousarray((padded + 1).astype(">u4"))
     order = np.argsort(keys.view(np.dtype((np.void, keys.shape[1] * 4)))[:, 0]) if padded.size else np.arange(0)
     padded = padded[order]
@@ -151,7 +152,7 @@ def _distinct(padded: Ints) -> tuple[Ints, Ints]:
 
 
 def _tree(padded: Ints) -> tuple[Ints, Bools]:
-    """(U, L) node of each token of distinct texts in lexicographic order, and whether this text is its first."""
+    """(U, L) node of each token of distinct texts in lexicographic order, and whether this text is the node's first."""
     # In lexicographic order, a prefix shared with any earlier text is shared with the one just before.
     new = padded >= 0
     new[1:] &= ~np.logical_and.accumulate(padded[1:] == padded[:-1], axis=1)

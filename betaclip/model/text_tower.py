@@ -13,7 +13,7 @@ from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_b
 from betaclip.model.packed_attention import PackedAttention, packed_attention
 from betaclip.model.packing import Packing, to_device
 
-# Stretching keeps the first FROZEN positions and makes STRETCH of each later one.
+# Stretching keeps the first FROZEN positions and turns each later one into STRETCH positions.
 FROZEN, STRETCH = 20, 4
 
 
@@ -36,8 +36,8 @@ class PackedBlock(Block):
         """(M, W) states of the nodes -> (M, W), or with ``ends_only`` (U, W) states of the texts' last tokens.
 
         Args:
-            attention: of the packed texts. None: compute as open_clip does, with its other arguments.
-            ends_only: compute the result of the last tokens alone, which is all that the last block is asked for.
+            attention: that of the packed texts. None: compute as open_clip does, with its other arguments.
+            ends_only: compute only the states of the last tokens, because nothing else is read from the last block.
         """
         if attention is None:
             return super().forward(q_x, *args, **kwargs)
@@ -51,10 +51,10 @@ class PackedBlock(Block):
 
 
 class FrozenStart(nn.Module):
-    """A parametrization of a table of positions by its later rows, the trained ones; the first rows are frozen.
+    """Parametrizes a table of positions by its later rows, which are trained; the first rows are frozen.
 
-    frozen: (L, W) the table after stretching, of which the first rows are used.
-    unused: (FROZEN, W) rows that the published layout keeps in its trained table and nothing reads.
+    frozen: (L, W) the table after stretching; only its first rows are read.
+    unused: (FROZEN, W) the first rows of the trained table in the published layout, which nothing reads.
     """
 
     frozen: Tensor
@@ -107,7 +107,7 @@ def text_modules(clip: Any) -> Any:
 
 
 def text_not_supported_reasons(clip: Any) -> list[str]:
-    """Why the text tower of an open_clip model cannot take packed texts; empty if it can."""
+    """The reasons why the text tower of an open_clip model cannot take packed texts; empty if it can."""
     text = text_modules(clip)
     if not (text is clip or isinstance(text, TextTransformer)):
         return [f"the text tower is a {type(text).__name__}, not open_clip's own"]
@@ -128,7 +128,7 @@ def prepare_text(clip: Any) -> None:
 
 
 def encode_packed(clip: Any, packing: Packing, device: torch.device, checkpointing: bool) -> Tensor:
-    """Encode the distinct texts into (U, D) embeddings of their last tokens: projected, not normalised."""
+    """Encode the distinct texts into (U, D) embeddings of their last tokens, projected but not normalised."""
     text = text_modules(clip)
     *blocks, last = text.transformer.resblocks
     tokens, positions = to_device(packing.tokens, device), to_device(packing.positions, device)

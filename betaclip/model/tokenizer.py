@@ -1,4 +1,4 @@
-"""Texts to token ids by open_clip's byte-pair encoding, without padding."""
+"""Encodes texts as token ids by open_clip's byte-pair encoding, without padding."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,14 +35,14 @@ class Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         ids = [i for word in _BPE.pat.findall(_clean(text)) for i in _ids(word)]
-        if EOT in ids:  # written out in the text, which then ends there for open_clip's text tower
+        if EOT in ids:  # the text spells the end token out, and ends there for open_clip's text tower
             ids = ids[: ids.index(EOT)]
         return [SOT, *ids[: self.context_length - 2], EOT]
 
 
 def _clean(text: str) -> str:
-    """Lower case, with encodings and entities repaired as open_clip does."""
-    # The repair would be half of the time that a text takes, and plain ASCII needs none.
+    """The text in lower case, with encodings and entities repaired as open_clip does."""
+    # The repair takes half of the time of a text, and plain ASCII does not need it.
     plain = text.isascii() and text.isprintable() and "&" not in text
     return text.lower() if plain else _BPE.clean_fn(text)
 

@@ -1,4 +1,4 @@
-"""The vision tower of an open_clip model, with patch embeddings as β-CLIP takes them from its last block."""
+"""The vision tower of an open_clip model, with patch embeddings from the values of its last block, as in β-CLIP."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_b
 
 
 class VisionBlock(Block):
-    """A block that calls the fused attention directly, and in which patches may take their own values unmixed."""
+    """A block that calls fused attention directly, and whose patches can take their own values instead of attending."""
 
     def forward(self, q_x: Tensor, *args: Any, attending: Literal["all", "cls"] | None = None, **kwargs: Any) -> Tensor:
         """(B, 1 + P, W) -> (B, 1 + P, W)
@@ -38,7 +38,7 @@ class VisionBlock(Block):
 
 
 def vision_not_supported_reasons(clip: Any) -> list[str]:
-    """Why the vision tower of an open_clip model cannot give β-CLIP's patches; empty if it can."""
+    """The reasons why the vision tower of an open_clip model cannot give β-CLIP's patches; empty if it can."""
     visual = clip.visual
     if not isinstance(visual, VisionTransformer):
         kind = type(visual).__name__

@@ -1,28 +1,29 @@
-"""What attention pooling costs, forward and backward, with its projections on either side.
+"""The cost of attention pooling, forward and backward, with projected patches and with folded projections.
 
 Per image, with L = H K latent queries, in multiply-adds:
 
     projected   6 P D² (keys and values, their two gradients each) + 7 K P D (attention, which recomputes its logits)
     folded      8 L P D (2 forward, 6 backward)                    + 7 K D² (folding, unfolding, their gradients)
 
-At D = 512, H = 8 and P = 196 that meets near K = 40. Bytes decide near there: projecting passes over arrays of the
-patches' size 27 times (normalised patches, keys, values and their gradients, each written and read); folding 3 times
-(x twice, dx), and works in scratch that stays in the outer caches, several times faster than memory. The products of
-one image have P as an edge, and run at full rate in panels of ``_PANEL`` only: 196 patches cost as much as 224.
+At D = 512, H = 8 and P = 196 the two are equal near K = 40. There the bytes decide: projecting passes over arrays of
+the patches' size 27 times (normalised patches, keys, values and their gradients, each written and read); folding does
+so 3 times (x twice, dx), and works in scratch that stays in the outer caches, several times faster than memory.
+P is a dimension of each image's products, which run at full rate only in panels of ``_PANEL``: 196 patches cost as much
+as 224.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-_CACHED = 0.25  # a byte that stays in the outer caches against a byte of memory
-_CACHE_BYTES = 8 * 2**20  # arrays of the patches' size up to this stay there too
+_CACHED = 0.25  # cost of a byte that stays in the outer caches, relative to a byte of memory
+_CACHE_BYTES = 8 * 2**20  # arrays of the patches' size stay in these caches, too, if they are not larger
 _PANEL = 32
 
-# FLOP in the time of one byte of memory, by device and bytes per element. CPU, float32: from 165 GFLOP/s and 15 GB/s
-# that both forms reach on two cores; benchmarks/pooling_throughput.py --crossover shows the choice beside the times.
-# GPUs, 16 bits: 788 TFLOP/s and 4.3 TB/s of an H200; there the choice has not been compared with times. The others
-# follow from the ratios of the dtypes' rates.
+# FLOP in the time that one byte of memory takes, by device and bytes per element. CPU, float32: from 165 GFLOP/s and
+# 15 GB/s, which both forms reach on two cores; benchmarks/pooling_throughput.py --crossover shows the choice beside the
+# times. GPU, 16 bits: from an H200's 788 TFLOP/s and 4.3 TB/s; this choice has not been compared with times. The other
+# entries follow from the ratios of the dtypes' rates.
 _BALANCE = {("cpu", 2): 22, ("cpu", 4): 11, ("cpu", 8): 5.5, ("cuda", 2): 183, ("cuda", 4): 31, ("cuda", 8): 14}
 
 
@@ -35,7 +36,8 @@ class Cost:
 
 
 def projected_cost(images: int, queries: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
-    """Keys and values of every patch, fused attention, and their gradients; without what both forms share."""
+    """The cost of keys and values of every patch, fused attention, and their gradients, without work that both forms
+    share."""
     flop = 2 * (6 * patches * width**2 + 7 * queries * patches * width)
     return Cost(flop, 27 * _bytes(images, patches, width, itemsize))
 
@@ -47,7 +49,8 @@ def _bytes(images: int, patches: int, width: int, itemsize: int) -> float:
 
 
 def folded_cost(images: int, queries: int, patches: int, width: int, num_heads: int, itemsize: int) -> Cost:
-    """Latent queries on the patches themselves, and their gradients; without what both forms share."""
+    """The cost of attention by latent queries to the patches themselves, and of its gradients, without work that both
+    forms share."""
     latents = num_heads * queries
     panels = -(-patches // _PANEL) * _PANEL
     flop = 2 * (8 * latents * panels * width + 7 * queries * width**2)
@@ -58,8 +61,8 @@ def folded_cost(images: int, queries: int, patches: int, width: int, num_heads: 
 def folding_pays(
     images: int, queries: int, patches: int, width: int, num_heads: int, dtype: torch.dtype, device: str
 ) -> bool:
-    """Whether the folded form is expected to be faster. The same in training and evaluation, so that both compute the
-    same numbers."""
+    """Whether the folded form is expected to be faster. The answer is the same in training and evaluation, so that both
+    compute the same numbers."""
     balance = _BALANCE.get((device, dtype.itemsize), _BALANCE["cuda", dtype.itemsize])
     projected, folded = (
         cost(images, queries, patches, width, num_heads, dtype.itemsize) for cost in (projected_cost, folded_cost)

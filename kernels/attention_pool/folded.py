@@ -1,21 +1,21 @@
 """Attention pooling with both projections folded to the query side: plain PyTorch, any device.
 
-Head h of query k attends with one latent query z = W_kᵀ q of width D straight on the patches, and the mean of the
-patches that it takes is projected afterwards: keys, values and normalised patches never exist (DeepSeek's MLA calls
-such projections absorbed),
+Head h of query k attends with one latent query z = W_kᵀ q of width D directly to the patches, and the resulting mean of
+patches is projected afterwards: keys, values and normalised patches never exist (DeepSeek's MLA calls such projections
+absorbed),
 
     S = z x̂ᵀ,  A = softmax(S),  out_h = W_v A x̂ + b_v    with x̂ = x / |x| as a factor of S's and A's columns.
 
-Images are taken a few at a time, so that all scratch stays in cache. The forward keeps nothing; the backward forms S
-and dA = g x̂ᵀ in one product, where g = W_vᵀ dout is the gradient of the means, and with
+Images are processed a few at a time, so that all scratch stays in cache. The forward keeps nothing. The backward
+computes S and dA = g x̂ᵀ in one product, where g = W_vᵀ dout is the gradient of the means, and with
 δ = <dout, out - b_v> = Σ_p A dA per latent query
 
     dS = A (dA - δ),  [dz; means] = [dS; A] x̂,  dx̂ = [dS; A]ᵀ [z; g],  <x̂_p, dx̂_p> = Σ dS S + A dA,
 
-which leaves of the gradient through the norm one multiple of x itself. Latent queries and gradients lie interleaved,
-zg (c, K, 2, H, D): each half is the output of one batched product, and the whole the (c, 2 L, D) operand of others.
+so that the gradient through the norm is only a multiple of x itself. Latent queries and gradients lie interleaved,
+zg (c, K, 2, H, D): each half is the output of one batched product, and the whole is the (c, 2 L, D) operand of others.
 
-Only the two steps between the projections (``Attention``) differ in the Triton backend.
+The Triton backend differs only in the two steps between the projections (``Attention``).
 
 Legend: B images, c of them at a time; P patches, K queries, D width, H heads, L = K H latent queries.
 """
@@ -31,15 +31,15 @@ from torch import Tensor
 from betaclip.kernels.memory import scratch
 from betaclip.kernels.precision import accumulation_dtype, add_product, half_products
 
-# For a chunk of images: enough for the products' full rate, little enough for the outer caches.
+# For a chunk of images: large enough for the products to run at full rate, small enough for the outer caches.
 SCRATCH_BYTES = 32 * 2**20
 
 
 class Patches(NamedTuple):
     """Patches of c images.
 
-    rows: (c, P, D). mask: (c, P) bool, True = valid, or None; the others' rows are zero.
-    norm_eps: norms up to it count as zero; None: rows are used as they are.
+    rows: (c, P, D); masked rows are zero. mask: (c, P) bool, True = valid, or None.
+    norm_eps: norms up to this count as zero; if None, rows are not normalised.
     """
 
     rows: Tensor
@@ -47,7 +47,7 @@ class Patches(NamedTuple):
     norm_eps: float | None
 
     def inverse_norm(self) -> Tensor | None:
-        """(c, 1, P)"""
+        """1 / |x| (c, 1, P), 0 where x counts as zero; None if rows are not normalised."""
         if self.norm_eps is None:
             return None
         norm = torch.linalg.vector_norm(self.rows, dim=2, keepdim=True).mT
@@ -55,26 +55,26 @@ class Patches(NamedTuple):
 
 
 class Attention(Protocol):
-    """The contract of the folding backends: the two steps between the projections, for c images."""
+    """The protocol of the folding backends: the two steps between the projections, for c images."""
 
     @property
     def scratch_bytes(self) -> int:
-        """How much scratch a chunk of images may take."""
+        """The largest scratch that a chunk of images may take, in bytes."""
 
     @property
     def scratch_tiles(self) -> int:
-        """How many (c, L, P) of scratch ``forward`` and ``backward`` want."""
+        """The number of (c, L, P) scratch tensors that ``forward`` and ``backward`` need."""
 
     @property
     def keeps_lse(self) -> bool:
-        """Whether ``backward`` wants the log-sum-exps."""
+        """Whether ``backward`` needs the log-sum-exps."""
 
     def dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of everything between the projections."""
 
     def forward(self, x: Patches, z: Tensor, means: Tensor, tiles: Tensor) -> Tensor | None:
-        """Write the means (c, L, D) that latent queries z (c, L, D) take of the patches; return (c, L) log-sum-exps if
-        ``keeps_lse``. tiles: (scratch_tiles, c, L, P)."""
+        """Attend to the patches with latent queries z (c, L, D): write their means of the patches into ``means``
+        (c, L, D), and return (c, L) log-sum-exps if ``keeps_lse``. tiles: (scratch_tiles, c, L, P)."""
 
     def backward(
         self, x: Patches, zg: Tensor, lse: Tensor, delta: Tensor, weights: Tensor, tiles: Tensor
@@ -85,7 +85,7 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class Eager:
-    """The ``Attention`` by PyTorch's own operators, in accumulation dtype."""
+    """``Attention`` by PyTorch's own operators, in accumulation dtype."""
 
     scratch_bytes: int = SCRATCH_BYTES
     scratch_tiles: int = 2
@@ -128,7 +128,7 @@ class Eager:
 
 
 def _softmax(logits: Tensor, mask: Tensor | None, out: Tensor) -> None:
-    """Over the last dimension of (c, L, P), 0 for an image without valid patches; writes over the logits."""
+    """Softmax over the last dimension of (c, L, P), 0 for an image without valid patches; overwrites the logits."""
     if mask is None:
         torch.softmax(logits, -1, out=out)
         return
@@ -153,15 +153,15 @@ class Pooling(NamedTuple):
     norm_eps: float | None
 
     def empty(self) -> Tensor | None:
-        """(B, 1, 1) images without valid patches."""
+        """(B, 1, 1) bool, True for images without valid patches; None without a mask."""
         return None if self.mask is None else ~self.mask.any(1)[:, None, None]
 
 
 class ImageChunks:
-    """Images a few at a time, and the projections that their products share, in the dtype of the attention."""
+    """Iterates over the images, a few at a time; has the weights of the projections in the dtype of the attention."""
 
     def __init__(self, pooling: Pooling, attention: Attention, latents: int, weights: int) -> None:
-        """latents, weights: how many (L, D) and (L, P) of scratch an image takes."""
+        """latents, weights: how many (L, D) and (L, P) scratch tensors an image takes."""
         self.pooling, self.heads = pooling, pooling.num_heads
         x, self.dtype = pooling.x, attention.dtype(pooling.x)
         self.k_weight, self.v_weight = (
@@ -169,16 +169,16 @@ class ImageChunks:
         )  # (H, D / H, D)
         images, patches, width = x.shape
         length = pooling.q.shape[1] * self.heads
-        copies = 2 if x.dtype != self.dtype else 0  # of the patches: in this dtype, and their gradient
+        copies = 2 if x.dtype != self.dtype else 0  # the patches and their gradient, in this dtype
         elements = length * (latents * width + weights * patches) + copies * patches * width
         chunks = -(-images * elements * self.dtype.itemsize // attention.scratch_bytes)
-        self.step = max(1, -(-images // max(chunks, 1)))  # chunks of one size
+        self.step = max(1, -(-images // max(chunks, 1)))  # makes the chunks of equal size, but for the last
 
     def scratch(self, *shapes: tuple[int, ...]) -> AbstractContextManager[list[Tensor]]:
         return scratch(shapes, self.dtype, self.pooling.x.device)
 
     def __iter__(self) -> Iterator[tuple[slice, Patches, Tensor]]:
-        """Which images, their patches and their queries (c, K, D)."""
+        """The slice of images, their patches, and their queries (c, K, D)."""
         x, q, _, _, _, mask, _, norm_eps = self.pooling
         for lo in range(0, x.shape[0], self.step):
             part = slice(lo, min(lo + self.step, x.shape[0]))
@@ -196,7 +196,7 @@ def _latents_by_head(t: Tensor) -> Tensor:
 
 
 def attention_pool_fwd(pooling: Pooling, attention: Attention) -> tuple[Tensor, Tensor]:
-    """(B, K, D) in the dtype of x, and (B, L) log-sum-exps, or (0,) if the backward does without."""
+    """The result (B, K, D) in the dtype of x, and (B, L) log-sum-exps, or (0,) if the backward does not need them."""
     x, heads = pooling.x, pooling.num_heads
     images, patches, width = x.shape
     queries = pooling.q.shape[1]
@@ -267,7 +267,7 @@ def attention_pool_bwd(
             add_product(dk_weight, chunks.by_head(q).mT, dz, first=False)
             add_product(dv_weight, chunks.by_head(do).mT, mean, first=False)
             if need_dx:
-                target = dx[part] if dx.dtype == chunks.dtype else rows.rows  # a copy of x that is done with
+                target = dx[part] if dx.dtype == chunks.dtype else rows.rows  # a copy of x, no longer needed
                 if radial is None:
                     torch.bmm(weights.mT, zg.flatten(1, 3), out=target)
                 else:

@@ -1,9 +1,9 @@
-"""Multi-head attention pooling of patches by queries, of which there are few.
+"""Multi-head attention pooling of many patches by few queries.
 
 ``attention_pool`` chooses between two orders of the same products: projecting every patch to keys and values, or
-folding these projections to the side of the queries (``folded``). The folded form is one ``torch.library`` operator; a
-backend that is an object of the contract ``Attention`` instead of a name runs the same function directly. The projected
-form is left to PyTorch's autograd.
+folding these projections to the side of the queries (``folded``). The folded form is one ``torch.library`` operator; if
+the backend is an ``Attention`` object instead of a name, the operator's function is called directly. The projected form
+is left to PyTorch's autograd.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ Backend = str | Attention
 
 
 def local_backend(backend: Backend) -> Attention:
-    """The object behind a folding backend's name. Backends of an architecture's own are chosen here."""
+    """The object behind a folding backend's name. A backend for one architecture would be chosen here."""
     if not isinstance(backend, str):
         return backend
     if backend == "triton":
@@ -80,7 +80,7 @@ def attention_pool(
         k_weight, v_weight: (D, D) projections of keys and values.
         v_bias: (D,) bias of the values, or None.
         num_heads: H, a divisor of D.
-        mask: (B, P) bool, True = valid patch; others take part in nothing and may hold anything.
+        mask: (B, P) bool, True = valid patch; other patches are ignored and may hold anything, NaN included.
         backend: ``"auto"``; ``"triton"`` or ``"folded"`` (plain PyTorch), which fold;
             ``"sdpa"`` or ``"reference"``, which project; or an ``Attention`` object, which folds.
 
@@ -114,7 +114,7 @@ def attention_pool(
 def attention_weights(
     x: Tensor, q: Tensor, k_weight: Tensor, num_heads: int, mask: Tensor | None = None, *, normalize: bool = True
 ) -> Tensor:
-    """(B, K, P) the attention by which :func:`attention_pool` pools, averaged over heads: for pictures.
+    """The attention weights (B, K, P) of :func:`attention_pool`, averaged over heads, for example to draw them.
 
     Plain PyTorch, in O(B·H·K·P) memory. The arguments are ``attention_pool``'s; 0 for an image without a valid patch.
     """
@@ -142,7 +142,7 @@ def _pooling(
 
 
 def _preferred(pooling: Pooling) -> dict[str, Callable[[Tensor, Tensor], list[str]]]:
-    """All backends, those of the form with less work first."""
+    """All backends, those of the cheaper form first."""
     x, queries = pooling.x, pooling.q.shape[1]
     pays = folding_pays(x.shape[0], queries, x.shape[1], x.shape[2], pooling.num_heads, x.dtype, x.device.type)
     return FOLDED | PROJECTED if pays else PROJECTED | FOLDED
@@ -183,7 +183,7 @@ def _check(
 def _folded(  # type: ignore[no-untyped-def]
     x, q, k_weight, v_weight, v_bias, mask, num_heads, eps, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the log-sum-exps that the backend's backward wants."""
+    """The result, and the log-sum-exps for the backward, empty if the backend does not keep them."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps)
     return attention_pool_fwd(pooling, local_backend(backend))
 
@@ -235,7 +235,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # once: checkpoints compute them at each access
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
         x, mask = tensors[0], tensors[5]
         need_dx = ctx.needs_input_grad[0]
         gradients = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)

@@ -1,6 +1,6 @@
 """Attention pooling by projected keys and values, under PyTorch's own autograd.
 
-That is less work than folding once there are so many queries that they repay projecting every patch.
+This is less work than folding where the queries are so many that projecting every patch pays.
 """
 
 import torch
@@ -20,8 +20,8 @@ def _heads(t: Tensor, pooling: Pooling) -> Tensor:
     return t.unflatten(2, (pooling.num_heads, -1)).transpose(1, 2)
 
 
-def _somewhere(mask: Tensor) -> Tensor:
-    """(B, 1, 1, P) where to look; everywhere in an image without valid patches, so that its softmax exists."""
+def _softmax_mask(mask: Tensor) -> Tensor:
+    """(B, 1, 1, P): the valid patches, or all patches of an image without any, so that its softmax is not NaN."""
     return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
@@ -33,10 +33,10 @@ def _finish(out: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _attention(pooling: Pooling) -> Tensor:
-    """(B, H, K, P), for normalised patches"""
+    """The attention weights (B, H, K, P), for normalised patches."""
     logits = _heads(pooling.q, pooling) @ _heads(F.linear(pooling.x, pooling.k_weight), pooling).mT
     if pooling.mask is not None:
-        logits = logits.masked_fill(~_somewhere(pooling.mask), -torch.inf)
+        logits = logits.masked_fill(~_softmax_mask(pooling.mask), -torch.inf)
     return logits.softmax(-1)
 
 
@@ -49,7 +49,7 @@ def _wide(pooling: Pooling) -> Pooling:
 
 
 def reference(pooling: Pooling) -> Tensor:
-    """The definition of correct: every step in accumulation dtype, written out."""
+    """The definition of the correct result: every step in accumulation dtype, written out."""
     wide = _unit_patches(_wide(pooling))
     out = _attention(wide) @ _heads(F.linear(wide.x, wide.v_weight, wide.v_bias), wide)
     return _finish(out, wide).to(pooling.x.dtype)
@@ -59,7 +59,7 @@ def sdpa(pooling: Pooling) -> Tensor:
     """PyTorch's fused attention after the projections."""
     unit = _unit_patches(pooling)
     k, v = F.linear(unit.x, unit.k_weight), F.linear(unit.x, unit.v_weight, unit.v_bias)
-    mask = None if unit.mask is None else _somewhere(unit.mask)
+    mask = None if unit.mask is None else _softmax_mask(unit.mask)
     q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
     return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=1.0), unit)
 

@@ -1,11 +1,11 @@
 """Tile shapes of the Triton attention pooling kernels: fixed tables by architecture and bytes per element.
 
-Rows of a tile (block_m) are latent queries, columns (block_n) patches. Forward: a block of 256 patches takes the usual
-196 or 256 patches of an image at once, so that the sums over patches are formed but once; its logits, 64 x 256 in
-float32, take 64 of a thread's 255 registers at eight warps. Float32 products (TF32x3) hold three parts of each operand
-and want smaller blocks. Backward: a tile like those of a matrix product, two accumulators in one. Tests compile every
-entry ahead of time and read the machine code (no spill); none has been timed on a GPU yet. The interpreter's tiles are
-small, so that a test of a few patches and queries meets several.
+Rows of a tile (block_m) are latent queries, columns (block_n) patches. Forward: a block of 256 patches holds the usual
+196 or 256 patches of an image, so that sums over patches need not be rescaled; its logits, 64 x 256 in float32, take
+64 of a thread's 255 registers at eight warps. Float32 products (TF32x3) hold three parts of each operand and need
+smaller blocks. Backward: tiles as for a matrix product, with two accumulators. Tests compile every entry ahead of time
+and check the machine code for spills; none has been timed on a GPU yet. The interpreter's tiles are small, so that a
+test of a few patches and queries covers several.
 """
 
 from betaclip.kernels.architecture import Tile

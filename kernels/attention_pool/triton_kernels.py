@@ -1,16 +1,16 @@
 """Attention pooling in Triton: kernels for the steps between the folded projections, and their launchers.
 
-L latent queries of width D attend on an image's P patches x; 1 / |x_p|, from the loaded patches themselves, scales
+L latent queries of width D attend to an image's P patches x. 1 / |x_p|, computed from the loaded patches, scales the
 columns of logits and weights, so that no normalised patch exists.
 
 * forward: a program takes BLOCK_M latent queries of one image and its patches BLOCK_N at a time, with online softmax:
-  logits from D in steps of BLOCK_D, then weighted sums of the same patches, BLOCK_D columns at a time. Logits never
-  leave the program; weighted sums do only where P > BLOCK_N, to be rescaled. Patches come from memory once, for a
+  logits over D in steps of BLOCK_D, then weighted sums of the same patches, BLOCK_D columns at a time. Logits never
+  leave the program; weighted sums do only where P > BLOCK_N, to be rescaled. Patches come from memory once, because a
   block of them is still in cache when it is read again.
-* backward: a program forms one tile of S = z x̂ᵀ and dA = g x̂ᵀ from D in steps of BLOCK_D and writes [dS; A] / |x|,
-  the operand of two library products; of <x̂_p, dx̂_p> it writes its latent queries' share. No atomics.
+* backward: a program computes one tile of S = z x̂ᵀ and dA = g x̂ᵀ over D in steps of BLOCK_D and writes [dS; A] / |x|,
+  the operand of two library products, and its latent queries' share of <x̂_p, dx̂_p>. There are no atomics.
 
-Masked patches and patches beyond P are not read, and weigh 0. Offsets of images and patches are 64-bit.
+Masked patches and patches beyond P are not read, and have weight 0. Offsets of images and patches are 64-bit.
 
 Legend: B images, P patches, H heads, L latent queries, D width. m: latent queries of a tile, n: its patches.
 ``m_i``, ``l_i``: running maximum and sum of exponentials of a latent query.
@@ -34,7 +34,7 @@ from betaclip.kernels.precision import accumulation_dtype, dot_precision
 
 @triton.jit
 def _valid(mask_ptr, stride_mask, pid_b, offs_n, P, HAS_MASK: tl.constexpr):
-    """(BLOCK_N,) patches that take part."""
+    """(BLOCK_N,) whether each patch exists and is not masked."""
     valid = offs_n < P
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + pid_b * stride_mask + offs_n, mask=valid, other=0) != 0)
@@ -110,7 +110,7 @@ def _attention_pool_fwd_kernel(
             if start_n + BLOCK_N >= P:
                 means = (sums * share[:, None]).to(means_ptr.dtype.element_ty)
                 tl.store(means_ptr + mean_offsets, means, mask=mask)
-        tl.debug_barrier()  # this program alone touches its sums; its threads meet between two blocks
+        tl.debug_barrier()  # orders the threads' stores and loads of sums; no other program touches them
     tl.store(lse_ptr + pid_b * L + offs_m, tl.log(l_i) + m_i, mask=offs_m < L)
 
 
@@ -168,9 +168,9 @@ def _attention_pool_bwd_kernel(
 
 @dataclass(frozen=True)
 class Fused:
-    """The ``Attention`` by one kernel each way; products in the dtype of the patches.
+    """``Attention`` by one kernel for each direction, with products in the dtype of the patches.
 
-    The tiles stand in for the tables of ``tiles``.
+    forward_tile, backward_tile: replace the entries of the tables in ``tiles``.
     """
 
     forward_tile: Tile | None = None
@@ -213,7 +213,7 @@ def _launch(
     rows = x.rows if x.rows.stride(2) == 1 else x.rows.contiguous()
     mask = None if x.mask is None else x.mask.contiguous().view(torch.uint8)
     guard = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
-    with guard:  # a kernel starts on the current device, wherever its tensors are
+    with guard:  # Triton launches on the current device, not on that of the tensors
         kernel[(programs,)](
             rows, z, mask, *rest, rows.shape[1], latents, rows.stride(0), rows.stride(1),
             0 if mask is None else mask.stride(0),

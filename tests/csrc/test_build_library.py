@@ -1,4 +1,4 @@
-"""What decides whether the CUDA library is built, and how: with a stand-in for nvcc, in seconds."""
+"""The decision to build the CUDA library, and the build itself, with a stand-in for nvcc, in seconds."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def build(tmp_path, monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def nvcc(build, tmp_path, monkeypatch) -> Path:
-    """A stand-in for nvcc on PATH, and headers of CUTLASS."""
+    """Put a stand-in for nvcc on PATH, and make headers of CUTLASS."""
     compiler = write_nvcc(tmp_path / "cuda" / "bin")
     monkeypatch.setenv("PATH", f"{compiler.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUTLASS_PATH", str(write_cutlass(tmp_path / "a folder" / "cutlass")))
@@ -55,7 +55,7 @@ def test_variable_takes_three_values(build, monkeypatch, value):
 
 
 def test_without_a_compiler(build, tmp_path, monkeypatch, capsys):
-    """One line, no requirement, a record, and no library of an earlier build; an error where a library is demanded."""
+    """There is a one-line reason, a record, no requirement and no earlier library; demanding one is an error."""
     (tmp_path / build.LIBRARY).touch()
     build.install(tmp_path)
     assert capsys.readouterr().out.splitlines() == [
@@ -157,7 +157,7 @@ def test_headers_come_from_the_pinned_wheel_and_no_other(build, nvcc, tmp_path, 
     monkeypatch.delenv("CUTLASS_PATH")
     build.BUILD.mkdir()
     with pytest.raises(
-        RuntimeError, match=r"nvidia-cutlass==4\.2\.0\.0 could not be fetched (?s:.*)DO NOT MATCH THE HASHES"
+        RuntimeError, match=r"nvidia-cutlass==4\.2\.0\.0 could not be fetched(?s:.*)DO NOT MATCH THE HASHES"
     ):
         build.cutlass_includes()
     assert not list(build.BUILD.iterdir())

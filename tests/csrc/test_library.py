@@ -1,4 +1,4 @@
-"""The CUDA library, as far as it can be judged without a GPU: its interface, its refusals and its machine code."""
+"""The CUDA library without a GPU: its interface, the arguments that it refuses, and its machine code."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ from betaclip.kernels import libbetaclip as cuda
 CSRC = ROOT / "csrc"
 NO_DRIVER = 35  # cudaErrorInsufficientDriver
 BUFFER = ctypes.create_string_buffer(4096)
-ADDRESS = -(-ctypes.addressof(BUFFER) // 1024) * 1024  # for arguments that are looked at and not followed
+ADDRESS = -(-ctypes.addressof(BUFFER) // 1024) * 1024  # for pointers that are checked but not dereferenced
 LAUNCHERS = {
     "betaclip_logsumexp_forward": "operands lse_x lse_y workspace workspace_bytes",
     "betaclip_logsumexp_ds": "operands gradient chunk",
@@ -39,7 +39,7 @@ def run(*command, **options) -> str:
 
 @pytest.fixture(scope="module")
 def build_library():
-    """csrc/build_library.py, where it has a compiler."""
+    """csrc/build_library.py, if it finds a compiler."""
     module = load_program(CSRC / "build_library.py")
     if reason := module.reason_not_to_build():
         pytest.skip(reason)
@@ -48,7 +48,7 @@ def build_library():
 
 @pytest.fixture(scope="module")
 def path(build_library):
-    """The library, built where it is not up to date; an installation has done that."""
+    """The library, built unless an installation has brought it up to date."""
     return build_library.build()
 
 
@@ -87,7 +87,7 @@ def test_every_error_has_a_text(library):
 
 
 def call(library, function, **changes) -> int:
-    """A launcher's answer to arguments in order but for ``changes``, which are arguments or fields of structures."""
+    """Call a launcher with valid arguments but for ``changes``, which are arguments or fields of structures."""
 
     def structure(kind, **values):
         return kind(**values | {name: changes[name] for name, _ in kind._fields_ if name in changes})
@@ -109,7 +109,7 @@ def call(library, function, **changes) -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("function", LAUNCHERS)
 def test_refuses_without_a_device(function, library, capfd):
-    """In order or with what may be NULL left out: CUDA's own error, and nothing printed."""
+    """Valid arguments, and NULL where that is allowed, give CUDA's own error, and nothing is printed."""
     for changes in ({}, {"x_group": None, "y_group": None}, {"dtype": 0}):
         assert call(library, function, **changes) == NO_DRIVER
     if "softplus" in function:
@@ -163,7 +163,7 @@ OTHER_ERRORS = {
 
 @pytest.mark.parametrize("function", LAUNCHERS)
 def test_rejects_arguments(function, library):
-    """Before the device is looked at."""
+    """Bad arguments are refused before the device is looked at."""
     for changes, code in (*OPERAND_ERRORS, *OTHER_ERRORS[function]):
         assert call(library, function, **changes) == code, changes
 
@@ -175,7 +175,7 @@ def test_rejects_a_small_workspace(function, library):
 
 
 def test_workspace_sizes(library):
-    """Linear in rows and columns, and 0 for what is out of range."""
+    """Sizes are linear in rows and columns, and 0 for sizes out of range."""
     for function in ("betaclip_logsumexp_workspace_bytes", "betaclip_softplus_workspace_bytes"):
         size = getattr(library, function)
         for multiprocessors in (1, 114, 132):
@@ -183,20 +183,20 @@ def test_workspace_sizes(library):
                 # Of 132 partial sums a row at most, in float32, and some room for flags.
                 assert 0 <= size(n, m, multiprocessors) <= 8 * 132 * (n + m) + 2**16
         assert size(0, 5, 132) == size(5, -1, 132) == size(2**31, 5, 132) == size(5, 5, 0) == 0
-    # DESIGN's bound of scratch memory at the largest size.
+    # The design's bound of scratch memory at the largest size.
     assert library.betaclip_logsumexp_workspace_bytes(589824, 589824, 132) <= 512 * 2**20
 
 
 @pytest.fixture(scope="module")
 def cuobjdump(path):
-    """What the disassembler says about the library, by its option."""
+    """The disassembler's output for the library, by option."""
     triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return lambda option: run(tool, option, path)
 
 
 def test_machine_code_uses_the_matrix_unit_and_tma(cuobjdump):
-    """wgmma (HGMMA) on operands that the tensor memory accelerator brings, in both dtypes of all four operations."""
+    """All four operations use wgmma (HGMMA) in both dtypes, on operands that the tensor memory accelerator loads."""
     _, *functions = cuobjdump("-sass").split("Function : ")
     heavy = [text for text in functions if "similarity_kernel" in text.partition("\n")[0]]
     assert len(heavy) == 8
@@ -227,7 +227,7 @@ def test_program(program, build_library, tmp_path):
 
 
 def test_example_of_the_readme(path, build_library, tmp_path):
-    """It compiles by its own first line, links, and hands the library's refusal on: of no device, or of no data."""
+    """It compiles by its first line's command, links, and returns the library's error for no device or no data."""
     (example,) = re.findall(r"```cpp\n(.*?)```", (CSRC / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     call = "two_sided_logsumexp(nullptr, nullptr, nullptr, 300, 200, 64, nullptr, nullptr, nullptr)"
     (tmp_path / "example.cpp").write_text(f'{example}\nint main() {{ std::printf("%d", {call}); }}\n')

@@ -17,7 +17,7 @@ def _example(index: int, texts: int) -> Example:
 
 
 class _Pictures(Dataset):
-    """Every third cannot be read."""
+    """A data set of which every third picture cannot be read."""
 
     def __getitem__(self, draw: Draw) -> Example | Bad:
         assert draw.seed == SEED

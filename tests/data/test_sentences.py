@@ -1,4 +1,4 @@
-"""Captions to sentences: what is repeated, and where sentences end."""
+"""Captions to sentences: repetitions are removed, and sentences end in the right places."""
 
 import random
 from itertools import groupby
@@ -105,7 +105,7 @@ def test_split_sentences(caption, sentences):
 
 
 def test_splitting_is_done_once():
-    """What was split is one sentence, so that a cache of phrases knows it however it was found."""
+    """Splitting a sentence again gives that sentence, so that a cache of phrases finds it."""
     rng, words = (
         random.Random(0),
         ["Dr.", "St.", "The", "cat", "U.S.", "Wow!", "why?", "10.", "10", "Anna", '"Go."', "。", "\n"],

@@ -41,7 +41,7 @@ GREY = np.stack([RAMP // 257] * 3, -1)
 
 
 def _png_of_16_bits(values: np.ndarray, colour: int) -> bytes:
-    """Which Pillow cannot write with several channels; colour 0, 2, 4 or 6 as in the PNG specification."""
+    """Write a PNG of 16 bits, which Pillow cannot with several channels; colour: 0, 2, 4 or 6, as in PNG."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
     chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -88,7 +88,7 @@ def test_numbers_of_unknown_range_are_refused(dtype):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_orientation(form, orientation):
-    """As ImageOps.exif_transpose has it; 0 and 9 are no orientations."""
+    """Pictures are turned as by ImageOps.exif_transpose; 0 and 9 are no orientations."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What is said twice, in files that no program reads here, agrees with the place that counts."""
+"""Facts that are repeated in files for code hosts agree with their source."""
 
 import re
 

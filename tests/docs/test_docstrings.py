@@ -1,4 +1,4 @@
-"""The examples in docstrings run and give what they say; what users import from ``betaclip`` has one."""
+"""The examples in docstrings run and print what they show; every name that users import from ``betaclip`` has one."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""README is one that a newcomer reads to its end, and its first block is what CI runs."""
+"""README is short, and its first block is the commands that CI runs."""
 
 from support.markdown import blocks, read
 

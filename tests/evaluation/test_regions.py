@@ -18,7 +18,7 @@ def random_boxes(count: int, grid: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_coverage_counts_pixels(grid):
-    """16 x 16 pixels a patch, of which a box holds or does not hold each."""
+    """Each patch has 16 x 16 pixels, and each pixel is inside or outside a box."""
     height, width = grid
     boxes = random_boxes(20, grid)
     y, x = ((torch.arange(n * 16) + 0.5) / 16 for n in grid)
@@ -45,7 +45,7 @@ def test_on_grid():
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_region_features_of_whole_patches(grid):
-    """A box of one patch has its feature; one of all patches, sampled once a patch, their mean."""
+    """A box of one patch has its feature; a box of all patches, sampled once per patch, has their mean."""
     height, width = grid
     patches = torch.randn(2, height * width, 6)
     for image in range(2):
@@ -57,7 +57,7 @@ def test_region_features_of_whole_patches(grid):
 
 
 def test_region_features_of_a_plane():
-    """Bilinear sampling of what is linear in the place gives the value in the box's centre."""
+    """Bilinear sampling of features that are linear in the position gives the value at the box's centre."""
     grid = (6, 9)
     y, x = torch.meshgrid(torch.arange(6) + 0.5, torch.arange(9) + 0.5, indexing="ij")
     patches = torch.stack((x, y), -1).flatten(0, 1)[None]

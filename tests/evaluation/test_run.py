@@ -21,7 +21,7 @@ COLOURS = ("red", "green", "blue")
 
 @pytest.fixture
 def known(monkeypatch):
-    """Whatever the checkpoint, it is the colour model."""
+    """Load the colour model, whatever the checkpoint."""
     model = colours.ColourModel()
     monkeypatch.setattr(run, "load_checkpoint", lambda path, device: model.to(device))
     return model

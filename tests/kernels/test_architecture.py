@@ -12,7 +12,7 @@ TABLES = {"similarity": TILES, "forward": FORWARD, "backward": BACKWARD}
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_every_table_serves_every_architecture(table, itemsize):
-    """Also those that have no entry, such as Blackwell's sm_100: they take that of the oldest of their make."""
+    """Architectures without an entry, such as Blackwell's sm_100, take that of their vendor's oldest one."""
     assert table.keys() == TILES.keys()
     size = min(itemsize, 4)
     for name in ("sm_80", "sm_90", "gfx942", "interpreter"):

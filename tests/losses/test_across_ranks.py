@@ -208,7 +208,7 @@ def test_only_some_gradients(tmp_path):
 
 
 def backward_again() -> None:
-    """The texts that the forward gathered are gone then, and move once more."""
+    """A second backward gathers the texts again, because the first has freed them."""
     sizes = SIZES[:2]
     image, text, _ = whole_batch(sizes)
     part = own_part(sizes)
@@ -371,7 +371,7 @@ def test_order_of_ranks_does_not_matter(tmp_path):
 
 
 def ring_holds_shards() -> None:
-    """Nothing of the size of all ranks' embeddings, nor of this rank's times a multiple that grows with the ranks."""
+    """No tensor has the size of all ranks' embeddings, or of a multiple of this rank's that grows with the ranks."""
     rows, wide = 600, 512
     image, text = (torch.randn(rows, 1, wide, requires_grad=True) for _ in range(2))
     largest = {}
@@ -400,7 +400,7 @@ def test_second_derivative_raises(tmp_path):
 
 
 def ranks_disagree() -> None:
-    """All raise, where they would wait for each other."""
+    """All ranks raise an error instead of waiting for each other."""
     image, text, _ = whole_batch((1, 1))
     part, rank = own_part((1, 1)), dist.get_rank()
     leaf = image[part].clone().requires_grad_()

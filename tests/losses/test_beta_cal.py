@@ -426,7 +426,7 @@ def test_double_backward_raises(form, by):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diverged_embeddings_show(backend, form, poison):
-    """NaN or infinity in a valid row must reach the loss: a scaler or a guard waits for it."""
+    """NaN or infinity in a valid row must reach the loss, where a gradient scaler or a guard looks for it."""
     b = batch(dtype=widest(backend, torch.float32))
     b.text[2, 1, 3] = poison
     assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
@@ -495,7 +495,7 @@ def test_module_copies_and_learns_beta():
 
 
 def test_scalars_in_a_box():
-    """SigLIP's models keep scale and bias as one-element tensors."""
+    """Scale and bias may be one-element tensors, as in SigLIP's models."""
     b = batch()
     box = torch.full((1,), 9.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     loss = beta_cal_bce_loss(b.image, b.text, box, logit_bias=-box)

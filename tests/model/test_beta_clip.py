@@ -45,7 +45,7 @@ def texts() -> RaggedTexts:
 
 
 def test_forward(texts):
-    """The truth is put together from parts, an image and a text at a time."""
+    """The truth is computed from the parts, one image and one text at a time."""
     beta_clip = model()
     out = beta_clip(pictures(), texts)
     most = texts.max_texts_per_image
@@ -104,7 +104,7 @@ def test_nothing(images, checkpointing):
 
 
 def test_empty_slots_of_a_chunk_without_texts():
-    """Gradient caching needs it, where all chunks of a batch have the same slots."""
+    """Gradient caching needs this, because all micro-batches of a batch have the same slots."""
     out = model()(pictures(2), RaggedTexts.of([[], []]), 4)
     assert out["pooled_embeds"].shape == (2, 4, 12) and not out["pooled_embeds"].any() and not out["mask"].any()
     sum(out[name].sum() for name in ("text_embeds", "pooled_embeds")).backward()
@@ -256,7 +256,7 @@ def test_create_model_rejects(config, error, message):
 
 
 def test_towers_that_cannot_serve():
-    """All reasons at once."""
+    """The message lists all reasons."""
     options = json.loads(TINY)
     options["vision_cfg"] |= {"pool_type": "avg", "patch_dropout": 0.5}
     options["text_cfg"] |= {"no_causal_mask": True}

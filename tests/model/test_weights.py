@@ -1,4 +1,4 @@
-"""Files of weights as training code writes them, and no code of theirs run unasked."""
+"""Files of weights as training code writes them; code in them does not run unless that is allowed."""
 
 import argparse
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What ``.ci/run`` promises: README's own commands, lanes that exist, and a refusal of those that do not."""
+"""``.ci/run`` runs README's commands and existing lanes, and refuses unknown ones."""
 
 import re
 import shutil

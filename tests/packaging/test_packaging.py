@@ -1,4 +1,4 @@
-"""What gets installed and from where: wheel, sdist, checkout, and whose the name ``kernels`` is."""
+"""The contents of wheel, sdist and checkout, and the owner of the name ``kernels``."""
 
 import os
 import shutil
@@ -153,7 +153,7 @@ def test_wheel_with_the_library(sdist, with_library, clean_venv, tmp_path):
 
 
 def test_editable_install(clone, with_library, clean_venv, tmp_path):
-    """It finds kernels without the symbolic link, and its library; without one it takes an earlier one away."""
+    """It finds kernels without the symbolic link, and its library; installing without one removes an earlier one."""
     python, _ = clean_venv
     checkout = tmp_path / "checkout"
     shutil.copytree(clone, checkout, ignore=shutil.ignore_patterns("build", "*.egg-info"))

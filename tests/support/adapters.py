@@ -1,4 +1,4 @@
-"""What tools for fine-tuning put around modules."""
+"""Wrappers that tools for fine-tuning put around modules."""
 
 import torch
 from torch import Tensor, nn

@@ -21,7 +21,7 @@ def write_nvcc(folder: Path, version: str = "13.0", library: str = "") -> Path:
 
 
 def commands(nvcc: Path) -> list[str]:
-    """What the stand-in was asked for since the last time, a bar behind each argument."""
+    """The stand-in's command lines since the last call, with a bar behind each argument."""
     log = nvcc.parent / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which precision a test takes for a backend."""
+"""The precision in which a test runs a backend."""
 
 import torch
 

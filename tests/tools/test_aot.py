@@ -25,7 +25,7 @@ KERNELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, dtype", aot.TARGETS)
 def test_launches_compile_without_spills(architecture, dtype):
-    """As recorded if neither kernels nor Triton have changed since, else by compiling."""
+    """The verdicts are those recorded if neither kernels nor Triton have changed since, else they are compiled."""
     kernels = aot.verdicts(architecture, dtype)
     counts = Counter(kernel["kernel"] for kernel in kernels)
     assert counts.keys() == KERNELS and min(counts.values()) >= 5, counts

@@ -1,4 +1,4 @@
-"""The checks of text files, each of which finds what it looks for."""
+"""Each check of text files finds the text that it looks for."""
 
 import pytest
 from support.paths import ROOT

@@ -1,4 +1,4 @@
-"""The program for compute-sanitizer: it reaches every kernel, and says what it lacks."""
+"""The program for compute-sanitizer runs every kernel, and says what is missing."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The curves of finished runs: what is drawn where."""
+"""The curves of finished runs."""
 
 import json
 

@@ -56,7 +56,7 @@ def test_line():
 
 
 def test_log_forgets_what_comes_after_the_checkpoint(tmp_path):
-    """And a line that a kill cut short."""
+    """A line that a kill cut short is removed, too."""
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "lo')
     log = Log(tmp_path, TrainingConfig(run=RunConfig(name="x", tensorboard=False)), steps=50, step=20)

@@ -10,7 +10,7 @@ from betaclip.training import parallel
 
 
 def fully_sharded_gradients_wait() -> None:
-    """Within no_sync, nothing is reduced."""
+    """Within no_sync no gradient is reduced."""
     batch, model = tiny_batch(3), tiny_model()
     wrapped = parallel.wrap(model, "fsdp", ProcessGroup.of())
     for waits in (True, False):

@@ -35,7 +35,7 @@ MEASURED = ("loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_s
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In place of the model and the data of the settings, on one thread, so that processes compute alike."""
+    """Replace the model and data of the settings, and use one thread, so that processes compute alike."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     put_tiny(monkeypatch.setattr)
@@ -57,7 +57,7 @@ def assert_same_run(ours: Trainer, truth: Trainer) -> None:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Trainer:
-    """Uninterrupted."""
+    """A run without interruption."""
     return train(config(tmp_path, "whole"))
 
 
@@ -95,7 +95,7 @@ def test_goes_on_after_a_kill(tmp_path, whole, at):
 
 
 def test_sigterm_saves_and_exits(tmp_path, whole):
-    """Also if it comes to all processes of the group, workers included."""
+    """This also holds if SIGTERM reaches all processes of the group, workers included."""
     settings = config(tmp_path, workers=1)
     assert kill_in_child(settings, 4, signal.SIGTERM, group=True) == 128 + signal.SIGTERM
     found = checkpoints.latest(tmp_path / "run")
@@ -219,7 +219,7 @@ def test_compile(monkeypatch, tmp_path):
 
 
 def test_checkpoint_makes_its_model_again(tmp_path, monkeypatch):
-    """With QuickGELU, which weights like OpenAI's bring, though the run was told nothing of it."""
+    """The model has QuickGELU, because weights like OpenAI's need it, although the settings do not say so."""
     towers = {
         "embed_dim": 8,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},

@@ -1,7 +1,7 @@
-"""Rendered scenes: pictures of several things, with texts that are true of them and the boxes of what they name.
+"""Rendered scenes: pictures of several things, with texts that are true of them and the boxes of the things they name.
 
-A scene is a function of its split, seed and number, the same in every process and on every machine. Nothing needs to be
-downloaded, and there are so many scenes that none is seen twice.
+A scene depends only on its split, seed and number, and is the same in every process and on every machine. Nothing needs
+to be downloaded, and there are so many scenes that none is seen twice.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from betaclip.model.tokenizer import Tokenizer
 
 TRAIN, TEST = "train", "test"
 DIFFICULTIES = ("hard", "medium", "easy", "trivial")  # 1, 2, 3, 4 attributes are wrong
-MOST_NEGATIVES = 10
+MAX_NEGATIVES = 10
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is true of it.
+    """A picture with its texts and boxes.
 
     image: (size, size, 3) uint8. caption: the sentences, joined. phrases: each names one thing, or two for a relation
     ("a red star above a ring"). boxes: the box (x0, y0, x1, y1) in pixels around all that a phrase names.
@@ -68,7 +68,7 @@ def _around(boxes: list[Box]) -> Box:
 
 
 class SceneChoice(NamedTuple):
-    """The box of a thing in a scene, the text that is true of it and, by difficulty, texts that are not."""
+    """The box of a thing in a scene, the text that is true of it and, by difficulty, texts that are false."""
 
     scene: Scene
     box: Box
@@ -88,7 +88,7 @@ def choices(seed: int, count: int, size: int = 72) -> Iterator[SceneChoice]:
         number = rng.randrange(len(shown.thing_boxes))
         kind = shown.layout.things[number].kind
         negatives = {
-            difficulty: [indefinite(noun(other)) for other in islice(_others(kind, wrong, rng), MOST_NEGATIVES)]
+            difficulty: [indefinite(noun(other)) for other in islice(_others(kind, wrong, rng), MAX_NEGATIVES)]
             for wrong, difficulty in enumerate(DIFFICULTIES, start=1)
         }
         yield SceneChoice(shown, shown.thing_boxes[number], indefinite(noun(kind)), negatives)
@@ -106,7 +106,7 @@ def _others(kind: Kind, wrong: int, rng: Random) -> Iterator[Kind]:
 
 
 class ScenesDataset(Dataset[Example]):
-    """``count`` scenes, uncropped so that their texts stay true; nothing about them depends on a draw's seed."""
+    """``count`` scenes, not cropped so that their texts stay true; they do not depend on a draw's seed."""
 
     def __init__(self, count: int, seed: int, size: int, tokenizer: Tokenizer, split: str = TRAIN) -> None:
         self.count, self.seed, self.size, self.tokenizer, self.split = count, seed, size, tokenizer, split
@@ -133,7 +133,7 @@ class SceneOptions(DatasetOptions):
     scenes: int = at_least(1, 32_000)
     """scenes: their number in an epoch."""
     scenes_seed: int = 0
-    """scenes: which ones."""
+    """scenes: the seed that they are made from."""
 
     def create(
         self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1

@@ -1,6 +1,6 @@
 """Draws the layout of a scene.
 
-A shape covers a share of each pixel, which follows from the pixel's distance to the shape's edge.
+The share of a pixel that a shape covers follows from the pixel's distance to the shape's edge.
 """
 
 import numpy as np
@@ -12,13 +12,13 @@ Array = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 
 _PERIOD = 0.078  # of stripes and dots, as a share of the picture
-# How bright a thing's stripes and dots are, as a share of its own brightness: darker than any background, so that its
-# outline stays whole.
+# Brightness of a thing's stripes and dots, as a share of the thing's: they are darker than any background, so that its
+# outline stays complete.
 _MARK = np.float32(0.35)
 
 
 def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
-    """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1) around the pixels that it half covers."""
+    """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1) of the pixels that it covers half or more."""
     canvas = _background(layout, size)
     boxes = [_draw_thing(canvas, thing) for thing in layout.things]
     return np.rint(canvas).astype(np.uint8), boxes
@@ -39,7 +39,7 @@ def _background(layout: Layout, size: int) -> Array:
 
 
 def _draw_thing(canvas: Array, thing: Thing) -> Box:
-    """Draw a thing onto the canvas; returns its box."""
+    """Draw a thing onto the canvas; return its box."""
     size = len(canvas)
     reach = thing.radius * size + 1
     x0, y0 = (max(0, int(centre * size - reach)) for centre in (thing.x, thing.y))
@@ -80,8 +80,8 @@ def _to_band(position: Array, period: np.float32) -> Array:
     return (np.abs(position / period - np.floor(position / period) - np.float32(0.5)) - np.float32(0.25)) * period
 
 
-# Each of these gives the distance to a shape's edge, in radii, negative inside, and exact only near the edge, where
-# drawing needs it. Shapes lie within the unit circle; y points downwards.
+# Each of these functions gives the distance to a shape's edge, in radii, negative inside the shape. It is exact only
+# near the edge, where drawing needs it. Shapes lie within the unit circle; y points downwards.
 
 
 def _circle(x: Array, y: Array) -> Array:

@@ -1,6 +1,6 @@
-"""Chooses at random what is in a rendered scene, and where, before anything is drawn or described.
+"""Chooses at random the things in a rendered scene and their places, before anything is drawn or described.
 
-Lengths are shares of the picture's side; x points to the right and y downwards.
+Lengths are fractions of the picture's side; x points to the right and y downwards.
 """
 
 import math
@@ -15,13 +15,13 @@ COLOURS = {"red": (214, 40, 40), "yellow": (250, 215, 40), "blue": (35, 90, 220)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUNDS = {"light gray": (205, 207, 211), "light green": (190, 226, 190)}
 TEXTURES = ("plain", "shaded")
-MOST_THINGS = 3
+MAX_THINGS = 3
 
-_JITTER = 0.015  # how far a thing may be from the centre of its cell; things neither touch nor leave the picture
+_JITTER = 0.015  # distance of a thing from its cell's centre; so small that things neither touch nor leave the picture
 
 
 class Kind(NamedTuple):
-    """What a thing looks like; the fields are in the order of English adjectives."""
+    """The looks of a thing; the fields are in the order of English adjectives."""
 
     size: str
     pattern: str
@@ -34,7 +34,7 @@ ATTRIBUTES = (tuple(SIZES), PATTERNS, tuple(COLOURS), SHAPES)  # the values of e
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing and where it is.
+    """A thing and its place.
 
     cell: column + 3 * row, on a grid of 3 × 3, of the centre (x, y). angle: (cosine, sine) of a small rotation.
     rgb: its colour, which varies a little around that of its kind.
@@ -53,7 +53,7 @@ class Thing:
 class Layout:
     """Two or three things of different kinds, in different cells, on a background.
 
-    slope: how the background's shade changes to the right and downwards, if its texture is shaded.
+    slope: the change of the background's shade to the right and downwards, if its texture is shaded.
     """
 
     background: str
@@ -63,17 +63,17 @@ class Layout:
 
 
 def random_layout(rng: Random) -> Layout:
-    """A layout, as a function of the generator's state."""
+    """Choose a layout; it depends only on the generator's state."""
     background, texture = rng.choice(tuple(BACKGROUNDS)), rng.choice(TEXTURES)
     slope = rng.uniform(-1, 1), rng.uniform(-1, 1)
-    kinds = _random_kinds(rng, rng.randint(2, MOST_THINGS))
+    kinds = _random_kinds(rng, rng.randint(2, MAX_THINGS))
     cells = rng.sample(range(9), len(kinds))
     return Layout(background, texture, slope, tuple(_thing(rng, *one) for one in zip(kinds, cells, strict=True)))
 
 
 def _random_kinds(rng: Random, count: int) -> list[Kind]:
-    """Different kinds. In two of five cases one takes another's shape or colour, so that a single attribute does not
-    always tell them apart."""
+    """Choose different kinds. In two of five cases one gets another's shape or colour, so that a single attribute does
+    not always tell them apart."""
     kinds: list[Kind] = []
     while len(kinds) < count:
         kind = Kind(*map(rng.choice, ATTRIBUTES))

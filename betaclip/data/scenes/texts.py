@@ -1,4 +1,4 @@
-"""Describes the layout of a scene by sentences that are true of it, and by phrases each of which fits one thing only.
+"""Describes the layout of a scene by sentences that are true of it, and by phrases that each fit only one thing.
 
 A set of attributes is a bit mask over the fields of ``Kind``. A thing is named by a set that no other thing shares.
 """
@@ -12,7 +12,7 @@ from betaclip.data.scenes.layout import Kind, Layout, Thing
 SIZE, PATTERN, COLOUR, SHAPE = (1 << field for field in range(4))
 ALL = SIZE | PATTERN | COLOUR | SHAPE
 
-# Words for places, the narrowest first, and the cells of which they are true.
+# Words for places, the narrowest first, and the cells that they include.
 PLACES = {
     "in the upper left": (0,),
     "in the upper right": (2,),
@@ -29,7 +29,7 @@ ANYWHERE = tuple(range(9))
 _PLACES_OF = tuple(tuple(words for words, cells in PLACES.items() if cell in cells) for cell in range(9))
 _NUMBERS = ("no", "one", "two", "three")
 _SETS = tuple(s for s in range(1, ALL + 1) if s.bit_count() <= 2)  # enough to tell one of three things
-_CLEAR = 0.2  # things are "above" or "left of" one another if their centres are at least so far apart that way
+_CLEAR = 0.2  # a thing is "above" or "left of" another if their centres are at least this far apart in that direction
 
 
 class Phrase(NamedTuple):
@@ -40,7 +40,7 @@ class Phrase(NamedTuple):
 
 
 def noun(kind: Kind, attributes: int = ALL, colour_first: bool = False) -> str:
-    """``large striped red triangle``, or the part of it that the attributes select."""
+    """A name such as ``large striped red triangle``, with only the given attributes."""
     words = [word for field, word in enumerate(kind) if attributes & 1 << field]
     if colour_first and attributes & PATTERN and attributes & COLOUR:
         at = words.index(kind.pattern)
@@ -53,7 +53,7 @@ def indefinite(phrase: str) -> str:
 
 
 def relation(a: Thing, b: Thing) -> str | None:
-    """Where ``a`` lies from ``b``, in the direction in which they are farther apart; None if that is not clear."""
+    """The place of ``a`` relative to ``b``, along the axis on which they are farther apart; None if it is not clear."""
     across, down = a.x - b.x, a.y - b.y
     if max(abs(across), abs(down)) < _CLEAR:
         return None
@@ -76,7 +76,7 @@ class _Writer:
         self._shared = [[sum(1 << f for f in range(4) if a[f] == b[f]) for b in kinds] for a in kinds]
 
     def sentences(self) -> list[str]:
-        """What each thing is and where, in their order; then how two of them compare."""
+        """Say what each thing is and where it is, in order; then compare two of them."""
         count, rng = len(self._layout.things), self._rng
         texts = [self._opening(), self._placed(0)]
         for i in range(1, count):
@@ -172,7 +172,7 @@ class _Writer:
 
 @lru_cache(maxsize=1 << 16)
 def _distinguishing(shared: tuple[int, ...]) -> tuple[int, ...]:
-    """The sets of one or two attributes that are part of none of these sets, of which there are at most two."""
+    """The sets of one or two attributes that are subsets of none of ``shared``, which has at most two sets."""
     return tuple(s for s in _SETS if all(s & other != s for other in shared))
 
 

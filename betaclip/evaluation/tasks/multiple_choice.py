@@ -1,7 +1,7 @@
-"""Fine-grained choices: is the true text of a region preferred to texts that say something else of it?
+"""Fine-grained choices: does the model prefer the true text of a region to texts that describe it wrongly?
 
-As FG-OVD is evaluated for CLIP models: the picture squashed to the model's square, RoIAlign of the projected patches
-over the box, cosines with all candidates; an answer is right if the true text is strictly the best.
+The procedure is FG-OVD's for CLIP models: squash the picture to the model's square, take RoIAlign of the projected
+patches over the box, and compare its cosines with all candidates; an answer is right if the true text is strictly best.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -29,13 +29,13 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
-Questions = Sequence[tuple[str, Choice]]  # with the name that each is counted under
+Questions = Sequence[tuple[str, Choice]]  # each with the name under which it is counted
 # The counts that are kept for each name.
 COLUMNS = RIGHT_BY_REGION, RIGHT_BY_POOLING, RIGHT_BY_CHANCE, ANSWERED, LEFT_OUT = range(5)
 
 
 def first_is_best(scores: Tensor, valid: Tensor) -> Tensor:
-    """(Q,) bool: the first of each row is strictly above all others that are valid; NaN is neither above nor below.
+    """Whether the first of each row is strictly above all other valid ones, (Q,) bool; NaN is above and below nothing.
 
     scores: (Q, K); valid: (Q, K) bool.
     """
@@ -43,15 +43,15 @@ def first_is_best(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def cosines_of_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """(...) from (..., D) and (..., D); computed in float64 and rounded to float32, so that equal embeddings tie."""
+    """Cosines (...) of (..., D) and (..., D), computed in float64 and rounded to float32: equal embeddings tie."""
     return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).float()
 
 
 def choose(
     model: BetaCLIP, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(Q,) bool each: whether a question's first candidate is preferred, by its cosine with the region's feature, and
-    by its cosine with the embedding of the whole picture that it conditions.
+    """Whether a question's first candidate is preferred, (Q,) bool each: by its cosine with the region's feature, and
+    by its cosine with the embedding that it pools from the whole picture.
 
     Args:
         patches: (B, P, D).
@@ -83,7 +83,7 @@ def choice_accuracy(
 
     Raises:
         NoPicturesError: none of the pictures of a name could be read.
-        ValueError: a question without negatives.
+        ValueError: a question has no negatives.
     """
     if any(not choice.negatives for _, choice in choices):
         raise ValueError("choices: expected at least one negative for each question")
@@ -104,7 +104,7 @@ def choice_accuracy(
 def _with_pictures(
     choices: Questions, transform: Squash, batch_size: int
 ) -> Iterator[tuple[Questions, dict[Hashable, Picture]]]:
-    """Batches of questions, with each picture of a batch once; without those that cannot be read."""
+    """Batches of questions, each with its pictures, read once; pictures that cannot be read are missing."""
     plan = [(some, {_key(c.image): c.image for _, c in some}) for some in batches(choices, batch_size)]
     sources: Iterator[Source] = (source for _, pictures in plan for source in pictures.values())
     found = read_pictures(sources, transform, 2 * batch_size, upright=False)
@@ -116,7 +116,7 @@ def _with_pictures(
 def _answers(
     model: BetaCLIP, tokenizer: Tokenizer, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
 ) -> Tensor:
-    """(Q, columns) float64, each question's contribution to the counts."""
+    """Each question's contribution to the counts, (Q, columns) float64."""
     keys = [_key(choice.image) for choice in choices]
     number = {key: i for i, key in enumerate(pictures)}
     device = model.logit_scale.device

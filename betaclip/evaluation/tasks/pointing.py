@@ -15,10 +15,10 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(N,) each: the share of the attention inside the box, where a patch counts in proportion to the part that the box
-    covers, and the box's share of the picture, which is the result for even attention.
+    """The share of the attention inside the box, where a patch counts in proportion to its part that the box covers,
+    and the box's share of the picture, which is the result for even attention; (N,) each.
 
-    attention: (N, P), sums of 1; boxes: (N, 4) in units of patches.
+    attention: (N, P), each row sums to 1; boxes: (N, 4) in units of patches.
     """
     covered = coverage(boxes, grid)
     return (attention * covered).sum(1), covered.mean(1)
@@ -36,7 +36,7 @@ def pointing(
     number of "phrases". Attention is averaged over heads.
 
     Raises:
-        ValueError: the scenes have no phrases.
+        ValueError: no scene has a phrase.
     """
     share = process_group.shard_range(len(scenes))
     device, squash = model.logit_scale.device, Squash(model.image_size)

@@ -1,8 +1,8 @@
-"""Retrieval: the place of a text's image among all images, and of an image's text among all texts.
+"""Retrieval: the rank of a text's image among all images, and of an image's text among all texts.
 
-Scores come in blocks: some of this rank's images with the texts of all ranks. A block serves both directions, and each
-pair is scored on the rank that has its image. An image may have several texts: each of them retrieves it, and it
-retrieves the best of them. Candidates that score as high as the right one, or NaN, are placed before it.
+Scores come in blocks: some of this process's images with the texts of all processes. A block serves both directions,
+and each pair is scored by the process that has its image. An image may have several texts: each of them retrieves it,
+and it retrieves the best of them. Candidates that score as high as the right one, or NaN, are placed before it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 RECALLS_AT = (1, 5, 10)
-MAX_PAIRS = 2**22  # that are scored at a time
+MAX_PAIRS = 2**22  # pairs that are scored at a time
 
 # (hi - lo, M) scores of this rank's images lo to hi with the M texts of all ranks.
 Scores = Callable[[int, int], Tensor]
@@ -50,7 +50,7 @@ def retrieval_ranks(
     *,
     max_pairs: int = MAX_PAIRS,
 ) -> tuple[Tensor, Tensor]:
-    """Places, from 1, of each text's image among all images, and of each image's best text among other images' texts.
+    """The places, from 1, of each text's image among all images and of each image's best text among others' texts.
 
     Args:
         scores: the scores of this rank's images with all texts.
@@ -62,9 +62,9 @@ def retrieval_ranks(
         (M,) int64 for the texts of all ranks, and (images,) int64 for the images of this rank.
 
     Raises:
-        ValueError: an image without a text, or a text without an image.
+        ValueError: an image has no text, or a text no image.
     """
-    device, count, least = image_of_text.device, len(image_of_text), -torch.inf
+    device, count = image_of_text.device, len(image_of_text)
     numbers = process_group.gather_rows(torch.full((1,), images, device=device))
     first, total = int(numbers[: process_group.rank].sum()), int(numbers.sum())
     if not torch.equal(image_of_text.unique(), torch.arange(total, device=device)):
@@ -73,14 +73,14 @@ def retrieval_ranks(
     blocks = [(lo, min(images, lo + rows)) for lo in range(0, images, rows)]
 
     def own(lo: int, hi: int) -> Tensor:
-        """(hi - lo, M) whether the text is the image's."""
+        """Whether a text belongs to an image, (hi - lo, M) bool."""
         return image_of_text == torch.arange(first + lo, first + hi, device=device)[:, None]
 
-    of_text = torch.full((count,), least, device=device)
-    of_image = torch.full((images,), least, device=device)
+    of_text = torch.full((count,), -torch.inf, device=device)
+    of_image = torch.full((images,), -torch.inf, device=device)
     for lo, hi in blocks:
         block = scores(lo, hi)
-        right = block.masked_fill(block.isnan() | ~own(lo, hi), least)
+        right = block.masked_fill(block.isnan() | ~own(lo, hi), -torch.inf)
         of_text, of_image[lo:hi] = torch.maximum(of_text, right.amax(0)), right.amax(1)
     of_text = process_group.max(of_text)
 

@@ -25,8 +25,7 @@ def evaluate_scenes(
 ) -> dict[str, float]:
     """Retrieval, choices and pointing on the first ``count`` test scenes of a seed, drawn at the model's size.
 
-    By default a rank evaluates all of them by itself, whatever the others do. Random states and the model's mode stay
-    as they are.
+    By default a rank evaluates all of them by itself. Random states and the model's mode do not change.
 
     Returns:
         "retrieval/t2i_r1" … as :func:`betaclip.evaluation.tasks.retrieval.retrieval` names them; "choices/hard",

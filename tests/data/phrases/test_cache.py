@@ -1,4 +1,4 @@
-"""The file of phrases: what it gives back, how it is found whole, and what is not in it."""
+"""The file of phrases: lookups, unknown sentences, and incomplete or damaged files."""
 
 import logging
 import pickle

@@ -1,4 +1,4 @@
-"""Which extractor of phrases is taken, and what is said where it cannot be."""
+"""The choice of a phrase extractor, and the message if it is not available."""
 
 import sys
 from importlib import util
@@ -35,7 +35,7 @@ def test_without_spacy(monkeypatch):
 
 @pytest.mark.parametrize("content", [None, {}, {"meta.json": "{"}, {"meta.json": "{}", "config.cfg": "[nlp]"}])
 def test_broken_model(tmp_path, content):
-    """Not there, an empty folder, and folders of which a part is left."""
+    """The model is missing, an empty folder, or a folder without some of its files."""
     folder = tmp_path / "en_broken"
     if content is not None:
         folder.mkdir()
@@ -53,7 +53,7 @@ def test_model_without_a_parser(tmp_path):
 
 @Language.component("only_nouns")
 def _annotate(doc: Doc) -> Doc:
-    """In place of a model's tagger and parser."""
+    """Stands in for a model's tagger and parser."""
     for token in doc:
         token.pos_, token.dep_, token.head = "NOUN", "ROOT", token
     return doc

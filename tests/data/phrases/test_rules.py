@@ -1,4 +1,4 @@
-"""Phrases by word lists: sentences written for these tests, and the shape of what real captions give."""
+"""Phrases by word lists: in sentences written for these tests, and their properties in realistic captions."""
 
 import json
 

@@ -15,7 +15,7 @@ VOCAB = spacy.blank("en").vocab
 
 
 def annotated(text: str) -> Doc:
-    """From ``word/POS/dependency/head``, the head by its number from 0."""
+    """Make a document from ``word/POS/dependency/head``, where head is a word's number from 0."""
     words, pos, deps, heads = zip(*(token.split("/") for token in text.split()), strict=True)
     return Doc(VOCAB, words=words, pos=pos, deps=deps, heads=[int(head) for head in heads])
 

@@ -1,4 +1,4 @@
-"""Which spans are kept, and the phrases that they cut out."""
+"""The choice of spans, and the phrases that are cut out by them."""
 
 import pytest
 

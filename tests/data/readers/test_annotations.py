@@ -1,4 +1,4 @@
-"""Annotations by the places of their rows: both forms, all that JSON strings may hold, and broken files."""
+"""Annotations read by the offsets of their rows: both forms, all that JSON strings may hold, and broken files."""
 
 import json
 import pickle

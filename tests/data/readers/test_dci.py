@@ -1,4 +1,4 @@
-"""DCI in its published layout, and what is missing from it."""
+"""DCI in its published layout, and with parts missing."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""FG-OVD's two forms of file give the same choices, and name what cannot be used."""
+"""FG-OVD's two forms of files give the same choices, and bad rows are named."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Paths of pictures: what stays in the folder, and what does not."""
+"""Paths of pictures: those inside the folder are accepted, those outside are refused."""
 
 import os
 from pathlib import Path

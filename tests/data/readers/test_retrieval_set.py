@@ -1,4 +1,4 @@
-"""What a retrieval set is, whatever it was read from."""
+"""Retrieval sets, whatever they were read from."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Shards: every sample once over ranks and workers, an order that is the seed's, going on, and bad shards."""
+"""Shards: each sample once over ranks and workers, an order that depends on the seed, resuming, and bad shards."""
 
 import bz2
 import gzip
@@ -179,7 +179,7 @@ def test_bad_shards(shards, tmp_path):
 
 
 def losses(path):
-    """Keys of a shard that are read, and the shard's own faults."""
+    """The keys read from a shard, and the faults of the shard itself."""
     items = list(dataset([str(path)], shuffle=0))
     faults = [item.reason for item in items if isinstance(item, Bad) and item.path == str(path)]
     return keys(item for item in items if isinstance(item, Example)), faults
@@ -187,7 +187,7 @@ def losses(path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The bytes of a shard of five samples, and where its members end."""
+    """The bytes of a shard of five samples, and the offsets at which its members end."""
     path = tmp_path_factory.mktemp("whole") / "a.tar"
     files = [file for key in range(5) for file in sample(key, f"A cat sits on {key} mats.", "txt")]
     write_shard(path, files)

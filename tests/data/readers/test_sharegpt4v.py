@@ -1,4 +1,4 @@
-"""ShareGPT4V: rows of the splits, what is bad about some of them, and the set for retrieval."""
+"""ShareGPT4V: rows of the splits, bad rows, and the set for retrieval."""
 
 import json
 import pickle
@@ -65,7 +65,7 @@ def test_bad_data(root):
 
 
 def test_pictures_elsewhere(root):
-    """Neither to train nor to evaluate on, unless they are allowed."""
+    """Pictures outside the folder serve neither training nor evaluation unless they are allowed."""
     inside = root / "images"
     rows = [
         {"image": name, "conversations": [{}, {"value": "A cat sits on a mat."}]}

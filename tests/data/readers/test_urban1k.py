@@ -1,4 +1,4 @@
-"""Urban1K in its published layout, and what is missing from it."""
+"""Urban1K in its published layout, and with parts missing."""
 
 import pytest
 from support.files import touch

@@ -73,7 +73,7 @@ def test_is_the_same_in_every_process():
 
 
 def test_is_the_same_on_every_machine():
-    """Against what was drawn when this was written; a change of it makes published figures incomparable."""
+    """Scenes equal those drawn when this test was written; a change would make published figures incomparable."""
     shown = scene(0, 0, 72)
     assert shown.caption == CAPTION
     assert shown.phrases == PHRASES

@@ -33,7 +33,7 @@ def _one(kind: Kind, background: str = "light gray", radius: float = 0.2) -> Lay
 @pytest.mark.parametrize("size", [64, 97])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_boxes_are_exact(size, shape):
-    """Around all pixels that show more of the thing than of the background."""
+    """Boxes enclose all pixels that show more of the thing than of the background."""
     for x, y, turn in ((0.3, 0.62, 0.0), (0.71, 0.4, 0.2)):
         thing = replace(_one(Kind("large", "plain", "yellow", shape)).things[0], x=x, y=y)
         thing = replace(thing, angle=(float(np.cos(turn)), float(np.sin(turn))))
@@ -83,7 +83,7 @@ def test_colours(colour):
 
 @pytest.mark.parametrize("size", [64, 96])
 def test_kinds_look_different(size):
-    """Whatever one attribute is exchanged, a small thing changes by more than its shade may vary."""
+    """If any one attribute changes, a small thing changes by more than its shade may vary."""
     radius = {name: sum(radii) / 2 for name, radii in SIZES.items()}
     for background in BACKGROUNDS:
         for kind in (Kind("small", "plain", "red", "star"), Kind("small", "striped", "blue", "ring")):

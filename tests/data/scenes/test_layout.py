@@ -1,9 +1,9 @@
-"""Layouts: what is in a scene differs, lies apart, and is a function of the generator's state."""
+"""Layouts: the things of a scene differ, lie apart, and depend only on the generator's state."""
 
 from collections import Counter
 from random import Random
 
-from betaclip.data.scenes.layout import ATTRIBUTES, COLOURS, MOST_THINGS, SIZES, random_layout
+from betaclip.data.scenes.layout import ATTRIBUTES, COLOURS, MAX_THINGS, SIZES, random_layout
 
 LAYOUTS = [random_layout(Random(f"{i}")) for i in range(1000)]
 
@@ -15,7 +15,7 @@ def test_is_a_function_of_the_state():
 
 def test_things_are_of_different_kinds_in_different_cells():
     for layout in LAYOUTS:
-        assert 2 <= len(layout.things) <= MOST_THINGS
+        assert 2 <= len(layout.things) <= MAX_THINGS
         assert len({thing.kind for thing in layout.things}) == len({thing.cell for thing in layout.things})
         assert len({thing.cell for thing in layout.things}) == len(layout.things)
 

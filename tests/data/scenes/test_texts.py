@@ -1,4 +1,4 @@
-"""What is said of a scene is true of it, and a phrase of nothing else: read back without the code that wrote it."""
+"""Texts of a scene are true of it, and phrases of nothing else; they are parsed without the code that wrote them."""
 
 import itertools
 import re
@@ -144,7 +144,7 @@ def _is_true_opening(text: str, layout) -> bool:
 
 
 def _check(text: str, things, last):
-    """Form of a sentence, whether it is true, and the thing that "it" in the next one means."""
+    """Parse a sentence: its form, whether it is true, and the thing that "it" means in the next one."""
     if found := re.match(r"to its (left|right) is (.+)", text):
         return "side", *_one(meant(found[2], things, {}), RELATIONS[f"{found[1]} of"], things, last)
     if found := re.match(r"(above|below) it is (.+)", text):

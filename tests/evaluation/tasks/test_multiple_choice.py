@@ -21,7 +21,7 @@ def test_first_is_best():
         ([3, 2, 1], [1, 1, 1], True),
         ([2, 3, 1], [1, 1, 1], False),
         ([2, 1, 2], [1, 1, 1], False),  # a tie is wrong
-        ([2, 1, 2], [1, 1, 0], True),  # with what does not exist, it is none
+        ([2, 1, 2], [1, 1, 0], True),  # a tie with an empty slot does not count
         ([2, 1, NAN], [1, 1, 0], True),
         ([2, 1, NAN], [1, 1, 1], False),
         ([NAN, 1, 2], [1, 1, 1], False),
@@ -33,7 +33,7 @@ def test_first_is_best():
 
 
 def test_equal_embeddings_tie():
-    """Wherever they stand."""
+    """Their positions do not matter."""
     same = torch.randn(67)
     texts = torch.cat((same.expand(6, -1), torch.randn(1, 67))).expand(5, -1, -1)
     scores = cosines_of_pairs(torch.randn(5, 1, 67), texts)
@@ -78,7 +78,7 @@ def questions(tmp_path) -> list[tuple[str, Choice]]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
 def test_accuracy(tmp_path, batch_size):
-    """Boxes are in the file's own pixels, whose shape is not the model's."""
+    """Boxes are in pixels of the file, whose shape differs from the model's square."""
     model = colours.ColourModel()
     found = choice_accuracy(model, Tokenizer(), questions(tmp_path), batch_size=batch_size)
     assert found["hard"] == 3 / 4 and found["easy"] == 1

@@ -31,7 +31,7 @@ def coloured(squares: colours.Squares, phrases: dict[str, tuple[int, int, int, i
 
 
 def coloured_scenes() -> list[Scene]:
-    """Five phrases with boxes of a 16th of the picture; three are where they look, one is not, one looks half there."""
+    """Five phrases and boxes of a 16th of the picture: three look into their box, one outside, one half into it."""
     first, second = {(0, 1): "red", (2, 3): "green"}, {(1, 2): "blue", (3, 3): "blue"}
     box = colours.box_of
     return [

@@ -19,7 +19,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def ranks_by_loops(scores: Tensor, image_of_text: Tensor) -> tuple[list[int], list[int]]:
-    """From (images, texts) scores; NaN is the best for what is wrong and the worst for what is right."""
+    """Ranks from (images, texts) scores; NaN is the best score for a wrong candidate, the worst for the right one."""
     images, texts = scores.shape
 
     def wrong(i: int, j: int) -> float:
@@ -112,7 +112,7 @@ def test_by_known_model():
 
 
 def test_conditioned_is_not_cls():
-    """All pairs are scored, not each picture with its own text: what another text finds in a picture counts."""
+    """All pairs are scored, not only each picture with its own text."""
     model, tokenizer = colours.ColourModel(), Tokenizer()
     small = colours.picture({(0, 0): "red"} | {(r, c): "green" for r in (1, 2, 3) for c in range(4)})
     other = colours.picture({(0, 0): "blue"} | {(r, c): "green" for r in (1, 2, 3) for c in range(4)})
@@ -128,7 +128,7 @@ def test_conditioned_is_not_cls():
 
 
 def test_pictures_that_cannot_be_read(tmp_path, caplog):
-    """They and their texts are left out: the rest is retrieved as if they had never been there."""
+    """They and their texts are left out, and the others are retrieved as if they had never been there."""
     files = [colours.save(tmp_path / f"{n}.png", image) for n, image in enumerate(three_pictures())]
     broken, missing = colours.save_broken(tmp_path / "broken.png"), tmp_path / "missing.png"
     texts = [["red green"], ["green", "green red"], ["blue"]]

@@ -1,4 +1,4 @@
-"""Where folding the projections pays, by the cost model."""
+"""The cost model: where folding the projections pays."""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ SMALL_SCRATCH = 2 * 8 * (40 * 4 * 77 + 2 * 37 * 40)
 
 
 def with_scratch(backend: str, scratch_bytes: int = SMALL_SCRATCH) -> Backend:
-    """A folding backend with so little scratch that it takes several chunks of images; another as it is."""
+    """A folding backend with so little scratch that it takes several chunks of images; other backends unchanged."""
     if backend == "folded":
         return Eager(scratch_bytes)
     if backend == "triton":
@@ -283,7 +283,7 @@ def test_zero_patches_count_as_zero(backend):
 @pytest.mark.parametrize("scale", [1e3, 1e-3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_logits(backend, scale):
-    """One patch takes all, or all the same; without overflow, and with a gradient of 0 where the softmax saturates."""
+    """One patch gets all attention, or all get the same: no overflow, a gradient of 0 where the softmax saturates."""
     require(backend, torch.float32)
     x, q, *rest = arguments(2, 3, 21, 32, torch.float32)
     tensors = [x, q * scale, *rest]
@@ -362,7 +362,7 @@ def test_nothing_to_pool(backend, images, texts):
 
 
 def opcheck(operator, *arguments):
-    """Autograd is not the operators' own, but that of the function around them."""
+    """Check an operator without autograd, which belongs to the function around it."""
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments, test_utils=tests)
 
@@ -524,7 +524,7 @@ def test_named_backend_that_cannot_serve_says_why():
 
 
 def test_backend_from_the_environment(monkeypatch):
-    """It speaks to every operation; a name that belongs to another one leaves this one its own choice."""
+    """The variable applies to all operations; a name that this operation lacks leaves its choice unchanged."""
     tensors = arguments(2, 3, 5, 16)
     expected = attention_pool(*tensors, 4)
     monkeypatch.setenv("BETACLIP_BACKEND", "blockwise")
@@ -559,7 +559,7 @@ def test_tiles_in_half_precision_products(monkeypatch):
 
 
 def test_tiles_of_the_interpreter_are_small():
-    """So that the sizes above meet several tiles in every direction, and a last one that is not full."""
+    """The sizes above take several tiles in every direction, the last of which is not full."""
     _, queries, patches, width, heads = SIZES[1]
     for table in (FORWARD, BACKWARD):
         tile = choose(table, "interpreter", 4)

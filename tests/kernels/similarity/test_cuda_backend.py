@@ -1,4 +1,4 @@
-"""The binding of libbetaclip: what it finds, refuses and hands over. test_operators.py looks at what it computes."""
+"""The binding of libbetaclip: finding the library, refusals and arguments. test_operators.py tests the results."""
 
 import ctypes
 import json
@@ -52,7 +52,7 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
     missing = "betaclip was installed without its CUDA library: no nvcc on PATH, and no CUDA_HOME"
     assert binding.find(installed) == (None, missing)
     (installed / "build.json").unlink()
-    never = "the CUDA library was never built: pip install does it where it finds nvcc"
+    never = "the CUDA library was not built; pip install builds it where it finds nvcc"
     assert binding.find(installed) == (None, never)
     monkeypatch.setattr(binding, "_library", None)
     monkeypatch.setattr(binding, "_missing", missing)
@@ -62,7 +62,7 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
 
 def test_refuses_a_library_of_another_interface(installed, monkeypatch):
     monkeypatch.setattr(binding, "VERSION", 2)
-    assert "is of version 1, this package needs 2" in binding.find(installed)[1]
+    assert "expected version 2 of the interface, got 1" in binding.find(installed)[1]
     monkeypatch.setitem(binding._SIGNATURES, "betaclip_of_tomorrow", (ctypes.c_int, ()))
     assert "undefined symbol: betaclip_of_tomorrow" in binding.find(installed)[1]
 
@@ -83,7 +83,7 @@ def test_signatures_are_the_header_s():
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_structures_and_constants_are_the_header_s(tmp_path):
-    """Sizes, offsets and numbers as a C compiler sees them."""
+    """Sizes, offsets and constants agree with those that a C compiler gives."""
     fields = [(name, field) for name, structure in STRUCTURES.items() for field, _ in structure._fields_]
     values = [
         *(f"sizeof({name})" for name in STRUCTURES),

@@ -76,7 +76,7 @@ def test_matches_reference_on_gpu(check, backend, dtype, d):
 @pytest.mark.parametrize("scale", [100.0, 400.0])
 @pytest.mark.parametrize("backend", FAST)
 def test_extreme_logits(check, backend, scale):
-    """Far beyond the range that one reference covers: rows are done again with their true maximum."""
+    """Logits far beyond the range of one shift: rows are computed again with their true maximum."""
     check(backend, widest(backend, torch.float32), scale, 101, 75, 8, True)
 
 
@@ -405,7 +405,7 @@ def test_offsets_beyond_int32(backend, pitch):
 
 
 def opcheck(operator, *arguments):
-    """Autograd is not the operators' own, but that of the functions around them."""
+    """Check an operator without autograd, which belongs to the functions around it."""
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments, test_utils=tests)
 
@@ -480,7 +480,7 @@ def test_compile(backend, compiler):
         leaves = [x.requires_grad_(), y.requires_grad_(), scale]
         eager, graph = (f(x, y, scale, x_group, y_group) for f in (loss, compiled))
         torch.testing.assert_close(graph, eager)
-        # Half precision's gradients are rounded once more or less.
+        # Gradients in half precision are rounded once more or once less.
         tolerance = {"rtol": 4e-3, "atol": 1e-3} if x.dtype in HALF else {}
         for a, b in zip(torch.autograd.grad(graph, leaves), torch.autograd.grad(eager, leaves), strict=True):
             torch.testing.assert_close(a, b, **tolerance)
