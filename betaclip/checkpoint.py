@@ -1,7 +1,6 @@
 """Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file."""
 
 import os
-import pickle
 import random
 import re
 from dataclasses import replace
@@ -19,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
+from betaclip.model.weights import read_file, read_weights
 from betaclip.published import load_published
 from betaclip.settings import from_dict
 
@@ -110,7 +110,7 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
 
     Raises:
         FileNotFoundError: no such file, or a folder without checkpoints.
-        ValueError: the file has neither layout.
+        ValueError: the file has neither layout or is damaged; the message is one line that names it.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,22 +118,33 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
         if found is None:
             raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
         path = found
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     config = model_config(path)
     if config is None:
         return load_published(path).to(device)
     model = create_model(replace(config, pretrained=None))
-    model.load_state_dict(read(path)["model"])
+    load_state(model, read_weights(path), path)
     return model.to(device)
 
 
 def model_config(path: Path) -> ModelConfig | None:
-    """The model's settings in one of our checkpoints; None for any other file."""
+    """The model's settings in one of our checkpoints; None for any other file.
+
+    Raises:
+        ValueError: the checkpoint has no readable configuration of a model.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):  # safetensors; torch's older format; pickles of other things
+        content = read_file(path, mmap=True)
+    except ValueError:  # which whoever reads its weights will say
         return None
-    if not isinstance(content, dict) or "betaclip" not in content:
+    if "betaclip" not in content:
         return None
-    return from_dict(ModelConfig(), content["config"]["model"])
+    config = content.get("config")
+    values = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: config.model: expected the configuration of a model, got {type(values).__name__}")
+    try:
+        return from_dict(ModelConfig(), values)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.model: {error}") from error

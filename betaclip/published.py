@@ -3,15 +3,10 @@
 import json
 from pathlib import Path
 
-from open_clip.model import CLIP
-from open_clip.transformer import LayerScale
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from betaclip.layers import QuickGELU
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
-from betaclip.model.published_layout import from_published, is_published, open_clip_config, to_published
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
+from betaclip.model.published_layout import is_published, not_published_reasons, open_clip_config, to_published
 from betaclip.model.text_tower import stretched
 from betaclip.model.weights import read_weights
 
@@ -32,8 +27,9 @@ def load_published(
         The model, in float32 on the CPU. ``create_model(model.config)`` makes the same one with random weights.
 
     Raises:
-        ValueError: the file has another layout, holds no weights or objects beyond tensors, or the heads do not divide
-            the widths.
+        OSError: there is no such file, or it may not be read.
+        ValueError: the file has another layout, holds no weights, damaged ones or objects beyond tensors, or the heads
+            do not divide the widths. The message is one line that names the file and the tensor.
 
     Example:
         >>> import tempfile, torch
@@ -50,7 +46,10 @@ def load_published(
     if not is_published(state):
         raise ValueError(f"{path}: expected the published layout, which has positional_embedding_res and "
                          f"text_conditioned_patches_block.*; got {', '.join(sorted(state)[:8])} ...")  # fmt: skip
-    towers = open_clip_config(state, head_width)
+    try:
+        towers = open_clip_config(state, head_width)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     config = ModelConfig(
         name=json.dumps(towers),
         context_length=stretched(towers["text_cfg"]["context_length"]),
@@ -59,7 +58,7 @@ def load_published(
         pool_norm_inputs="text_conditioned_patches_block.ln_1.weight" in state,
     )
     model = create_model(config)
-    load_state(model, from_published(state), path)
+    load_published_state(model, state, path)
     return model
 
 
@@ -73,25 +72,7 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     Raises:
         NotImplementedError: the layout cannot express the model; the message lists every reason.
     """
-    reasons = _not_supported_reasons(model.clip)
+    reasons = not_published_reasons(model.clip)
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
     save_file(to_published({name: value.detach().cpu() for name, value in model.state_dict().items()}), path)
-
-
-def _not_supported_reasons(clip: nn.Module) -> list[str]:
-    """Why the layout cannot express a model with these towers; empty if it can."""
-    if not isinstance(clip, CLIP):
-        return [f"its towers are of type {type(clip).__name__}, not CLIP"]
-    reasons = []
-    if not is_parametrized(clip, "positional_embedding"):
-        reasons.append("its positions are not stretched")
-    if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
-        reasons.append("its activation is not QuickGELU, which the layout assumes")
-    if any(isinstance(m, LayerScale) for m in clip.modules()):
-        reasons.append("it has LayerScale")
-    if isinstance(clip.visual.ln_pre, nn.Identity):
-        reasons.append("its vision tower has no LayerNorm before the blocks")
-    if not isinstance(clip.text_projection, nn.Parameter):
-        reasons.append("its text projection is not a plain matrix")
-    return reasons

@@ -128,6 +128,14 @@ def test_rejects(tmp_path):
     torch.save({"betaclip": 1, "code": Path}, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match=r"pickle\.pt"):
         checkpoints.load_checkpoint(tmp_path / "pickle.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(ValueError, match=r"broken\.safetensors"):
+        checkpoints.load_checkpoint(tmp_path / "broken.safetensors")
+    torch.save({"betaclip": 1, "model": {}}, tmp_path / "half.pt")
+    with pytest.raises(
+        ValueError, match=r"half\.pt: config.model: expected the configuration of a model, got NoneType"
+    ):
+        checkpoints.load_checkpoint(tmp_path / "half.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt in this folder"):

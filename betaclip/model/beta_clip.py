@@ -1,20 +1,20 @@
 """β-CLIP: CLIP's two towers, pooling of an image's patches by each of its texts, and two scales."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nvtx
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from betaclip.model.open_clip_towers import create_towers, needs_quick_gelu
+from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
 from betaclip.model.packing import to_device
-from betaclip.model.published_layout import from_published, is_published
+from betaclip.model.published_layout import from_published, is_published, not_published_reasons, to_published
 from betaclip.model.text_tower import (
     FROZEN,
     encode_packed,
@@ -25,7 +25,7 @@ from betaclip.model.text_tower import (
 )
 from betaclip.model.texts import RaggedTexts
 from betaclip.model.vision_tower import encode_patches, prepare_vision, vision_not_supported_reasons
-from betaclip.model.weights import read_weights
+from betaclip.model.weights import OPENAI_SIZES, check_weights, read_weights
 from betaclip.pooling import TextConditionedPool
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -54,8 +54,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Compute the towers' blocks again in the backward rather than keep their activations."""
     quick_gelu: bool = False
-    """QuickGELU in the towers, whatever the name says. Weights trained with it, OpenAI's and the published ones, turn
-    it on by themselves, also in the configuration that checkpoints keep."""
+    """QuickGELU in the towers, whatever the name says. Weights trained with it, OpenAI's (by tag, or a file of their
+    archive's tensors) and the published ones, turn it on by themselves, also in the configuration that checkpoints
+    keep."""
 
 
 class BetaCLIP(nn.Module):
@@ -244,29 +245,45 @@ def create_model(config: ModelConfig) -> BetaCLIP:
     if tag is not None and Path(tag).is_file():
         file, tag = Path(tag), None
     weights = read_weights(file) if file else {}
-    published, ours = is_published(weights), "pool.logit_scale" in weights
-    quick_gelu = config.quick_gelu or published or needs_quick_gelu(config.name, tag)
+    published, ours = is_published(weights), any(name.startswith(("clip.", "pool.")) for name in weights)
+    openai = all(name in weights for name in OPENAI_SIZES)
+    quick_gelu = config.quick_gelu or published or openai or needs_quick_gelu(config.name, tag)
     model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
+    source = f"pretrained: {file} does not fit model.name {config.name} with context_length {config.context_length}"
     if file and not (published or ours):
-        open_clip.load_checkpoint(model.clip, str(file))
+        load_towers(model.clip, weights, source)
     own = model.context_length
     if own > FROZEN and config.context_length == stretched(own):
         stretch_positions(model.clip)
     elif config.context_length != own:
         expected = f"{own}, or {stretched(own)} for stretched positions"
         raise ValueError(f"context_length: expected {expected}, got {config.context_length}")
-    if published or ours:
-        load_state(model, from_published(weights) if published else weights, f"pretrained: {file}")
+    if published:
+        load_published_state(model, weights, source)
+    elif ours:
+        load_state(model, weights, source)
     return model
 
 
-def load_state(model: BetaCLIP, state: dict[str, Tensor], source: Path | str) -> None:
+def load_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Load a state dict.
 
     Raises:
         ValueError: it is that of another model; the message begins with ``source``.
     """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit {model.config}: {error}") from error
+    check_weights(state, model.state_dict(), source)
+    model.load_state_dict(state)
+
+
+def load_published_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load weights in the published layout.
+
+    Raises:
+        ValueError: they are those of another model, or this one has not what the layout assumes; the message begins
+            with ``source``.
+    """
+    reasons = not_published_reasons(model.clip)
+    if reasons:
+        raise ValueError(f"{source}: the published layout cannot express this model: {'; '.join(reasons)}")
+    check_weights(state, to_published(model.state_dict()), source)
+    model.load_state_dict(from_published(state))

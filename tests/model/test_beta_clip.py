@@ -223,6 +223,74 @@ def test_open_clips_files(tmp_path, stretch):
     assert torch.equal(positions[20::4] if stretch else positions[20:], clip.positional_embedding[20:])
 
 
+@pytest.mark.parametrize("wrappers", ["_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "visual."])
+def test_open_clips_files_of_wrapped_models(tmp_path, wrappers):
+    clip = clip_model(vision={"layers": 2}, text={"layers": 2})
+    if wrappers == "visual.":  # compiled by itself
+        state = {name.replace("visual.", "visual._orig_mod."): t for name, t in clip.state_dict().items()}
+    else:
+        state = {wrappers + name: t for name, t in clip.state_dict().items()}
+    torch.save(state, tmp_path / "x.pt")
+    beta_clip = create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    for name, value in clip.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value), name
+
+
+def test_files_of_openais_tensors(tmp_path):
+    """The tensors of OpenAI's archives are half precision and come with three sizes; QuickGELU follows from them."""
+    clip = clip_model(quick_gelu=True, vision={"layers": 2}, text={"layers": 2})
+    sizes = {name: torch.tensor(24) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save({name: t.half() for name, t in clip.state_dict().items()} | sizes, tmp_path / "x.pt")
+    beta_clip = create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    assert beta_clip.config.quick_gelu
+    assert isinstance(beta_clip.clip.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    for name, value in clip.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value.half().float()), name
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_open_clips_files_of_other_sizes(tmp_path, custom_text):
+    """Positions are interpolated as open_clip does, from files with either kind of names."""
+    towers = {"vision": {"layers": 2, "image_size": 32}, "text": {"layers": 2, "context_length": 50}}
+    torch.save(clip_model(**towers).state_dict(), tmp_path / "x.pt")
+    name = json.dumps(json.loads(TINY) | {"custom_text": custom_text})
+    beta_clip = create_model(ModelConfig(name=name, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    other = clip_model(open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP,
+                       vision={"layers": 2}, text={"layers": 2})  # fmt: skip
+    open_clip.load_checkpoint(other, str(tmp_path / "x.pt"))
+    for name, value in other.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: {n: t for n, t in s.items() if n != "visual.proj"}, "it lacks visual.proj$"),
+        (lambda s: s | {"head.weight": torch.ones(2), "head.bias": torch.ones(2)}, "also has head.weight and 1 more$"),
+        (lambda s: s | {"visual.proj": torch.ones(48, 12)}, r"visual.proj: expected shape \(40, 12\), got \(48, 12\)$"),
+        (
+            lambda s: s | {"visual.positional_embedding": torch.ones(12, 40)},
+            r"visual.positional_embedding: expected shape \(10, 40\), got \(12, 40\)$",
+        ),
+        (
+            lambda s: s | {"positional_embedding": torch.tensor(1.0)},
+            r"positional_embedding: expected shape \(77, 24\), got \(\)$",
+        ),
+        (
+            lambda s: {"vision_model.x": torch.ones(2), "text_model.x": torch.ones(2)},
+            "it lacks positional_embedding and .* more, and it also has vision_model.x and 1 more. "
+            "The names are those of transformers; open_clip's are expected$",
+        ),
+    ],
+    ids=["missing", "extra", "width", "grid", "0-d", "transformers"],
+)
+def test_files_of_other_models(tmp_path, change, message):
+    state = clip_model(vision={"layers": 2}, text={"layers": 2}).state_dict()
+    torch.save(change(state), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"^pretrained: .*x\.pt does not fit model.name .*: .*{message}"):
+        create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_our_files(tmp_path, suffix):
     beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, context_length=248))

@@ -1,6 +1,11 @@
 """Files of weights as training code writes them, and no code of theirs run unasked."""
 
 import argparse
+import os
+import pickle
+import re
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -31,6 +36,13 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
         {"epoch": 7, "model_state_dict": prefixed("_orig_mod.module."), "optimizer": {"state": {}, "param_groups": []}},
         {"state_dict": prefixed("model."), "loss": torch.tensor(1.0)},
         {"module": {"model": OrderedDict(STATE)}, "lr": [0.1]},
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module._orig_mod."),
+        {"model": prefixed("module.model._orig_mod.")},
+        {"a._orig_mod.weight": STATE["a.weight"], "b": STATE["b"]},
+        {"a.module._checkpoint_wrapped_module.weight": STATE["a.weight"], "_fsdp_wrapped_module.b": STATE["b"]},
+        prefixed("module.") | {"n_averaged": torch.tensor(3)},
     ],
     ids=lambda content: "/".join(content),
 )
@@ -80,12 +92,82 @@ def test_whole_modules_if_asked(tmp_path):
         ({"epoch": 3, "optimizer": {"state": {}}}, "expected tensors by name, .* got the keys epoch, optimizer"),
         ({}, r"got the keys \(none\)"),
         ([STATE["b"]], "expected a dictionary, got list"),
+        ({"a": STATE["b"], "b": [1.0]}, "got the keys a, b; b is no name of a tensor$"),
+        ({"a": STATE["b"], 3: STATE["b"]}, "got the keys a, 3; 3 is no name of a tensor$"),
+        ({"module.a": STATE["b"], "a": STATE["b"]}, "a: is there twice, the second time as a"),
+        (
+            {"a": torch.tensor([1.0, torch.nan, torch.inf])},
+            "a: expected finite numbers, got 2 that are not",
+        ),
+        ({"a": torch.ones(2, dtype=torch.int8)}, "a: expected numbers of floating point, got int8"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "a: expected numbers of floating point, got complex64"),
+        ({"a": torch.eye(2).to_sparse()}, "a: expected a dense tensor with its values, got torch.sparse_coo on cpu"),
+        ({"a": torch.empty(2, device="meta")}, "a: expected a dense tensor with its values, got .* on meta"),
+        ({"a": torch.ones(1).expand(10**9)}, r"a: expected all values of shape \(1000000000,\), got fewer"),
+        ({"a\nb": torch.ones(2).bool()}, r"'a\\nb': expected numbers of floating point, got bool"),
     ],
 )
 def test_no_weights(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^.*x\.pt: (expected tensors by name, .*)?{message}") as raised:
         read_weights(tmp_path / "x.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dictionary_that_holds_itself(tmp_path):
+    content: dict = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="got the keys epoch, model"):
+        read_weights(tmp_path / "x.pt")
+
+
+def command(message: str) -> list[str]:
+    """The command that a message advises."""
+    found = re.search(r"python -c '(.+)'", message)
+    assert found is not None and "\n" not in message, message
+    return [sys.executable, "-c", found[1]]
+
+
+def test_foreign_formats_say_how_to_convert(tmp_path):
+    """The advice is followed as it stands."""
+    module = nn.Module()
+    module.a = nn.Module()
+    module.a.weight, module.b = (nn.Parameter(STATE[name]) for name in STATE)
+    torch.jit.script(module).save(str(tmp_path / "archive.pt"))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(STATE))
+    torch.save({"model": STATE, "args": re.compile("x")}, tmp_path / "objects.pt")
+    for name, reason in (
+        ("archive.pt", "is a TorchScript archive, which is a program"),
+        ("pickle.pt", "is a pickle that torch.save did not write"),
+        ("objects.pt", "tensors and plain values, got one that also holds re._compile"),
+    ):
+        with pytest.raises(ValueError, match=reason) as raised:
+            read_weights(tmp_path / name)
+        subprocess.run(command(str(raised.value)), check=True, cwd=tmp_path)
+        assert same(read_weights(tmp_path / "weights.pt"))
+        (tmp_path / "weights.pt").unlink()
+
+
+def test_not_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_weights(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="expected a file, got a folder"):
+        read_weights(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pt")
+        with pytest.raises(ValueError, match="expected a file, got a pipe or device"):
+            read_weights(tmp_path / "pipe.pt")
+
+
+def test_safetensors_by_content(tmp_path):
+    save_file(STATE, tmp_path / "x.bin")
+    assert same(read_weights(tmp_path / "x.bin"))
+
+
+def test_torch_saves_older_format(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert same(read_weights(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
