@@ -105,8 +105,16 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> BetaCLIP:
+def load_checkpoint(
+    path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
+) -> BetaCLIP:
     """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+
+    Args:
+        path: the file or folder.
+        device: where to put the model.
+        head_width, pool_heads: of a file in the published layout, as :func:`betaclip.published.load_published` takes
+            them.
 
     Raises:
         FileNotFoundError: no such file, or a folder without checkpoints.
@@ -122,7 +130,7 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
         raise FileNotFoundError(f"{path}: no such file")
     config = model_config(path)
     if config is None:
-        return load_published(path).to(device)
+        return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
     model = create_model(replace(config, pretrained=None))
     load_state(model, read_weights(path), path)
     return model.to(device)

@@ -115,6 +115,8 @@ def test_published_layout(tmp_path):
     }
     model = create_model(ModelConfig(json.dumps(towers), context_length=248))
     save_published(model, tmp_path / "x.safetensors")
+    halves = checkpoints.load_checkpoint(tmp_path / "x.safetensors", head_width=32, pool_heads=2)
+    assert halves.clip.transformer.resblocks[0].attn.num_heads == 2 and halves.pool.attn.num_heads == 2
     state = checkpoints.load_checkpoint(tmp_path / "x.safetensors").state_dict()
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():

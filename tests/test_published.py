@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import load_file, save_file
 from support.paths import GOLDEN
+from support.published import released_checkpoint
 from support.towers import clip_model
 from torch import Tensor
 
@@ -120,6 +121,13 @@ def test_wrapped(model, tmp_path):
     torch.save({"model": state, "epoch": 5, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pt")
     again = load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_files_of_the_released_code(model, tmp_path):
+    torch.save(released_checkpoint(load_file(CHECKPOINT)), tmp_path / "x.pt")
+    config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(tmp_path / "x.pt"))
+    for again in (load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH), create_model(config)):
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_pickles_only_if_asked(tmp_path):

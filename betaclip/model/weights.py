@@ -3,6 +3,7 @@
 import math
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,9 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
 def read_file(path: Path | str, *, allow_pickle: bool = False, mmap: bool = False) -> Mapping[str, Any]:
     """The dictionary that a safetensors file or a file of ``torch.save`` holds; tensors are on the CPU.
 
+    What training code often leaves beside the weights (``argparse.Namespace``, paths, NumPy's scalars and arrays) is
+    replaced by empty stand-ins, so that nothing of the file is run.
+
     Args:
         path, allow_pickle: as in :func:`read_weights`.
         mmap: read tensors only where they are used, if the file's format can do that.
@@ -132,10 +136,40 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             raise ValueError(f"{source}: {name}: {shapes}")
 
 
+class _StandIn:
+    """Takes the place of an object that is not needed, and drops whatever the file says of it."""
+
+    def __new__(cls, *args: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Python 3.13 knows paths as pathlib._local, NumPy 2 its core as numpy._core.
+_REPLACED = (
+    "argparse.Namespace",
+    "builtins.bytes",  # an empty one, as of an empty array
+    *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local")
+      for kind in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")),
+    *(f"{module}.multiarray.{function}" for module in ("numpy.core", "numpy._core")
+      for function in ("scalar", "_reconstruct")),
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Bool", "Float16", "Float32", "Float64", "Int32", "Int64", "UInt32")),
+)  # fmt: skip
+# PyTorch's list of safe globals belongs to the process: two calls at once would end each other's additions.
+_SAFE_GLOBALS = threading.Lock()
+
+
 def _untrusted(path: Path, mmap: bool) -> Any:
-    """What a file of ``torch.save`` holds, if that is tensors and plain values."""
+    """What a file of ``torch.save`` holds, if that is tensors, plain values and what stand-ins replace."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with _SAFE_GLOBALS, torch.serialization.safe_globals([(_StandIn, name) for name in _REPLACED]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # damage shows as almost any exception
         found = re.search(r"GLOBAL (\S+)", str(error))
         if not (isinstance(error, pickle.UnpicklingError) and found):

@@ -7,10 +7,16 @@ import re
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.published import rename_global
 from torch import nn
 
 from betaclip.model.weights import read_weights
@@ -56,6 +62,14 @@ def test_safetensors(tmp_path):
     assert same(read_weights(str(tmp_path / "x.safetensors")))
 
 
+@pytest.fixture
+def safe_globals() -> Iterator[None]:
+    """PyTorch's list, which is the process's, is afterwards what it was."""
+    before = set(torch.serialization.get_safe_globals())
+    yield
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
 class Bomb:
     def __reduce__(self):
         return (_explode, ())
@@ -65,15 +79,65 @@ def _explode():
     raise AssertionError("code of the file was run")
 
 
-@pytest.mark.parametrize("extra", [Bomb(), argparse.Namespace(lr=1)], ids=["code", "namespace"])
-def test_no_pickles_unasked(tmp_path, extra):
+@pytest.mark.parametrize(
+    "extra",
+    [Bomb(), argparse.Namespace(lr=Bomb()), {"lr": [np.float64(1), Bomb()]}, re.compile("x"), Path.home, os.getcwd],
+    ids=["code", "namespace", "list", "object", "method", "function"],
+)
+def test_no_pickles_unasked(tmp_path, safe_globals, extra):
     torch.save({"model": STATE, "args": extra}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="allow_pickle=True: that runs whatever code it holds"):
         read_weights(tmp_path / "x.pt")
 
 
+BESIDE = {
+    "args": argparse.Namespace(lr=1.0, path=Path("/a/b"), pure=PurePosixPath("c"), dtype=np.dtype("f4"), none=None),
+    "lr": [np.float64(1e-5), np.float32(1), np.float16(1), np.int64(3), np.bool_(True), np.str_("x")],
+    "random": np.random.RandomState(0).get_state(),
+}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("argparse", "argparse"),
+        ("pathlib", "pathlib._local"),
+        (np.float64(1).__reduce__()[0].__module__, "numpy.core.multiarray"),
+        (np.float64(1).__reduce__()[0].__module__, "numpy._core.multiarray"),
+    ],
+    ids=["as it is", "Python 3.13", "NumPy 1", "NumPy 2"],
+)
+def test_what_training_code_leaves_beside_the_weights(tmp_path, safe_globals, old, new):
+    torch.save({"state_dict": prefixed("module."), **BESIDE}, tmp_path / "x.pt")
+    rename_global(tmp_path / "x.pt", old, new)
+    assert same(read_weights(tmp_path / "x.pt"))
+
+
+def test_stand_ins_run_nothing(tmp_path):
+    """The replaced names are not called with what a file says: here with a state that an ndarray would refuse."""
+
+    class Call:
+        def __init__(self, function: Any, *arguments: Any) -> None:
+            self.call = function, arguments, {"x": 1}
+
+        def __reduce__(self):
+            return self.call
+
+    reconstruct, scalar = np.arange(3).__reduce__()[0], np.float64(1).__reduce__()[0]
+    calls = [Call(reconstruct, np.ndarray, (10**12,), b"O"), Call(scalar, np.dtype("f8"), b""), Call(Path, 3)]
+    torch.save({"model": STATE, "calls": calls}, tmp_path / "x.pt")
+    assert same(read_weights(tmp_path / "x.pt"))
+
+
+def test_threads_read_at_once(tmp_path, safe_globals):
+    """PyTorch's list of safe globals belongs to the process; a reader that ends must not take it from the others."""
+    torch.save({"state_dict": STATE, **BESIDE}, tmp_path / "x.pt")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(same, pool.map(read_weights, [tmp_path / "x.pt"] * 40)))
+
+
 def test_pickles_if_asked(tmp_path):
-    torch.save({"model": STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "x.pt")
+    torch.save({"model": STATE, "args": re.compile("x")}, tmp_path / "x.pt")
     assert same(read_weights(tmp_path / "x.pt", allow_pickle=True))
     torch.save({"model": STATE, "args": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(AssertionError, match="was run"):
