@@ -61,7 +61,7 @@ class ProcessGroup:
         """Whether ``flag`` is true on any rank. Communicates on the CPU, so a GPU's queued work is not waited for."""
         if self.size == 1:
             return flag
-        return bool(self.max(torch.tensor(int(flag))))
+        return bool(self.max(torch.tensor(int(flag), device="cpu")))
 
     def barrier(self) -> None:
         self.any(False)

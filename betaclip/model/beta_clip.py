@@ -248,7 +248,8 @@ def create_model(config: ModelConfig) -> BetaCLIP:
     published, ours = is_published(weights), any(name.startswith(("clip.", "pool.")) for name in weights)
     openai = all(name in weights for name in OPENAI_SIZES)
     quick_gelu = config.quick_gelu or published or openai or needs_quick_gelu(config.name, tag)
-    model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
+    with torch.device("cpu"):  # open_clip makes its modules on the default device
+        model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
     source = f"pretrained: {file} does not fit model.name {config.name} with context_length {config.context_length}"
     if file and not (published or ours):
         load_towers(model.clip, weights, source)

@@ -2,8 +2,9 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import open_clip
 import pytest
@@ -132,6 +133,48 @@ def test_autocast(texts):
     assert out["logit_scale"].dtype == torch.float32
     sum(out[name].float().sum() for name in ("pooled_embeds", "image_embeds")).backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in beta_clip.parameters())
+
+
+def trained(beta_clip: BetaCLIP, texts: RaggedTexts) -> dict[str, Tensor]:
+    beta_clip.zero_grad()
+    out = beta_clip(pictures(), texts)
+    (out["pooled_embeds"].square().sum() + beta_clip.encode_text(texts).square().sum()).backward()
+    return {name: p.grad.clone() for name, p in beta_clip.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("first", ["used", "made", "unpickled", "cut"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_train_on_texts_after_inference_mode(texts, first, checkpointing):
+    """As a validation before the training does it: what the texts keep must serve a backward later."""
+    beta_clip = model(gradient_checkpointing=checkpointing)
+    expected = trained(beta_clip, texts)
+    with torch.inference_mode():
+        match first:
+            case "used":
+                again = RaggedTexts(*(getattr(texts, f.name) for f in fields(texts)))
+            case "made":
+                again = RaggedTexts.of(hierarchy(0, IMAGES))
+            case "unpickled":
+                again = pickle.loads(pickle.dumps(texts))
+            case "cut":
+                again = RaggedTexts.of(hierarchy(0, IMAGES)).of_images(0, IMAGES)
+        beta_clip(pictures(), again)
+    torch.testing.assert_close(trained(beta_clip, again), expected, rtol=0, atol=0)
+
+
+def test_any_default_device():
+    """Models are made on the CPU, and work there, whatever the default device is."""
+    images, tokens = pictures(), hierarchy(0, IMAGES)
+    torch.manual_seed(0)
+    expected = model()(images, RaggedTexts.of(tokens))
+    torch.manual_seed(0)
+    torch.set_default_device("meta")
+    try:
+        out = model()(images, RaggedTexts.of(tokens))
+    finally:
+        torch.set_default_device(None)
+    assert out.keys() == expected.keys()
+    assert all(torch.equal(out[name], expected[name]) for name in out)
 
 
 def test_clamp_scales():
