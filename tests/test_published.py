@@ -251,10 +251,10 @@ def saved(tmp_path: Path, clip: torch.nn.Module) -> None:
 
 
 def test_cannot_be_written(tmp_path):
-    clip = clip_model(vision={"ls_init_value": 0.1, "no_ln_pre": True})
+    clip = clip_model(vision={"ls_init_value": 0.1, "no_ln_pre": True}, init_logit_bias=-10.0)
     with pytest.raises(NotImplementedError) as error:
         saved(tmp_path, clip)
-    for reason in ("not stretched", "not QuickGELU", "LayerScale", "no LayerNorm before"):
+    for reason in ("not stretched", "not QuickGELU", "LayerScale", "no LayerNorm before", "bias of the logits"):
         assert reason in str(error.value)
     with pytest.raises(NotImplementedError, match="CustomTextCLIP"):
         saved(tmp_path, clip_model(CustomTextCLIP))

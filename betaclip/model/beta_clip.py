@@ -66,6 +66,9 @@ class BetaCLIP(nn.Module):
     place, by β-CLIP's vision blocks and padding-free text blocks over the same modules. Called as open_clip calls them
     they compute what they did, so ``encode_image`` and ``encode_text`` of ``clip`` return what they returned before.
 
+    A bias of the logits (``init_logit_bias``) is for β-CAL's sigmoid form, in which the trainer trains it. It is frozen
+    here, because other losses give it no gradient: call ``requires_grad_()`` on it for a sigmoid loss of your own.
+
     Args:
         clip: an open_clip model. Hooks of its blocks are registered after this.
         config: what the model was made from, for checkpoints.
@@ -101,6 +104,8 @@ class BetaCLIP(nn.Module):
         prepare_text(clip)
         self.config = config
         self.clip = clip
+        if self.logit_bias is not None:
+            self.logit_bias.requires_grad_(False)
         self.embed_dim: int = clip.visual.output_dim
         self.image_size: int = clip.visual.image_size[0]
         self.patch_grid: tuple[int, int] = clip.visual.grid_size
@@ -120,6 +125,11 @@ class BetaCLIP(nn.Module):
         The one between pooled images and texts is ``pool.logit_scale``.
         """
         return self.clip.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """() what the sigmoid form adds to every logit, if the towers have it."""
+        return getattr(self.clip, "logit_bias", None)
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images; project, do not normalise.
@@ -165,6 +175,7 @@ class BetaCLIP(nn.Module):
             - ``pooled_embeds`` (B, K, D), the image as each text pools it.
             - ``mask`` (B, K) bool, True where there is a text; elsewhere both embeddings are 0.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
+            - ``logit_bias`` (), if the towers have one.
 
         Raises:
             ValueError: a text is longer than the context, an image has more than K texts, or images and texts disagree.
@@ -179,7 +190,7 @@ class BetaCLIP(nn.Module):
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1)))
         with _range("pooling"):
             pooled_embeds = self.pool(patches, text_embeds, query_mask=mask)
-        return {
+        out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
             "pooled_embeds": pooled_embeds,
@@ -187,6 +198,9 @@ class BetaCLIP(nn.Module):
             "logit_scale": self.logit_scale.exp(),
             "pool_logit_scale": self.pool.logit_scale.exp(),
         }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias.reshape(()).clone()
+        return out
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:

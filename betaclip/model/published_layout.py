@@ -59,6 +59,8 @@ def not_published_reasons(clip: nn.Module) -> list[str]:
         reasons.append("its positions are not stretched (context_length)")
     if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
         reasons.append("its activation is not QuickGELU, which the layout assumes")
+    if getattr(clip, "logit_bias", None) is not None:
+        reasons.append("it has a bias of the logits (init_logit_bias)")
     if any(isinstance(m, LayerScale) for m in clip.modules()):
         reasons.append("it has LayerScale")
     if isinstance(clip.visual.ln_pre, nn.Identity):

@@ -395,13 +395,19 @@ def gradients(call: nn.Module, of: BetaCLIP, texts: RaggedTexts) -> dict[str, Te
     scaled = (out[name].square().sum() for name in ("pooled_embeds", "image_embeds", "text_embeds"))
     (sum(scaled) * out["logit_scale"] * out["pool_logit_scale"]).backward()
     whole = {name: p.grad for name, p in of.named_parameters()}
+    whole = {name: g for name, g in whole.items() if of.get_parameter(name).requires_grad}
     return {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in whole.items()}
 
 
 @pytest.mark.parametrize("stretch", [False, True])
-def test_data_parallel(one_rank, texts, stretch):
-    """Every parameter gets a gradient in every step, or the second step would raise."""
-    beta_clip = model(context_length=248 if stretch else 77)
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_data_parallel(one_rank, texts, stretch, bias):
+    """Every parameter that requires a gradient gets one in every step, or the second step would raise."""
+    name = json.dumps(json.loads(TINY) | {"init_logit_bias": bias})
+    config = ModelConfig(name=name, pool_heads=4, context_length=248 if stretch else 77)
+    beta_clip = create_model(config).double()
+    out = beta_clip(pictures(), texts)
+    assert (bias is None and "logit_bias" not in out) or out["logit_bias"].item() == bias
     expected = gradients(beta_clip, beta_clip, texts)
     wrapped = DistributedDataParallel(beta_clip)
     for _ in range(2):
