@@ -5,11 +5,11 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -81,6 +81,22 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[st
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, content["model"], options=options)
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
+
+
+def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]]) -> None:
+    """Give AdamW the moments and numbers of steps of all parameters, by their names. All ranks must call with the same.
+
+    Raises:
+        ValueError: a parameter in training has no moments.
+    """
+    options = StateDictOptions(full_state_dict=True)  # offloaded, it would be the first rank's alone
+    content = get_optimizer_state_dict(model, optimizer, options=options)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name in trained if name not in moments]
+    if missing:
+        raise ValueError(f"{missing[0]}: expected AdamW's moments for it, got none")
+    content["state"] = cast(dict[str, Any], {name: moments[name] for name in trained})
+    set_optimizer_state_dict(model, optimizer, content, options=options)
 
 
 def random_states() -> dict[str, Any]:

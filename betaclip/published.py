@@ -1,14 +1,17 @@
 """Load and save models in the layout of the published β-CLIP checkpoints."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
 from betaclip.model.published_layout import is_published, not_published_reasons, open_clip_config, to_published
+from betaclip.model.published_optimizer import moments
 from betaclip.model.text_tower import stretched
-from betaclip.model.weights import read_weights
+from betaclip.model.weights import read_file, read_weights, weights_of
 
 
 def load_published(
@@ -76,3 +79,35 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
     save_file(to_published({name: value.detach().cpu() for name, value in model.state_dict().items()}), path)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint of the released training code holds beside the weights.
+
+    epochs: the number of epochs that are completed.
+    moments: AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` by names of a BetaCLIP's parameters.
+    """
+
+    epochs: int
+    moments: dict[str, dict[str, Tensor]]
+
+
+def read_training_state(path: Path | str) -> TrainingState:
+    """Read the epoch and the optimisers' state of a checkpoint of the released training code.
+
+    Raises:
+        OSError: there is no such file, or it may not be read.
+        ValueError: the file is damaged, has another layout, or no state that fits its weights. The message is one line.
+    """
+    content = read_file(path)
+    weights = weights_of(content, path)
+    if not is_published(weights):
+        raise ValueError(f"{path}: expected the published layout, got {', '.join(sorted(weights)[:8])} ...")
+    epochs = content.get("epoch")
+    if type(epochs) is not int or epochs < 0:
+        raise ValueError(f"{path}: epoch: expected the number of completed epochs, got {str(epochs)[:80]!r}")
+    try:
+        return TrainingState(epochs, moments(content, weights))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

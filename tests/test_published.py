@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import load_file, save_file
 from support.paths import GOLDEN
-from support.published import released_checkpoint
+from support.published import POOL, gradients, released_checkpoint
 from support.towers import clip_model
 from torch import Tensor
 
 from betaclip import BetaCALLoss, ClipLoss
+from betaclip.checkpoint import set_moments
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.model.published_layout import from_published, to_published
 from betaclip.model.text_tower import stretch_positions
 from betaclip.model.texts import RaggedTexts
-from betaclip.published import load_published, save_published
+from betaclip.published import load_published, read_training_state, save_published
+from betaclip.training.config import OptimizerConfig
+from betaclip.training.optimizers import create_optimizer
 
 CHECKPOINT = GOLDEN / "tiny_published_checkpoint.safetensors"
 OUTPUTS = load_file(GOLDEN / "tiny_published_outputs.safetensors")
@@ -128,6 +131,71 @@ def test_files_of_the_released_code(model, tmp_path):
     config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(tmp_path / "x.pt"))
     for again in (load_published(tmp_path / "x.pt", head_width=HEAD_WIDTH), create_model(config)):
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_training_state_of_the_released_code(model, tmp_path):
+    """Each moment is of the gradient of its parameter, and AdamW goes on from it as from its own."""
+    state = load_file(CHECKPOINT)
+    torch.save(released_checkpoint(state), tmp_path / "x.pt")
+    found = read_training_state(tmp_path / "x.pt")
+    assert found.epochs == 5
+    expected = from_published(gradients(state))
+    trained = dict(model.named_parameters())
+    assert found.moments.keys() == trained.keys()
+    optimizer = create_optimizer(model, OptimizerConfig())
+    set_moments(model, optimizer, found.moments)
+    for name, parameter in trained.items():
+        moments = optimizer.state[parameter]
+        torch.testing.assert_close(moments["exp_avg"], 0.1 * expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(moments["exp_avg_sq"], 0.001 * expected[name] ** 2)
+        assert moments["step"].item() == 1
+    assert {group["part"] for group in optimizer.param_groups} == {"backbone", "pool"}
+
+
+def test_frozen_parameters_in_the_released_optimizers(tmp_path):
+    """A table without gradients may be among the parameters; it is then numbered and has no state."""
+    content = released_checkpoint(state := load_file(CHECKPOINT))
+    names = [n for n, value in state.items() if not n.startswith(POOL) and value.dim() > 1]
+    place, group = names.index("positional_embedding"), content["optimizer"]["param_groups"][0]
+    group["params"] = [*group["params"][:place], 10**6, *group["params"][place:]]
+    torch.save(content, tmp_path / "x.pt")
+    found = read_training_state(tmp_path / "x.pt").moments["clip.visual.proj"]["exp_avg"]
+    torch.testing.assert_close(found, 0.1 * gradients(state)["image_projection"])
+
+
+def _without(content: dict, key: str) -> dict:
+    return {k: v for k, v in content.items() if k != key}
+
+
+def _first(change: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """Change the first parameter's state in the first optimiser."""
+
+    def changed(content: dict) -> dict:
+        optimizer = content["optimizer"]
+        first = change(optimizer["state"][0])
+        return content | {"optimizer": optimizer | {"state": optimizer["state"] | {0: first}}}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: _without(_without(c, "optimizer"), "optimizer_pool"), "expected optimisers .* got the keys epoch"),
+        (lambda c: _without(c, "epoch"), "epoch: expected the number of completed epochs, got 'None'"),
+        (_first(lambda s: _without(s, "exp_avg")), "optimizer: expected the state dict of AdamW: KeyError 'exp_avg'"),
+        (_first(lambda s: s | {"exp_avg": torch.ones(3)}), "optimizer: expected groups .* that fits none"),
+        (_first(lambda s: s | {"exp_avg_sq": torch.ones(3)}), "optimizer: exp_avg_sq of .*: expected the shape of"),
+        (_first(lambda s: s | {"exp_avg": s["exp_avg"] * torch.nan}), "optimizer: exp_avg of .*: expected finite"),
+        (lambda c: c | {"optimizer": {"state": {}, "param_groups": 3}}, "optimizer: expected the state dict of AdamW"),
+    ],
+    ids=["none", "epoch", "no moment", "shape", "other shape", "NaN", "no groups"],
+)
+def test_training_state_rejects(tmp_path, change, message):
+    torch.save(change(released_checkpoint(load_file(CHECKPOINT))), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"^.*x\.pt: {message}") as raised:
+        read_training_state(tmp_path / "x.pt")
+    assert "\n" not in str(raised.value)
 
 
 def test_pickles_only_if_asked(tmp_path):

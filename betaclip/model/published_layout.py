@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from betaclip.layers import QuickGELU
 from betaclip.model.text_tower import FROZEN, STRETCH, stretched, unstretched
 
-_POOL = "text_conditioned_patches_block."
+POOL = "text_conditioned_patches_block."
 # Prefixes of published names and of open_clip's; the first that fits counts.
 _BEGINNINGS = {
     "visual.cls_token": "visual.class_embedding",
@@ -41,13 +41,13 @@ _VISION_BLOCK = re.compile(r"(visual\.transformer\.resblocks\.\d+\.)(.+)")
 _QUERY = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)q_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)in_proj_(weight|bias)")
 # The frozen table, whose first rows are used, and the trained one, whose other rows are.
-_TABLES = ("positional_embedding", "positional_embedding_res")
-_STRETCHED = "clip.parametrizations.positional_embedding."
+TABLES = ("positional_embedding", "positional_embedding_res")
+STRETCHED = "clip.parametrizations.positional_embedding."
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether tensors by name have the published layout."""
-    return "positional_embedding_res" in state or any(name.startswith(_POOL) for name in state)
+    return "positional_embedding_res" in state or any(name.startswith(POOL) for name in state)
 
 
 def not_published_reasons(clip: nn.Module) -> list[str]:
@@ -77,15 +77,15 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if found := _QUERY.fullmatch(name):
             block, kind = found.groups()
             ours[f"clip.{block}in_proj_{kind}"] = torch.cat([rest.pop(f"{block}{x}_proj.{kind}") for x in "qkv"])
-    frozen, trained = (rest.pop(name) for name in _TABLES)
+    frozen, trained = (rest.pop(name) for name in TABLES)
     ours |= {
-        f"{_STRETCHED}original": trained[FROZEN:],
-        f"{_STRETCHED}0.frozen": frozen,
-        f"{_STRETCHED}0.unused": trained[:FROZEN],
+        f"{STRETCHED}original": trained[FROZEN:],
+        f"{STRETCHED}0.frozen": frozen,
+        f"{STRETCHED}0.unused": trained[:FROZEN],
     }
     for name, value in rest.items():
-        if name.startswith(_POOL):
-            ours["pool." + name.removeprefix(_POOL)] = value
+        if name.startswith(POOL):
+            ours["pool." + name.removeprefix(POOL)] = value
             continue
         name = _renamed(name, _BEGINNINGS)
         if found := _VISION_BLOCK.fullmatch(name):
@@ -99,12 +99,12 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of a BetaCLIP with stretched positions to the published layout."""
     rest = dict(state)
-    original, frozen, unused = (rest.pop(_STRETCHED + name) for name in ("original", "0.frozen", "0.unused"))
-    theirs = dict(zip(_TABLES, (frozen, torch.cat((unused, original))), strict=True))
+    original, frozen, unused = (rest.pop(STRETCHED + name) for name in ("original", "0.frozen", "0.unused"))
+    theirs = dict(zip(TABLES, (frozen, torch.cat((unused, original))), strict=True))
     beginnings, parts = ({ours: published for published, ours in names.items()} for names in (_BEGINNINGS, _PARTS))
     for name, value in rest.items():
         if name.startswith("pool."):
-            theirs[_POOL + name.removeprefix("pool.")] = value
+            theirs[POOL + name.removeprefix("pool.")] = value
             continue
         name = name.removeprefix("clip.")
         if found := _IN_PROJ.fullmatch(name):

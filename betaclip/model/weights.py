@@ -69,7 +69,7 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     weights.pop("n_averaged", None)
     for name, tensor in weights.items():
-        if name not in _COUNTS and (reason := _unusable(tensor)):
+        if name not in _COUNTS and (reason := unusable(tensor)):
             raise ValueError(f"{path}: {_name(name)}: {reason}")
     return weights
 
@@ -201,7 +201,7 @@ def _is_torchscript(path: Path) -> bool:
         return False
 
 
-def _unusable(tensor: Tensor) -> str | None:
+def unusable(tensor: Tensor) -> str | None:
     """Why a tensor cannot be a weight."""
     if tensor.dtype not in _DTYPES:
         return f"expected numbers of floating point, got {str(tensor.dtype).removeprefix('torch.')}"

@@ -21,8 +21,7 @@ def released_checkpoint(state: Mapping[str, Tensor], seed: int = 0) -> dict[str,
     Both optimisers are of AdamW, with groups of the parameters that decay and of those that do not, after one update
     with gradients of noise and with a learning rate of NumPy.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizers = []
+    noise, optimizers = gradients(state, seed), []
     for of_pool in (False, True):
         parameters = {
             name: nn.Parameter(value.clone())
@@ -31,8 +30,8 @@ def released_checkpoint(state: Mapping[str, Tensor], seed: int = 0) -> dict[str,
         }
         decays, others = ([p for p in parameters.values() if (p.dim() > 1) is many] for many in (True, False))
         optimizer = torch.optim.AdamW([{"params": decays}, {"params": others, "weight_decay": 0.0}], lr=1e-5)
-        for parameter in parameters.values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for name, parameter in parameters.items():
+            parameter.grad = noise[name]
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, np.linspace(1e-9, 1e-5, 2), strict=True):
             group["lr"] = rate
@@ -54,6 +53,12 @@ def released_checkpoint(state: Mapping[str, Tensor], seed: int = 0) -> dict[str,
         "best_acc1": np.float64(0.5),
         "args": arguments,
     }
+
+
+def gradients(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """The noise of the checkpoint's one update."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in state.items()}
 
 
 def rename_global(path: Path, old: str, new: str) -> None:
