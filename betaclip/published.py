@@ -8,7 +8,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
-from betaclip.model.published_layout import is_published, not_published_reasons, open_clip_config, to_published
+from betaclip.model.published_layout import (
+    has_input_norms,
+    is_published,
+    not_published_reasons,
+    open_clip_config,
+    to_published,
+)
 from betaclip.model.published_optimizer import moments
 from betaclip.model.text_tower import stretched
 from betaclip.model.weights import read_file, read_weights, weights_of
@@ -58,7 +64,7 @@ def load_published(
         context_length=stretched(towers["text_cfg"]["context_length"]),
         pool_heads=pool_heads,
         quick_gelu=True,
-        pool_norm_inputs="text_conditioned_patches_block.ln_1.weight" in state,
+        pool_norm_inputs=has_input_norms(state),
     )
     model = create_model(config)
     load_published_state(model, state, path)
@@ -111,3 +117,7 @@ def read_training_state(path: Path | str) -> TrainingState:
         return TrainingState(epochs, moments(content, weights))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (KeyError, IndexError, RuntimeError) as error:  # of names and shapes that no model has
+        raise ValueError(
+            f"{path}: expected all weights of the published layout: {str(error).splitlines()[0]}"
+        ) from error

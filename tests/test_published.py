@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,17 @@ def test_wrapped(model, tmp_path):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_pretrained_names_the_settings(model):
+    """What a configuration lacks is said in its own words."""
+    config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(CHECKPOINT))
+    for change, message in (
+        ({"context_length": 77}, "expected context_length 248, got 77$"),
+        ({"pool_norm_inputs": True}, "pool_norm_inputs: expected False, as the file's pooling block is, got True$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_model(replace(config, **change))
+
+
 def test_files_of_the_released_code(model, tmp_path):
     torch.save(released_checkpoint(load_file(CHECKPOINT)), tmp_path / "x.pt")
     config = ModelConfig(name=model.config.name, context_length=248, pretrained=str(tmp_path / "x.pt"))
@@ -187,9 +199,13 @@ def _first(change: Callable[[dict], dict]) -> Callable[[dict], dict]:
         (_first(lambda s: s | {"exp_avg": torch.ones(3)}), "optimizer: expected groups .* that fits none"),
         (_first(lambda s: s | {"exp_avg_sq": torch.ones(3)}), "optimizer: exp_avg_sq of .*: expected the shape of"),
         (_first(lambda s: s | {"exp_avg": s["exp_avg"] * torch.nan}), "optimizer: exp_avg of .*: expected finite"),
+        (
+            lambda c: c | {"state_dict": _without(c["state_dict"], "module.transformer.resblocks.1.attn.k_proj.bias")},
+            "expected all weights of the published layout: .*resblocks.1.attn.k_proj.bias|.* that fits none",
+        ),
         (lambda c: c | {"optimizer": {"state": {}, "param_groups": 3}}, "optimizer: expected the state dict of AdamW"),
     ],
-    ids=["none", "epoch", "no moment", "shape", "other shape", "NaN", "no groups"],
+    ids=["none", "epoch", "no moment", "shape", "other shape", "NaN", "weights", "no groups"],
 )
 def test_training_state_rejects(tmp_path, change, message):
     torch.save(change(released_checkpoint(load_file(CHECKPOINT))), tmp_path / "x.pt")

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
 from betaclip.model.packing import to_device
-from betaclip.model.published_layout import from_published, is_published, not_published_reasons, to_published
+from betaclip.model.published_layout import (
+    from_published,
+    has_input_norms,
+    is_published,
+    not_published_reasons,
+    to_published,
+)
 from betaclip.model.text_tower import (
     FROZEN,
     encode_packed,
@@ -300,5 +306,10 @@ def load_published_state(model: BetaCLIP, state: Mapping[str, Tensor], source: P
     reasons = not_published_reasons(model.clip)
     if reasons:
         raise ValueError(f"{source}: the published layout cannot express this model: {'; '.join(reasons)}")
+    norms = has_input_norms(state)
+    if norms != model.config.pool_norm_inputs:
+        raise ValueError(
+            f"{source}: pool_norm_inputs: expected {norms}, as the file's pooling block is, got {not norms}"
+        )
     check_weights(state, to_published(model.state_dict()), source)
     model.load_state_dict(from_published(state))

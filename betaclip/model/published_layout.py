@@ -50,13 +50,19 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
     return "positional_embedding_res" in state or any(name.startswith(POOL) for name in state)
 
 
+def has_input_norms(state: Mapping[str, Tensor]) -> bool:
+    """Whether the pooling block has LayerNorms of its inputs."""
+    return any(name.startswith((f"{POOL}ln_1.", f"{POOL}ln_1_kv.")) for name in state)
+
+
 def not_published_reasons(clip: nn.Module) -> list[str]:
     """Why the layout cannot express a model with these towers; empty if it can."""
     if not isinstance(clip, CLIP):
         return [f"its towers are of type {type(clip).__name__}, not CLIP"]
     reasons = []
     if not is_parametrized(clip, "positional_embedding"):
-        reasons.append("its positions are not stretched (context_length)")
+        length = clip.context_length
+        reasons.append(f"its positions are not stretched: expected context_length {stretched(length)}, got {length}")
     if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
         reasons.append("its activation is not QuickGELU, which the layout assumes")
     if getattr(clip, "logit_bias", None) is not None:
