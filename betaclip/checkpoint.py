@@ -1,16 +1,15 @@
 """Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file."""
 
 import os
-import pickle
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
+from betaclip.model.weights import read_file, read_weights
 from betaclip.published import load_published
 from betaclip.settings import from_dict
 
@@ -83,6 +83,22 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[st
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
 
 
+def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]]) -> None:
+    """Give AdamW the moments and numbers of steps of all parameters, by their names. All ranks must call with the same.
+
+    Raises:
+        ValueError: a parameter in training has no moments.
+    """
+    options = StateDictOptions(full_state_dict=True)  # offloaded, it would be the first rank's alone
+    content = get_optimizer_state_dict(model, optimizer, options=options)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name in trained if name not in moments]
+    if missing:
+        raise ValueError(f"{missing[0]}: expected AdamW's moments for it, got none")
+    content["state"] = cast(dict[str, Any], {name: moments[name] for name in trained})
+    set_optimizer_state_dict(model, optimizer, content, options=options)
+
+
 def random_states() -> dict[str, Any]:
     """This process's random states, as plain values: PyTorch's (CPU and current GPU), NumPy's and Python's."""
     kind, key, *rest = np.random.get_state(legacy=True)
@@ -105,12 +121,20 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> BetaCLIP:
+def load_checkpoint(
+    path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
+) -> BetaCLIP:
     """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+
+    Args:
+        path: the file or folder.
+        device: where to put the model.
+        head_width, pool_heads: of a file in the published layout, as :func:`betaclip.published.load_published` takes
+            them.
 
     Raises:
         FileNotFoundError: no such file, or a folder without checkpoints.
-        ValueError: the file has neither layout.
+        ValueError: the file has neither layout or is damaged; the message is one line that names it.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,22 +142,33 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
         if found is None:
             raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
         path = found
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     config = model_config(path)
     if config is None:
-        return load_published(path).to(device)
+        return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
     model = create_model(replace(config, pretrained=None))
-    model.load_state_dict(read(path)["model"])
+    load_state(model, read_weights(path), path)
     return model.to(device)
 
 
 def model_config(path: Path) -> ModelConfig | None:
-    """The model's settings in one of our checkpoints; None for any other file."""
+    """The model's settings in one of our checkpoints; None for any other file.
+
+    Raises:
+        ValueError: the checkpoint has no readable configuration of a model.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):  # safetensors; torch's older format; pickles of other things
+        content = read_file(path, mmap=True)
+    except ValueError:  # which whoever reads its weights will say
         return None
-    if not isinstance(content, dict) or "betaclip" not in content:
+    if "betaclip" not in content:
         return None
-    return from_dict(ModelConfig(), content["config"]["model"])
+    config = content.get("config")
+    values = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: config.model: expected the configuration of a model, got {type(values).__name__}")
+    try:
+        return from_dict(ModelConfig(), values)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.model: {error}") from error

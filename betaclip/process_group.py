@@ -60,7 +60,7 @@ class ProcessGroup:
         """Whether ``flag`` is true on any rank. Communicates on the CPU, and does not wait for a GPU's queued work."""
         if self.size == 1:
             return flag
-        return bool(self.max(torch.tensor(int(flag))))
+        return bool(self.max(torch.tensor(int(flag), device="cpu")))
 
     def barrier(self) -> None:
         self.any(False)

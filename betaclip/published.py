@@ -1,19 +1,23 @@
 """Load and save models in the layout of the published β-CLIP checkpoints."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from open_clip.model import CLIP
-from open_clip.transformer import LayerScale
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor
 
-from betaclip.layers import QuickGELU
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
-from betaclip.model.published_layout import from_published, is_published, open_clip_config, to_published
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
+from betaclip.model.published_layout import (
+    has_input_norms,
+    is_published,
+    not_published_reasons,
+    open_clip_config,
+    to_published,
+)
+from betaclip.model.published_optimizer import moments
 from betaclip.model.text_tower import stretched
-from betaclip.model.weights import read_weights
+from betaclip.model.weights import read_file, read_weights, weights_of
 
 
 def load_published(
@@ -32,8 +36,9 @@ def load_published(
         The model, in float32 on the CPU. ``create_model(model.config)`` makes the same one with random weights.
 
     Raises:
-        ValueError: the file has another layout, has no weights, or has objects other than tensors; or the heads do not
-            divide the widths.
+        OSError: there is no such file, or it may not be read.
+        ValueError: the file has another layout, holds no weights, damaged ones or objects beyond tensors, or the heads
+            do not divide the widths. The message is one line that names the file and the tensor.
 
     Example:
         >>> import tempfile, torch
@@ -50,16 +55,19 @@ def load_published(
     if not is_published(state):
         raise ValueError(f"{path}: expected the published layout, which has positional_embedding_res and "
                          f"text_conditioned_patches_block.*; got {', '.join(sorted(state)[:8])} ...")  # fmt: skip
-    towers = open_clip_config(state, head_width)
+    try:
+        towers = open_clip_config(state, head_width)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     config = ModelConfig(
         name=json.dumps(towers),
         context_length=stretched(towers["text_cfg"]["context_length"]),
         pool_heads=pool_heads,
         quick_gelu=True,
-        pool_norm_inputs="text_conditioned_patches_block.ln_1.weight" in state,
+        pool_norm_inputs=has_input_norms(state),
     )
     model = create_model(config)
-    load_state(model, from_published(state), path)
+    load_published_state(model, state, path)
     return model
 
 
@@ -73,25 +81,43 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     Raises:
         NotImplementedError: the layout cannot express the model; the message lists every reason.
     """
-    reasons = _not_supported_reasons(model.clip)
+    reasons = not_published_reasons(model.clip)
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
     save_file(to_published({name: value.detach().cpu() for name, value in model.state_dict().items()}), path)
 
 
-def _not_supported_reasons(clip: nn.Module) -> list[str]:
-    """The reasons why the layout cannot express a model with these towers; empty if it can."""
-    if not isinstance(clip, CLIP):
-        return [f"its towers are of type {type(clip).__name__}, not CLIP"]
-    reasons = []
-    if not is_parametrized(clip, "positional_embedding"):
-        reasons.append("its positions are not stretched")
-    if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
-        reasons.append("its activation is not QuickGELU, which the layout assumes")
-    if any(isinstance(m, LayerScale) for m in clip.modules()):
-        reasons.append("it has LayerScale")
-    if isinstance(clip.visual.ln_pre, nn.Identity):
-        reasons.append("its vision tower has no LayerNorm before the blocks")
-    if not isinstance(clip.text_projection, nn.Parameter):
-        reasons.append("its text projection is not a plain matrix")
-    return reasons
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint of the released training code holds beside the weights.
+
+    epochs: the number of epochs that are completed.
+    moments: AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` by names of a BetaCLIP's parameters.
+    """
+
+    epochs: int
+    moments: dict[str, dict[str, Tensor]]
+
+
+def read_training_state(path: Path | str) -> TrainingState:
+    """Read the epoch and the optimisers' state of a checkpoint of the released training code.
+
+    Raises:
+        OSError: there is no such file, or it may not be read.
+        ValueError: the file is damaged, has another layout, or no state that fits its weights. The message is one line.
+    """
+    content = read_file(path)
+    weights = weights_of(content, path)
+    if not is_published(weights):
+        raise ValueError(f"{path}: expected the published layout, got {', '.join(sorted(weights)[:8])} ...")
+    epochs = content.get("epoch")
+    if type(epochs) is not int or epochs < 0:
+        raise ValueError(f"{path}: epoch: expected the number of completed epochs, got {str(epochs)[:80]!r}")
+    try:
+        return TrainingState(epochs, moments(content, weights))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, IndexError, RuntimeError) as error:  # of names and shapes that no model has
+        raise ValueError(
+            f"{path}: expected all weights of the published layout: {str(error).splitlines()[0]}"
+        ) from error

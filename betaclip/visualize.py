@@ -44,6 +44,10 @@ class VisualizeConfig:
     """The texts, with one panel each."""
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format."""
+    head_width: int = 64
+    """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
+    pool_heads: int = 8
+    """Attention heads of the pooling block, likewise."""
     device: str = "auto"
     """cpu, cuda or auto, which takes a GPU if there is one."""
 
@@ -59,7 +63,9 @@ def visualize(config: VisualizeConfig) -> None:
     with initialized(config.device) as (_, device):
         try:
             image = read_image(config.image)
-            model = load_checkpoint(config.checkpoint, device=device)
+            model = load_checkpoint(
+                config.checkpoint, device=device, head_width=config.head_width, pool_heads=config.pool_heads
+            )
         except UnreadableImageError as error:
             raise ConfigError(f"image: {config.image}: {error}") from error
         except (OSError, ValueError) as error:

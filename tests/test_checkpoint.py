@@ -115,6 +115,8 @@ def test_published_layout(tmp_path):
     }
     model = create_model(ModelConfig(json.dumps(towers), context_length=248))
     save_published(model, tmp_path / "x.safetensors")
+    halves = checkpoints.load_checkpoint(tmp_path / "x.safetensors", head_width=32, pool_heads=2)
+    assert halves.clip.transformer.resblocks[0].attn.num_heads == 2 and halves.pool.attn.num_heads == 2
     state = checkpoints.load_checkpoint(tmp_path / "x.safetensors").state_dict()
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -128,6 +130,14 @@ def test_rejects(tmp_path):
     torch.save({"betaclip": 1, "code": Path}, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match=r"pickle\.pt"):
         checkpoints.load_checkpoint(tmp_path / "pickle.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(ValueError, match=r"broken\.safetensors"):
+        checkpoints.load_checkpoint(tmp_path / "broken.safetensors")
+    torch.save({"betaclip": 1, "model": {}}, tmp_path / "half.pt")
+    with pytest.raises(
+        ValueError, match=r"half\.pt: config.model: expected the configuration of a model, got NoneType"
+    ):
+        checkpoints.load_checkpoint(tmp_path / "half.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt in this folder"):

@@ -93,7 +93,7 @@ def test_boxes_must_be_as_many_as_texts():
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(module, "load_checkpoint", lambda path, device: colours.ColourModel().to(device))
+    monkeypatch.setattr(module, "load_checkpoint", lambda path, device, **heads: colours.ColourModel().to(device))
 
 
 def test_command(tmp_path, known, capsys):

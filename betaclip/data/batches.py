@@ -83,7 +83,7 @@ def collate(examples: Sequence[Example | Bad]) -> Batch:
     """Make a batch of the examples that could be read. If none could, its images are (0, 3, 0, 0)."""
     good = [example for example in examples if isinstance(example, Example)]
     return Batch(
-        torch.stack([example.image for example in good]) if good else torch.empty(0, 3, 0, 0),
+        torch.stack([example.image for example in good]) if good else torch.empty(0, 3, 0, 0, device="cpu"),
         RaggedTexts.of(example.tokens for example in good),
         [example.path for example in good],
         [example for example in examples if isinstance(example, Bad)],

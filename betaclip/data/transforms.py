@@ -12,7 +12,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 
-_MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+_MEAN, _STD = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 _FACTOR, _SHIFT = 1 / (255 * _STD), _MEAN / _STD
 
 _BITS_PER_SAMPLE = 258  # TIFF's tag

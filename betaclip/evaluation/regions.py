@@ -17,7 +17,7 @@ def on_grid(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]], grid: tuple[
     height, width = grid
     factors = [(width / w, height / h) for w, h in sizes]
     scaled = [(x0 * x, y0 * y, x1 * x, y1 * y) for (x0, y0, x1, y1), (x, y) in zip(boxes, factors, strict=True)]
-    return torch.tensor(scaled, dtype=torch.float32).reshape(-1, 4)
+    return torch.tensor(scaled, dtype=torch.float32, device="cpu").reshape(-1, 4)
 
 
 def region_features(patches: Tensor, grid: tuple[int, int], boxes: Tensor, image_of_box: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ class EvaluateConfig(EvaluationConfig):
     """A checkpoint, a run's folder, or a file in the published layout."""
     output: Path | None = None
     """JSON file for the results."""
+    head_width: int = 64
+    """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
+    pool_heads: int = 8
+    """Attention heads of the pooling block, likewise."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
 
@@ -51,7 +55,9 @@ def evaluate(config: EvaluateConfig) -> Results:
         try:
             if config.output is not None:  # fails before hours of work, if it fails
                 config.output.parent.mkdir(parents=True, exist_ok=True)
-            model = load_checkpoint(config.checkpoint, device=device)
+            model = load_checkpoint(
+                config.checkpoint, device=device, head_width=config.head_width, pool_heads=config.pool_heads
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         if process_group.is_first:

@@ -1,20 +1,26 @@
 """β-CLIP: CLIP's two towers, pooling of an image's patches by each of its texts, and two scales."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nvtx
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from betaclip.model.open_clip_towers import create_towers, needs_quick_gelu
+from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
 from betaclip.model.packing import to_device
-from betaclip.model.published_layout import from_published, is_published
+from betaclip.model.published_layout import (
+    from_published,
+    has_input_norms,
+    is_published,
+    not_published_reasons,
+    to_published,
+)
 from betaclip.model.text_tower import (
     FROZEN,
     encode_packed,
@@ -25,7 +31,7 @@ from betaclip.model.text_tower import (
 )
 from betaclip.model.texts import RaggedTexts
 from betaclip.model.vision_tower import encode_patches, prepare_vision, vision_not_supported_reasons
-from betaclip.model.weights import read_weights
+from betaclip.model.weights import OPENAI_SIZES, check_weights, read_weights
 from betaclip.pooling import TextConditionedPool
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -54,8 +60,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Compute the towers' blocks again in the backward rather than keep their activations."""
     quick_gelu: bool = False
-    """Use QuickGELU in the towers, whatever the name says. Weights trained with it (OpenAI's, the published ones) turn
-    this on by themselves, also in the configuration that checkpoints keep."""
+    """Use QuickGELU in the towers, whatever the name says. Weights trained with it (OpenAI's, by tag or from a file of
+    their archive's tensors, and the published ones) turn this on by themselves, also in the configuration that
+    checkpoints keep."""
 
 
 class BetaCLIP(nn.Module):
@@ -64,6 +71,9 @@ class BetaCLIP(nn.Module):
     ``clip`` is modified in place. It remains an open_clip model with its parameters' names, but its blocks are replaced
     by β-CLIP's vision blocks and padding-free text blocks over the same modules. Called as open_clip calls them, these
     compute what the old blocks did, so ``clip.encode_image`` and ``clip.encode_text`` return what they did before.
+
+    A bias of the logits (``init_logit_bias``) is for β-CAL's sigmoid form, in which the trainer trains it. It is frozen
+    here, because other losses give it no gradient: call ``requires_grad_()`` on it for a sigmoid loss of your own.
 
     Args:
         clip: an open_clip model. Register hooks on its blocks only afterwards, because the blocks are replaced.
@@ -100,6 +110,8 @@ class BetaCLIP(nn.Module):
         prepare_text(clip)
         self.config = config
         self.clip = clip
+        if self.logit_bias is not None:
+            self.logit_bias.requires_grad_(False)
         self.embed_dim: int = clip.visual.output_dim
         self.image_size: int = clip.visual.image_size[0]
         self.patch_grid: tuple[int, int] = clip.visual.grid_size
@@ -119,6 +131,11 @@ class BetaCLIP(nn.Module):
         ``pool.logit_scale`` is that between pooled images and texts.
         """
         return self.clip.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """() what the sigmoid form adds to every logit, if the towers have it."""
+        return getattr(self.clip, "logit_bias", None)
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images into the joint space, without normalising.
@@ -164,6 +181,7 @@ class BetaCLIP(nn.Module):
             - ``pooled_embeds`` (B, K, D), the image as each text pools it.
             - ``mask`` (B, K) bool, True where there is a text; elsewhere both embeddings are 0.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
+            - ``logit_bias`` (), if the towers have one.
 
         Raises:
             ValueError: a text is longer than the context, an image has more than K texts, or images and texts disagree.
@@ -178,7 +196,7 @@ class BetaCLIP(nn.Module):
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1)))
         with _range("pooling"):
             pooled_embeds = self.pool(patches, text_embeds, query_mask=mask)
-        return {
+        out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
             "pooled_embeds": pooled_embeds,
@@ -186,6 +204,9 @@ class BetaCLIP(nn.Module):
             "logit_scale": self.logit_scale.exp(),
             "pool_logit_scale": self.pool.logit_scale.exp(),
         }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias.reshape(()).clone()
+        return out
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:
@@ -244,29 +265,51 @@ def create_model(config: ModelConfig) -> BetaCLIP:
     if tag is not None and Path(tag).is_file():
         file, tag = Path(tag), None
     weights = read_weights(file) if file else {}
-    published, ours = is_published(weights), "pool.logit_scale" in weights
-    quick_gelu = config.quick_gelu or published or needs_quick_gelu(config.name, tag)
-    model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
+    published, ours = is_published(weights), any(name.startswith(("clip.", "pool.")) for name in weights)
+    openai = all(name in weights for name in OPENAI_SIZES)
+    quick_gelu = config.quick_gelu or published or openai or needs_quick_gelu(config.name, tag)
+    with torch.device("cpu"):  # open_clip makes its modules on the default device
+        model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
+    source = f"pretrained: {file} does not fit model.name {config.name} with context_length {config.context_length}"
     if file and not (published or ours):
-        open_clip.load_checkpoint(model.clip, str(file))
+        load_towers(model.clip, weights, source)
     own = model.context_length
     if own > FROZEN and config.context_length == stretched(own):
         stretch_positions(model.clip)
     elif config.context_length != own:
         expected = f"{own}, or {stretched(own)} for stretched positions"
         raise ValueError(f"context_length: expected {expected}, got {config.context_length}")
-    if published or ours:
-        load_state(model, from_published(weights) if published else weights, f"pretrained: {file}")
+    if published:
+        load_published_state(model, weights, source)
+    elif ours:
+        load_state(model, weights, source)
     return model
 
 
-def load_state(model: BetaCLIP, state: dict[str, Tensor], source: Path | str) -> None:
+def load_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Load a state dict.
 
     Raises:
         ValueError: its names or shapes are not those of the model; the message begins with ``source``.
     """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit {model.config}: {error}") from error
+    check_weights(state, model.state_dict(), source)
+    model.load_state_dict(state)
+
+
+def load_published_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load weights in the published layout.
+
+    Raises:
+        ValueError: they are those of another model, or this one has not what the layout assumes; the message begins
+            with ``source``.
+    """
+    reasons = not_published_reasons(model.clip)
+    if reasons:
+        raise ValueError(f"{source}: the published layout cannot express this model: {'; '.join(reasons)}")
+    norms = has_input_norms(state)
+    if norms != model.config.pool_norm_inputs:
+        raise ValueError(
+            f"{source}: pool_norm_inputs: expected {norms}, as the file's pooling block is, got {not norms}"
+        )
+    check_weights(state, to_published(model.state_dict()), source)
+    model.load_state_dict(from_published(state))

@@ -1,12 +1,23 @@
 """Makes the open_clip model that a BetaCLIP is built on."""
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
-from open_clip.model import CLIP, CustomTextCLIP
+import torch
+from open_clip.model import (
+    CLIP,
+    CustomTextCLIP,
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from open_clip.pretrained import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
+
+from betaclip.model.weights import OPENAI_SIZES, check_weights
 
 # A model that learns the rendered scenes on a CPU in minutes.
 SCENES: dict[str, Any] = {
@@ -51,6 +62,42 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
 def needs_quick_gelu(name: str, tag: str | None) -> bool:
     """Whether the weights of a tag were trained with QuickGELU."""
     return bool(tag and get_pretrained_cfg(name.replace("/", "-"), tag).get("quick_gelu"))
+
+
+def load_towers(clip: Any, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights in open_clip's layout, its older forms included.
+
+    Positions of another resolution or context length are interpolated, as ``open_clip.load_checkpoint`` does.
+
+    Raises:
+        ValueError: they are those of another model; the message begins with ``source``.
+    """
+    state = {name: value for name, value in weights.items() if name not in OPENAI_SIZES}
+    expected = clip.state_dict()
+    if "text.positional_embedding" in expected:
+        state = convert_to_custom_text_state_dict(state)
+    if "logit_bias" in expected and "logit_scale" in state:  # weights of a model without one
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in expected and state[name].numel() == 1:
+            state[name] = state[name].reshape(expected[name].shape)
+    for name, resize in (
+        ("visual.positional_embedding", resize_pos_embed),
+        ("positional_embedding", resize_text_pos_embed),
+        ("text.positional_embedding", resize_text_pos_embed),
+    ):
+        if name in state and name in expected and _only_longer(state[name], expected[name], name):
+            state[name] = state[name].float()
+            resize(state, clip)
+    check_weights(state, expected, source)
+    clip.load_state_dict(state)
+
+
+def _only_longer(table: Tensor, expected: Tensor, name: str) -> bool:
+    """Whether two tables of positions differ in their number of rows alone, so that one can be interpolated."""
+    if table.dim() != 2 or table.shape[1] != expected.shape[1] or len(table) in (0, len(expected)):
+        return False
+    return not name.startswith("visual.") or (len(table) > 1 and math.isqrt(len(table) - 1) ** 2 == len(table) - 1)
 
 
 def _parse(name: str) -> dict[str, Any]:

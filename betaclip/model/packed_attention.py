@@ -156,7 +156,7 @@ class Sequences(PackedAttention):
         self.longest = int(packing.lengths[-1]) if len(packing.lengths) else 0
         starts = F.pad(packing.lengths.cumsum(0), (1, 0)).to(torch.int32)
         self.starts = to_device(starts, device)
-        self.single = to_device(torch.arange(len(starts), dtype=torch.int32), device)
+        self.single = to_device(torch.arange(len(starts), dtype=torch.int32, device="cpu"), device)
 
     def _causal(self, rows: Tensor) -> Tensor:
         q, k, v = rows.unbind(1)

@@ -109,7 +109,12 @@ def pack(tokens: Tensor, lengths: Tensor) -> Packing:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
+    """Copy to the device without making the host wait.
+
+    A plan may have been made, cached or unpickled under ``inference_mode``; autograd could not save such a tensor.
+    """
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        tensor = tensor.clone()
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

@@ -3,16 +3,21 @@
 It has timm's names in the vision tower; in the text tower, q, k and v apart and two tables of positions.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from open_clip.model import CLIP
+from open_clip.transformer import LayerScale
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from betaclip.model.text_tower import FROZEN, unstretched
+from betaclip.layers import QuickGELU
+from betaclip.model.text_tower import FROZEN, STRETCH, stretched, unstretched
 
-_POOL = "text_conditioned_patches_block."
+POOL = "text_conditioned_patches_block."
 # Prefixes of published names and of open_clip's; the first that fits counts.
 _BEGINNINGS = {
     "visual.cls_token": "visual.class_embedding",
@@ -36,13 +41,39 @@ _VISION_BLOCK = re.compile(r"(visual\.transformer\.resblocks\.\d+\.)(.+)")
 _QUERY = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)q_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(transformer\.resblocks\.\d+\.attn\.)in_proj_(weight|bias)")
 # The frozen table, whose first rows are used, and the trained one, whose other rows are.
-_TABLES = ("positional_embedding", "positional_embedding_res")
-_STRETCHED = "clip.parametrizations.positional_embedding."
+TABLES = ("positional_embedding", "positional_embedding_res")
+STRETCHED = "clip.parametrizations.positional_embedding."
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether tensors by name have the published layout."""
-    return "positional_embedding_res" in state and f"{_POOL}logit_scale" in state
+    return "positional_embedding_res" in state or any(name.startswith(POOL) for name in state)
+
+
+def has_input_norms(state: Mapping[str, Tensor]) -> bool:
+    """Whether the pooling block has LayerNorms of its inputs."""
+    return any(name.startswith((f"{POOL}ln_1.", f"{POOL}ln_1_kv.")) for name in state)
+
+
+def not_published_reasons(clip: nn.Module) -> list[str]:
+    """Why the layout cannot express a model with these towers; empty if it can."""
+    if not isinstance(clip, CLIP):
+        return [f"its towers are of type {type(clip).__name__}, not CLIP"]
+    reasons = []
+    if not is_parametrized(clip, "positional_embedding"):
+        length = clip.context_length
+        reasons.append(f"its positions are not stretched: expected context_length {stretched(length)}, got {length}")
+    if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
+        reasons.append("its activation is not QuickGELU, which the layout assumes")
+    if getattr(clip, "logit_bias", None) is not None:
+        reasons.append("it has a bias of the logits (init_logit_bias)")
+    if any(isinstance(m, LayerScale) for m in clip.modules()):
+        reasons.append("it has LayerScale")
+    if isinstance(clip.visual.ln_pre, nn.Identity):
+        reasons.append("its vision tower has no LayerNorm before the blocks")
+    if not isinstance(clip.text_projection, nn.Parameter):
+        reasons.append("its text projection is not a plain matrix")
+    return reasons
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,15 +83,15 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if found := _QUERY.fullmatch(name):
             block, kind = found.groups()
             ours[f"clip.{block}in_proj_{kind}"] = torch.cat([rest.pop(f"{block}{x}_proj.{kind}") for x in "qkv"])
-    frozen, trained = (rest.pop(name) for name in _TABLES)
+    frozen, trained = (rest.pop(name) for name in TABLES)
     ours |= {
-        f"{_STRETCHED}original": trained[FROZEN:],
-        f"{_STRETCHED}0.frozen": frozen,
-        f"{_STRETCHED}0.unused": trained[:FROZEN],
+        f"{STRETCHED}original": trained[FROZEN:],
+        f"{STRETCHED}0.frozen": frozen,
+        f"{STRETCHED}0.unused": trained[:FROZEN],
     }
     for name, value in rest.items():
-        if name.startswith(_POOL):
-            ours["pool." + name.removeprefix(_POOL)] = value
+        if name.startswith(POOL):
+            ours["pool." + name.removeprefix(POOL)] = value
             continue
         name = _renamed(name, _BEGINNINGS)
         if found := _VISION_BLOCK.fullmatch(name):
@@ -74,12 +105,12 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of a BetaCLIP with stretched positions to the published layout."""
     rest = dict(state)
-    original, frozen, unused = (rest.pop(_STRETCHED + name) for name in ("original", "0.frozen", "0.unused"))
-    theirs = dict(zip(_TABLES, (frozen, torch.cat((unused, original))), strict=True))
+    original, frozen, unused = (rest.pop(STRETCHED + name) for name in ("original", "0.frozen", "0.unused"))
+    theirs = dict(zip(TABLES, (frozen, torch.cat((unused, original))), strict=True))
     beginnings, parts = ({ours: published for published, ours in names.items()} for names in (_BEGINNINGS, _PARTS))
     for name, value in rest.items():
         if name.startswith("pool."):
-            theirs[_POOL + name.removeprefix("pool.")] = value
+            theirs[POOL + name.removeprefix("pool.")] = value
             continue
         name = name.removeprefix("clip.")
         if found := _IN_PROJ.fullmatch(name):
@@ -102,33 +133,53 @@ def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, 
         head_width: of the towers' attention heads, which no tensor shows.
 
     Raises:
-        ValueError: a width is not divisible by ``head_width``.
+        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by
+            ``head_width``.
     """
-    vision_width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    grid = round((state["visual.pos_embed"].shape[1] - 1) ** 0.5)
-    vocabulary, text_width = state["token_embedding.weight"].shape
+    vision_width, _, patch, _ = _shape(state, "visual.patch_embed.proj.weight", "(width, 3, patch, patch)")
+    _, rows, _ = _shape(state, "visual.pos_embed", "(1, 1 + patches, width)")
+    vocabulary, text_width = _shape(state, "token_embedding.weight", "(vocabulary, width)")
+    _, embed_dim = _shape(state, "image_projection", "(width, embedding)")
+    length, _ = _shape(state, "positional_embedding", "(tokens, width)")
+    vision_hidden, _ = _shape(state, "visual.blocks.0.mlp.fc1.weight", "(hidden, width)")
+    text_hidden, _ = _shape(state, "transformer.resblocks.0.mlp.c_fc.weight", "(hidden, width)")
+    grid = math.isqrt(rows - 1)
+    if grid < 1 or grid**2 != rows - 1:
+        raise ValueError(f"visual.pos_embed: expected 1 + the square of a number of rows, got {rows}")
+    if length <= FROZEN or stretched(unstretched(length)) != length:
+        raise ValueError(f"positional_embedding: expected {FROZEN} rows and a multiple of {STRETCH}, got {length}")
     for tower, width in (("vision", vision_width), ("text", text_width)):
-        if width % head_width:
+        if head_width < 1 or width % head_width:
             raise ValueError(f"head_width: expected a divisor of the {tower} tower's width {width}, got {head_width}")
     return {
-        "embed_dim": state["image_projection"].shape[1],
+        "embed_dim": embed_dim,
         "vision_cfg": {
             "image_size": grid * patch,
             "patch_size": patch,
             "width": vision_width,
             "layers": _layers(state, "visual.blocks."),
             "head_width": head_width,
-            "mlp_ratio": state["visual.blocks.0.mlp.fc1.weight"].shape[0] / vision_width,
+            "mlp_ratio": vision_hidden / vision_width,
         },
         "text_cfg": {
-            "context_length": unstretched(len(state["positional_embedding"])),
+            "context_length": unstretched(length),
             "vocab_size": vocabulary,
             "width": text_width,
             "heads": text_width // head_width,
             "layers": _layers(state, "transformer.resblocks."),
-            "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / text_width,
+            "mlp_ratio": text_hidden / text_width,
         },
     }
+
+
+def _shape(state: Mapping[str, Tensor], name: str, form: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is checked to have as many dimensions as ``form`` and no empty one."""
+    if name not in state:
+        raise ValueError(f"{name}: expected {form}, but it is missing")
+    shape = tuple(state[name].shape)
+    if len(shape) != form.count(",") + 1 or 0 in shape:
+        raise ValueError(f"{name}: expected {form}, got shape {shape}")
+    return shape
 
 
 def _layers(state: Mapping[str, Tensor], blocks: str) -> int:

@@ -14,7 +14,8 @@ from betaclip.model.packing import Packing, pack
 class RaggedTexts:
     """N texts of B images, with any number of texts per image and of tokens per text.
 
-    All tensors stay on the CPU, where the text tower plans its work; it copies what it needs to the device.
+    All tensors stay on the CPU, whatever the default device is: there the text tower plans its work, and it copies what
+    it needs to the device. Texts that were first used under ``inference_mode`` can be trained on afterwards.
 
     Args:
         tokens: (T,) int64, text after text, each from its start token to its end token inclusive.
@@ -40,13 +41,13 @@ class RaggedTexts:
     @classmethod
     def of(cls, texts: Iterable[Sequence[Sequence[int] | Tensor]]) -> "RaggedTexts":
         """Make them from the token sequences of each image's texts."""
-        per_image = [[torch.as_tensor(t, dtype=torch.int64) for t in image] for image in texts]
+        per_image = [[torch.as_tensor(t, dtype=torch.int64, device="cpu") for t in image] for image in texts]
         flat = [t for image in per_image for t in image]
-        counts = torch.tensor([len(image) for image in per_image], dtype=torch.int64)
+        counts = torch.tensor([len(image) for image in per_image], dtype=torch.int64, device="cpu")
         return cls(
-            torch.cat(flat) if flat else torch.empty(0, dtype=torch.int64),
-            torch.tensor([len(t) for t in flat], dtype=torch.int64),
-            torch.arange(len(per_image)).repeat_interleave(counts),
+            torch.cat(flat) if flat else torch.empty(0, dtype=torch.int64, device="cpu"),
+            torch.tensor([len(t) for t in flat], dtype=torch.int64, device="cpu"),
+            torch.arange(len(per_image), device="cpu").repeat_interleave(counts),
             len(per_image),
         )
 
@@ -93,7 +94,7 @@ class RaggedTexts:
             (B, K) index of the text in each slot, 0 in empty slots; (B, K) bool, True where there is a text.
         """
         counts = self.counts
-        place = torch.arange(self.max_texts_per_image if texts_per_image is None else texts_per_image)
+        place = torch.arange(self.max_texts_per_image if texts_per_image is None else texts_per_image, device="cpu")
         valid = place < counts[:, None]
         return torch.where(valid, (counts.cumsum(0) - counts)[:, None] + place, 0), valid
 

@@ -76,6 +76,8 @@ class RunConfig:
     """Folder that holds the runs' folders."""
     resume: bool = False
     """Continue from the latest checkpoint in the run's folder; start if there is none."""
+    continue_from: Path | None = None
+    """Start from a checkpoint of the released training code: its weights, its optimisers' state and its epoch."""
     steps: int | None = None
     """Number of updates, in place of epochs."""
     epochs: int = 1
@@ -142,6 +144,9 @@ def check(config: TrainingConfig, ranks: int) -> None:
         raise ConfigError(f"run.workers: expected at least 0, got {run.workers}")
     if run.resume and run.name is None:
         raise ConfigError("run.resume: expected run.name with it, the name of the run to resume")
+    if run.continue_from is not None and config.model.pretrained is not None:
+        raise ConfigError(f"run.continue_from: brings its own weights; expected no model.pretrained with it, "
+                          f"got {config.model.pretrained}")  # fmt: skip
     if run.parallel == "fsdp" and run.precision == "fp16":
         raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
 

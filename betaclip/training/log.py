@@ -25,7 +25,7 @@ class MetricsBuffer:
 
     def __init__(self, columns: list[str], must_be_finite: list[str]) -> None:
         self.columns = columns
-        self._checked = torch.tensor([name in must_be_finite for name in columns])
+        self._checked = torch.tensor([name in must_be_finite for name in columns], device="cpu")
         self.rows: list[Tensor] = []
         self.clear()
 
@@ -48,7 +48,7 @@ class MetricsBuffer:
 
     def read(self) -> tuple[Tensor, list[int]]:
         """(n, columns) on the CPU, and the indices of those of the n steps where a value must be finite and is not."""
-        table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns))
+        table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns), device="cpu")
         return table, (~table[:, self._checked].isfinite().all(1)).nonzero().flatten().tolist()
 
     def stop_if_not_finite(self, step: int, rank: int, folder: Path) -> None:

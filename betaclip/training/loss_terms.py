@@ -43,17 +43,22 @@ class GlobalLoss:
 
 
 class BetaCALTerm:
-    """β-CAL between text-conditioned images and all texts."""
+    """β-CAL between text-conditioned images and all texts, the sigmoid form with the model's bias if it has one."""
 
-    needs = frozenset({"pooled_embeds", "text_embeds", "mask", "pool_logit_scale"})
     captions_only = False
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
         gather = several_ranks and _GATHER[config.gather]
+        outputs = {"pooled_embeds", "text_embeds", "mask", "pool_logit_scale"}
+        # In the softmax form a bias cancels.
+        self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
         self.loss = BetaCALLoss(config.form, config.beta, config.alpha, backend=config.backend, gather=gather)
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self.loss(out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"], mask=out["mask"])
+        loss: Tensor = self.loss(
+            out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"],
+            mask=out["mask"], logit_bias=out.get("logit_bias"),
+        )  # fmt: skip
         return loss
 
 

@@ -51,6 +51,6 @@ class Objective(nn.Module):
 
 def captions(texts: RaggedTexts) -> RaggedTexts:
     """The first text of each image."""
-    first = texts.image_index.diff(prepend=torch.tensor([-1])) > 0
+    first = texts.image_index.diff(prepend=texts.image_index.new_tensor([-1])) > 0
     tokens = texts.tokens[first.repeat_interleave(texts.lengths)]
     return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.num_images)

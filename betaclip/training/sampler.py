@@ -41,11 +41,12 @@ class BatchSampler(Sampler[list[Draw]]):
         return min(self.batch_size, self.length - begin)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, order = -1, torch.empty(0)
+        epoch, order = -1, torch.empty(0, device="cpu")
         for step in range(self.first, self.last):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+                generator = torch.Generator("cpu").manual_seed(mix(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator, device="cpu")
             begin = step % self.steps_per_epoch * self.batch_size
             size = self.images(step)
             share = order[begin + size * self.rank // self.ranks : begin + size * (self.rank + 1) // self.ranks]

@@ -28,6 +28,8 @@ def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
         model.pool.requires_grad_(False)
     if not objective.needs("logit_scale"):
         model.logit_scale.requires_grad_(False)
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(objective.needs("logit_bias"))
 
 
 class TrainStep:

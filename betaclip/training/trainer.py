@@ -19,6 +19,7 @@ from betaclip.data.batches import BadData, Batch
 from betaclip.errors import ConfigError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
+from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.training import parallel
 from betaclip.training.config import TrainingConfig, check_schedules
@@ -67,7 +68,9 @@ class Trainer:
         self.folder = config.run.folder / config.run.name
         content = self._checkpoint()
         torch.manual_seed(config.run.seed)
-        self.model = _create_model(config.model, content).to(device)
+        released = config.run.continue_from
+        weights = config.model if released is None else replace(config.model, pretrained=str(released))
+        self.model = _create_model(weights, content).to(device)
         # Save the config as resolved from the weights, not as given.
         self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
         objective = Objective(config.loss, several_ranks=process_group.size > 1)
@@ -86,6 +89,8 @@ class Trainer:
         torch.manual_seed(mix(config.run.seed, process_group.rank))
         if content is not None:
             self._restore(content)
+        elif released is not None:
+            self._continue_from(released)
 
     def train(self) -> None:
         """Train to the last step."""
@@ -171,6 +176,20 @@ class Trainer:
         self.metrics.paths = [[] for _ in self.metrics.rows]
         if self.process_group.rank < len(content["random"]):
             checkpoints.set_random_states(content["random"][self.process_group.rank])
+
+    def _continue_from(self, path: Path) -> None:
+        """Go on after the last epoch of a checkpoint of the released training code, whose weights are loaded."""
+        try:
+            state = read_training_state(path)
+            checkpoints.set_moments(self.model, self.optimizer, state.moments)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run.continue_from: {error}") from error
+        self.step = state.epochs * self.data.steps_per_epoch
+        if self.step >= self.steps:
+            raise ConfigError(
+                f"run.continue_from: {path} is after epoch {state.epochs}, update {self.step} of these data; "
+                f"expected a longer run, got {self.steps} updates"
+            )
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; prints the settings."""

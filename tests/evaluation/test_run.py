@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support import colours
+from support.published import released_checkpoint
 from support.tiny import TOKENIZER_MODEL
 
 from betaclip import checkpoint as checkpoints
@@ -15,6 +18,7 @@ from betaclip.evaluation.run import EvaluateConfig, evaluate
 from betaclip.evaluation.tasks.scenes import evaluate_scenes
 from betaclip.model.beta_clip import ModelConfig, create_model
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.published import save_published
 
 COLOURS = ("red", "green", "blue")
 
@@ -23,7 +27,7 @@ COLOURS = ("red", "green", "blue")
 def known(monkeypatch):
     """Load the colour model, whatever the checkpoint."""
     model = colours.ColourModel()
-    monkeypatch.setattr(run, "load_checkpoint", lambda path, device: model.to(device))
+    monkeypatch.setattr(run, "load_checkpoint", lambda path, device, **heads: model.to(device))
     return model
 
 
@@ -172,3 +176,19 @@ def test_checkpoint(tmp_path, capsys):
     truth = evaluate_scenes(model, Tokenizer(), seed=3, count=5, batch_size=64, conditioned=False)
     assert results == {"scenes": truth}
     assert "Choices, % right" in capsys.readouterr().out
+
+
+def test_files_of_the_released_code(tmp_path, capsys):
+    """The width of heads, which the file does not have, is a setting, and the message without it names it."""
+    model = create_model(ModelConfig(context_length=248, quick_gelu=True))
+    save_published(model, tmp_path / "x.safetensors")
+    path = tmp_path / "checkpoint_10.pt"
+    torch.save(released_checkpoint(load_file(tmp_path / "x.safetensors")), path)
+    options = ["--scenes", "2", "--no-conditioned", "--device", "cpu"]
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", str(path), "--head-width", "48", *options])
+    assert exited.value.code == 2 and "head_width: expected a divisor" in capsys.readouterr().err
+    main(["evaluate", str(path), "--head-width", "32", "--output", str(tmp_path / "x.json"), *options])
+    found = json.loads((tmp_path / "x.json").read_text())["scenes"]
+    expected = evaluate_scenes(model, Tokenizer(248), seed=0, count=2, conditioned=False)
+    assert {name: pytest.approx(value) for name, value in expected.items()} == found

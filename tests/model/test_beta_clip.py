@@ -2,8 +2,9 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import open_clip
 import pytest
@@ -134,6 +135,48 @@ def test_autocast(texts):
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in beta_clip.parameters())
 
 
+def trained(beta_clip: BetaCLIP, texts: RaggedTexts) -> dict[str, Tensor]:
+    beta_clip.zero_grad()
+    out = beta_clip(pictures(), texts)
+    (out["pooled_embeds"].square().sum() + beta_clip.encode_text(texts).square().sum()).backward()
+    return {name: p.grad.clone() for name, p in beta_clip.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("first", ["used", "made", "unpickled", "cut"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_train_on_texts_after_inference_mode(texts, first, checkpointing):
+    """As a validation before the training does it: what the texts keep must serve a backward later."""
+    beta_clip = model(gradient_checkpointing=checkpointing)
+    expected = trained(beta_clip, texts)
+    with torch.inference_mode():
+        match first:
+            case "used":
+                again = RaggedTexts(*(getattr(texts, f.name) for f in fields(texts)))
+            case "made":
+                again = RaggedTexts.of(hierarchy(0, IMAGES))
+            case "unpickled":
+                again = pickle.loads(pickle.dumps(texts))
+            case "cut":
+                again = RaggedTexts.of(hierarchy(0, IMAGES)).of_images(0, IMAGES)
+        beta_clip(pictures(), again)
+    torch.testing.assert_close(trained(beta_clip, again), expected, rtol=0, atol=0)
+
+
+def test_any_default_device():
+    """Models are made on the CPU, and work there, whatever the default device is."""
+    images, tokens = pictures(), hierarchy(0, IMAGES)
+    torch.manual_seed(0)
+    expected = model()(images, RaggedTexts.of(tokens))
+    torch.manual_seed(0)
+    torch.set_default_device("meta")
+    try:
+        out = model()(images, RaggedTexts.of(tokens))
+    finally:
+        torch.set_default_device(None)
+    assert out.keys() == expected.keys()
+    assert all(torch.equal(out[name], expected[name]) for name in out)
+
+
 def test_clamp_scales():
     beta_clip = model()
     for value, expected in ((-1.0, 1.0), (9.0, 100.0), (2.0, 7.38905609893065)):
@@ -223,6 +266,74 @@ def test_open_clips_files(tmp_path, stretch):
     assert torch.equal(positions[20::4] if stretch else positions[20:], clip.positional_embedding[20:])
 
 
+@pytest.mark.parametrize("wrappers", ["_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "visual."])
+def test_open_clips_files_of_wrapped_models(tmp_path, wrappers):
+    clip = clip_model(vision={"layers": 2}, text={"layers": 2})
+    if wrappers == "visual.":  # compiled by itself
+        state = {name.replace("visual.", "visual._orig_mod."): t for name, t in clip.state_dict().items()}
+    else:
+        state = {wrappers + name: t for name, t in clip.state_dict().items()}
+    torch.save(state, tmp_path / "x.pt")
+    beta_clip = create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    for name, value in clip.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value), name
+
+
+def test_files_of_openais_tensors(tmp_path):
+    """The tensors of OpenAI's archives are half precision and come with three sizes; QuickGELU follows from them."""
+    clip = clip_model(quick_gelu=True, vision={"layers": 2}, text={"layers": 2})
+    sizes = {name: torch.tensor(24) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save({name: t.half() for name, t in clip.state_dict().items()} | sizes, tmp_path / "x.pt")
+    beta_clip = create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    assert beta_clip.config.quick_gelu
+    assert isinstance(beta_clip.clip.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    for name, value in clip.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value.half().float()), name
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_open_clips_files_of_other_sizes(tmp_path, custom_text):
+    """Positions are interpolated as open_clip does, from files with either kind of names."""
+    towers = {"vision": {"layers": 2, "image_size": 32}, "text": {"layers": 2, "context_length": 50}}
+    torch.save(clip_model(**towers).state_dict(), tmp_path / "x.pt")
+    name = json.dumps(json.loads(TINY) | {"custom_text": custom_text})
+    beta_clip = create_model(ModelConfig(name=name, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+    other = clip_model(open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP,
+                       vision={"layers": 2}, text={"layers": 2})  # fmt: skip
+    open_clip.load_checkpoint(other, str(tmp_path / "x.pt"))
+    for name, value in other.state_dict().items():
+        assert torch.equal(beta_clip.clip.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: {n: t for n, t in s.items() if n != "visual.proj"}, "it lacks visual.proj$"),
+        (lambda s: s | {"head.weight": torch.ones(2), "head.bias": torch.ones(2)}, "also has head.weight and 1 more$"),
+        (lambda s: s | {"visual.proj": torch.ones(48, 12)}, r"visual.proj: expected shape \(40, 12\), got \(48, 12\)$"),
+        (
+            lambda s: s | {"visual.positional_embedding": torch.ones(12, 40)},
+            r"visual.positional_embedding: expected shape \(10, 40\), got \(12, 40\)$",
+        ),
+        (
+            lambda s: s | {"positional_embedding": torch.tensor(1.0)},
+            r"positional_embedding: expected shape \(77, 24\), got \(\)$",
+        ),
+        (
+            lambda s: {"vision_model.x": torch.ones(2), "text_model.x": torch.ones(2)},
+            "it lacks positional_embedding and .* more, and it also has vision_model.x and 1 more. "
+            "The names are those of transformers; open_clip's are expected$",
+        ),
+    ],
+    ids=["missing", "extra", "width", "grid", "0-d", "transformers"],
+)
+def test_files_of_other_models(tmp_path, change, message):
+    state = clip_model(vision={"layers": 2}, text={"layers": 2}).state_dict()
+    torch.save(change(state), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"^pretrained: .*x\.pt does not fit model.name .*: .*{message}"):
+        create_model(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt"), pool_heads=4))
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_our_files(tmp_path, suffix):
     beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, context_length=248))
@@ -284,13 +395,19 @@ def gradients(call: nn.Module, of: BetaCLIP, texts: RaggedTexts) -> dict[str, Te
     scaled = (out[name].square().sum() for name in ("pooled_embeds", "image_embeds", "text_embeds"))
     (sum(scaled) * out["logit_scale"] * out["pool_logit_scale"]).backward()
     whole = {name: p.grad for name, p in of.named_parameters()}
+    whole = {name: g for name, g in whole.items() if of.get_parameter(name).requires_grad}
     return {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in whole.items()}
 
 
 @pytest.mark.parametrize("stretch", [False, True])
-def test_data_parallel(one_rank, texts, stretch):
-    """Every parameter gets a gradient in every step, or the second step would raise."""
-    beta_clip = model(context_length=248 if stretch else 77)
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_data_parallel(one_rank, texts, stretch, bias):
+    """Every parameter that requires a gradient gets one in every step, or the second step would raise."""
+    name = json.dumps(json.loads(TINY) | {"init_logit_bias": bias})
+    config = ModelConfig(name=name, pool_heads=4, context_length=248 if stretch else 77)
+    beta_clip = create_model(config).double()
+    out = beta_clip(pictures(), texts)
+    assert (bias is None and "logit_bias" not in out) or out["logit_bias"].item() == bias
     expected = gradients(beta_clip, beta_clip, texts)
     wrapped = DistributedDataParallel(beta_clip)
     for _ in range(2):

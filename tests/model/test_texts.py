@@ -1,9 +1,12 @@
 """Ragged texts: construction, slots, parts, and what is rejected."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from betaclip.model.texts import RaggedTexts
+from betaclip.training.objective import captions
 
 TEXTS = [[[1, 5, 9], [1, 9]], [], [[1, 6, 7, 9]]]
 
@@ -36,6 +39,26 @@ def test_nothing():
     texts = RaggedTexts.of([])
     assert (texts.num_images, texts.max_texts_per_image, len(texts.tokens)) == (0, 0, 0)
     assert texts.slots()[1].shape == (0, 0)
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_any_default_device(default_device):
+    """All planning stays on the CPU; on the meta device nothing could be read."""
+    test_of_lists()
+    test_slots()
+    test_of_images(1, 3)
+    test_nothing()
+    texts = RaggedTexts.of(TEXTS)
+    assert texts.packing.lengths.tolist() == [2, 3, 4]
+    for rows in (texts.packing.padded_rows, texts.packing.flat_rows):
+        assert rows.node.device.type == "cpu"
+    assert captions(texts).tokens.tolist() == [1, 5, 9, 1, 6, 7, 9]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
 from open_clip.model import CLIP
@@ -27,11 +28,12 @@ IMAGE_SIZE = 16
 WORDS = 50
 
 
-def tiny_model(seed: int = 0) -> BetaCLIP:
+def tiny_model(seed: int = 0, **options: Any) -> BetaCLIP:
+    """options: of open_clip's model."""
     torch.manual_seed(seed)
     vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
     text = {"context_length": 16, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2}
-    return BetaCLIP(CLIP(8, vision, text), ModelConfig(pool_heads=2))
+    return BetaCLIP(CLIP(8, vision, text, **options), ModelConfig(pool_heads=2))
 
 
 def tiny_batch(images: int, seed: int = 0) -> Batch:

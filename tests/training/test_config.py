@@ -1,9 +1,11 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from betaclip.errors import ConfigError
-from betaclip.training.config import GroupConfig, OptimizerConfig, TrainingConfig, check, check_schedules
+from betaclip.model.beta_clip import ModelConfig
+from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig, check, check_schedules
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,12 @@ def test_check(change, message):
     check(config, ranks=4)
     with pytest.raises(ConfigError, match=message):
         check(replace(config, run=replace(config.run, **change)), ranks=4)
+
+
+def test_weights_from_two_files():
+    config = TrainingConfig(model=ModelConfig(pretrained="x.pt"), run=RunConfig(continue_from=Path("y.pt")))
+    with pytest.raises(ConfigError, match=r"run.continue_from: .* expected no model.pretrained with it, got x.pt"):
+        check(config, ranks=1)
 
 
 def test_check_schedules():

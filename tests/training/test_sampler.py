@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from betaclip.training.sampler import BatchSampler, mix
 
@@ -52,3 +53,12 @@ def test_images():
 def test_rejects():
     with pytest.raises(ValueError, match="length, batch_size: expected at least 1, got 0 and 4"):
         BatchSampler(0, 4, 0, 0, 1)
+
+
+def test_any_default_device():
+    expected = drawn(0, 6)
+    torch.set_default_device("meta")
+    try:
+        assert drawn(0, 6) == expected
+    finally:
+        torch.set_default_device(None)

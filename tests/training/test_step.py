@@ -8,6 +8,7 @@ from support.steps import OPTIMIZER, assert_same, config, create_step, double, p
 from support.tiny import tiny_batch, tiny_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from betaclip import BetaCALLoss
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
@@ -15,7 +16,7 @@ from betaclip.training import parallel
 from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep
+from betaclip.training.step import TrainStep, freeze_unused
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -74,6 +75,32 @@ def test_beta_cal_alone():
     assert "global_loss" not in train_step.columns and model.logit_scale.item() == before
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_bias_of_the_sigmoid_form(micro_batch_size):
+    """It is added to β-CAL's logits and trained."""
+    batch, model = tiny_batch(5), tiny_model(init_logit_bias=-2.0)
+    loss = LossConfig("bce")
+    with torch.no_grad():
+        out = model(batch.images, batch.texts)
+        embeds = out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"]
+        truth = BetaCALLoss("bce")(*embeds, mask=out["mask"], logit_bias=-2.0).item()
+        assert abs(truth - BetaCALLoss("bce")(*embeds, mask=out["mask"]).item()) > 0.01
+    train_step = create_step(model, replace(config(micro_batch_size=micro_batch_size), loss=loss))
+    row = dict(zip(train_step.columns, train_step(batch, 0, 5).tolist(), strict=True))
+    assert row["beta_cal_loss"] == pytest.approx(truth, rel=1e-5)
+    assert model.logit_bias is not None and model.logit_bias.item() != -2.0
+
+
+@pytest.mark.parametrize("loss", [LossConfig("ce"), LossConfig("bce", beta_cal_weight=0.0)], ids=["ce", "global"])
+def test_bias_that_no_loss_needs(loss):
+    """It is frozen, and changes nothing."""
+    batch, model = tiny_batch(5), tiny_model(init_logit_bias=-2.0)
+    train_step = create_step(model, replace(config(), loss=loss))
+    row = train_step(batch, 0, 5)
+    assert model.logit_bias is not None and model.logit_bias.item() == -2.0
+    assert torch.equal(row, create_step(tiny_model(), replace(config(), loss=loss))(batch, 0, 5))
+
+
 def test_scales_are_clamped():
     model = tiny_model()
     train_step = create_step(model, replace(config(), optimizer=replace(OPTIMIZER, backbone=GroupConfig(9.0, 9.0))))
@@ -118,11 +145,9 @@ def test_precision(precision):
 
 
 def create_step_of_rank(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
-    group = ProcessGroup.of()
-    wrapped, objective = (
-        parallel.wrap(model, settings.run.parallel, group),
-        Objective(settings.loss, several_ranks=True),
-    )
+    group, objective = ProcessGroup.of(), Objective(settings.loss, several_ranks=True)
+    freeze_unused(model, objective)
+    wrapped = parallel.wrap(model, settings.run.parallel, group)
     return TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
 
 
@@ -141,20 +166,29 @@ def rank_equals_one_process(how: str, case: str) -> None:
         whole = whole.of_images(0, 3)
         if group.rank == 1:
             part = Batch(torch.empty(0, 3, 0, 0, dtype=torch.float64), whole.texts.of_images(0, 0), [], [])
-    model, settings = tiny_model().double(), config(parallel=how, micro_batch_size=2 if case == "cached" else None)
+    options = {"init_logit_bias": -2.0} if "bias" in case else {}
+    loss = LossConfig("bce" if case == "bias in bce" else "ce")
+    model = tiny_model(**options).double()
+    settings = replace(config(parallel=how, micro_batch_size=2 if case == "cached" else None), loss=loss)
     train_step = create_step_of_rank(model, settings)
     rows = [train_step(part, step, 7) for step in range(2)]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if group.is_first:
-        one = tiny_model().double()
-        alone = create_step(one, config())
+        one = tiny_model(**options).double()
+        alone = create_step(one, replace(config(), loss=loss))
         truth = [alone(whole, step, 7) for step in range(2)]
         assert_same(state, one.state_dict(), 1e-11)
         torch.testing.assert_close(torch.stack(rows), torch.stack(truth), atol=2e-6, rtol=0)
 
 
 @needs_gloo
-@pytest.mark.parametrize("how, cases", [("ddp", ["whole", "cached", "empty"]), ("fsdp", ["cached", "empty"])])
+@pytest.mark.parametrize(
+    "how, cases",
+    [
+        ("ddp", ["whole", "cached", "empty", "bias in bce", "bias in ce"]),
+        ("fsdp", ["cached", "empty", "bias in bce"]),
+    ],
+)
 def test_ranks_equal_one_process(tmp_path, how, cases):
     processes(2, ranks_equal_one_process, tmp_path, how, cases)
 

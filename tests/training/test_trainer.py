@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.published import released_checkpoint
 from support.ranks import needs_gloo, processes
 from support.runs import CPU, STEPS, at_step, config, put_tiny, train
 from support.steps import assert_same
@@ -24,6 +26,7 @@ from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError, NonFiniteError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
+from betaclip.published import read_training_state, save_published
 from betaclip.training import trainer as loop
 from betaclip.training.config import TrainingConfig
 from betaclip.training.log import read_metrics
@@ -274,3 +277,48 @@ def test_stopped_run_goes_on_with_another_wrapper(tmp_path, monkeypatch, how, ot
     assert len(content["random"]) == 2
     ours, of_one = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / how, whole))
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in of_one], rel=1e-3)
+
+
+def released(folder: Path) -> tuple[ModelConfig, BetaCLIP, Path]:
+    """A checkpoint of the released training code after 5 epochs, and its model."""
+    towers = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1},
+    }
+    settings = ModelConfig(json.dumps(towers), context_length=248, pool_heads=1)
+    model = create_model(replace(settings, quick_gelu=True))
+    save_published(model, folder / "x.safetensors")
+    torch.save(released_checkpoint(load_file(folder / "x.safetensors")), folder / "checkpoint_5.pt")
+    return settings, model, folder / "checkpoint_5.pt"
+
+
+def test_continue_from_the_released_code(tmp_path, monkeypatch):
+    """Weights, moments and epoch are those of the file; a run that is resumed does not start from it again."""
+    monkeypatch.setattr(loop, "create_model", create_model)
+    model, truth, path = released(tmp_path)
+    settings = replace(config(tmp_path, steps=None, epochs=6, continue_from=path), model=model)
+    run = Trainer(settings, SINGLE_PROCESS, CPU)
+    assert_same_model(run.model, truth)
+    assert run.step == 5 * run.data.steps_per_epoch == 20
+    moments = read_training_state(path).moments
+    for name, parameter in run.model.named_parameters():
+        for kind, value in moments[name].items():
+            torch.testing.assert_close(run.optimizer.state[parameter][kind], value)
+    run.train()
+    assert len(measured(run)) == 4 and run.step == 24
+    path.unlink()
+    resumed = Trainer(replace(settings, run=replace(settings.run, resume=True, epochs=7)), SINGLE_PROCESS, CPU)
+    assert resumed.step == 24
+    assert_same_model(resumed.model, run.model)
+
+
+def test_continue_from_rejects(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "create_model", create_model)
+    model, _, path = released(tmp_path)
+    settings = replace(config(tmp_path, steps=20, continue_from=path), model=model)
+    with pytest.raises(ConfigError, match=r"run.continue_from: .*after epoch 5, update 20 .* got 20 updates"):
+        Trainer(settings, SINGLE_PROCESS, CPU)
+    only_weights = replace(settings.run, continue_from=tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=r"run.continue_from: .*x.safetensors: epoch: expected"):
+        Trainer(replace(settings, run=only_weights), SINGLE_PROCESS, CPU)

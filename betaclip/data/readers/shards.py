@@ -96,7 +96,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
         self.seed, self.shuffle, self.epoch_samples = seed, shuffle, epoch_samples
         self.rank, self.ranks = rank, ranks
         # The epoch, and how many batches of which size this rank has had of it; shared with persistent workers.
-        self.position = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self.position = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int, batches: int = 0, batch_size: int = 0) -> None:
         """Start an epoch at the next iteration; with ``batches``, continue after that many batches of ``batch_size``.
@@ -104,7 +104,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
         Their samples are read again, but not decoded. The rest is the same as without the interruption if the numbers
         of ranks and workers and the batch size are, and if no worker had come to its end.
         """
-        self.position.copy_(torch.tensor((epoch, batches, batch_size)))
+        self.position.copy_(self.position.new_tensor((epoch, batches, batch_size)))
 
     def batches_per_epoch(self, batch_size: int, workers: int) -> int:
         """How many whole batches a rank has in an epoch of ``epoch_samples``."""

@@ -148,7 +148,7 @@ def retrieval(
         text_embeds = encode_texts(model, tokenizer, [text for _, texts in mine for text in texts], batch_size)
         text_embeds = process_group.gather_rows(text_embeds)
         image_embeds = text_embeds.new_empty(len(mine), model.embed_dim)
-        matrix = torch.empty(len(mine) if conditioned else 0, len(text_embeds))  # on the CPU
+        matrix = torch.empty(len(mine) if conditioned else 0, len(text_embeds), device="cpu")
         found = read_pictures((picture for picture, _ in mine), transform, 2 * batch_size)
         for batch in batches(found, batch_size):
             images = [picture[0] for picture in batch if picture is not None]
