@@ -171,7 +171,7 @@ def test_a_file_that_is_removed_or_cut_later(tmp_path, name):
         source[1]
     source.path.unlink()
     for gone in range(2):
-        with pytest.raises(BadRowError, match="FileNotFoundError: .*a.json"):
+        with pytest.raises(BadRowError, match=r"FileNotFoundError: .*a\.json"):
             source[gone]
 
 
