@@ -82,7 +82,7 @@ class Evaluator:
         return not (self.scenes or self.sets.retrieval or self.sets.choices)
 
     def log_unusable(self) -> None:
-        """Log the samples that cannot be used, and FG-OVD's files that are not there."""
+        """Log the samples that cannot be used, and FG-OVD's difficulties that are not there."""
         for bad in self.sets.unusable:
             log_unusable(bad)
         for difficulty in fg_ovd.DIFFICULTIES:
@@ -115,11 +115,11 @@ class Evaluator:
         return results
 
     def _choices(self, model: BetaCLIP, tokenizer: Tokenizer, options: Any) -> dict[str, float]:
-        questions = [(difficulty, choice) for difficulty, found in self.sets.choices.items() for choice in found]
+        questions = [(subset, choice) for subset, found in self.sets.choices.items() for choice in found]
         try:
             values = choice_accuracy(model, tokenizer, questions, **options)
         except NoPicturesError as error:
             raise ConfigError(f"fg_ovd: {error}") from error
-        for difficulty, found in self.sets.choices.items():
-            values[f"{difficulty}_left_out"] += len(found.bad)
+        for subset, found in self.sets.choices.items():
+            values[f"{subset}_left_out"] += len(found.bad)
         return {f"choices/{name}": value for name, value in values.items()}
