@@ -6,7 +6,7 @@ the training loop gives them to its :class:`BadData`, which reports them and sto
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,23 +97,31 @@ class BadDataError(RuntimeError):
 class BadData:
     """Logs each unreadable path once, with its reason, and stops the run when there are too many.
 
-    limit: the number of different paths that may be bad. ``reasons`` maps the bad paths so far to their reasons.
+    limit: the number of different paths that may be bad. in_a_row: how many samples in a row may be bad, whatever their
+    paths: a few shards that disappeared would otherwise never be too many. ``reasons`` maps the bad paths so far to their
+    reasons.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, in_a_row: int = 1000) -> None:
+        self.limit, self.in_a_row = limit, in_a_row
         self.reasons: dict[str, str] = {}
+        self._in_a_row = 0
 
-    def add(self, bad: Iterable[Bad]) -> None:
+    def add(self, bad: Sequence[Bad], good: int = 0) -> None:
         """Log the new paths and count them.
 
+        good: how many samples of the same batch could be read.
+
         Raises:
-            BadDataError: more than ``limit`` paths are bad; the message lists the first of them.
+            BadDataError: too many are bad; the message lists the first of them.
         """
+        self._in_a_row = 0 if good else self._in_a_row + len(bad)
         for one in bad:
             if one.path not in self.reasons:
                 self.reasons[one.path] = one.reason
                 _log.warning("skipped %s: %s", one.path, one.reason)
+        first = "".join(f"\n  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
         if len(self.reasons) > self.limit:
-            first = "".join(f"\n  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
             raise BadDataError(f"{len(self.reasons)} could not be read, but bad_limit is {self.limit}:{first}")
+        if self._in_a_row > self.in_a_row:
+            raise BadDataError(f"{self._in_a_row} samples in a row could not be read:{first}")

@@ -11,7 +11,7 @@ from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.hierarchy import hierarchy
 from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
 from betaclip.data.phrases.extraction import ExtractorName
-from betaclip.data.phrases.spans import Phrase
+from betaclip.data.phrases.spans import Phrase, PhraseStyle
 from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
 from betaclip.model.tokenizer import Tokenizer
 
@@ -24,6 +24,7 @@ class ExampleMaker:
         sentences: how many of them an example has at most; with more, they are sampled.
         max_phrases: how many phrases an example has at most.
         max_phrase_tokens: longer phrases are left out; start and end tokens do not count.
+        phrase_style: that of ``phrases``; it decides which of them come first.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class ExampleMaker:
         sentences: int = 5,
         max_phrases: int = 30,
         max_phrase_tokens: int = 30,
+        phrase_style: PhraseStyle = "longest",
     ) -> None:
         self.transform = TrainingTransform(image_size)
         self.tokenizer = Tokenizer(context_length)
         self.phrases = phrases
         self.sentences, self.max_phrases, self.max_phrase_tokens = sentences, max_phrases, max_phrase_tokens
+        self.phrase_style: PhraseStyle = phrase_style
 
     def __call__(self, source: Path | IO[bytes], path: str, caption: str, seed: int) -> Example | Bad:
         """The example of the picture in ``source``, or a Bad if it is broken or its caption has no words or no phrases.
@@ -54,6 +57,7 @@ class ExampleMaker:
                 sentences=self.sentences,
                 max_phrases=self.max_phrases,
                 fits=lambda phrase: len(self.tokenizer(phrase)) - 2 <= self.max_phrase_tokens,
+                phrase_style=self.phrase_style,
             )
         except UnknownSentenceError as error:
             return Bad(path, f"{error}: the file was prepared from other captions; run betaclip prepare on these")
@@ -77,6 +81,8 @@ class CaptionOptions(DatasetOptions):
     """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
     phrase_extractor: ExtractorName = "spacy"
     """sharegpt4v, shards: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
+    phrase_style: PhraseStyle = "longest"
+    """sharegpt4v, shards: the longest of overlapping phrases, or those that the published code finds with spaCy."""
     sentences: int = at_least(1, 5)
     """sharegpt4v, shards: sentences sampled from a caption."""
     max_phrases: int = at_least(0, 30)
@@ -88,8 +94,9 @@ class CaptionOptions(DatasetOptions):
         return ExampleMaker(
             image_size,
             context_length,
-            open_phrases(self.phrases, self.phrase_extractor),
+            open_phrases(self.phrases, self.phrase_extractor, self.phrase_style),
             sentences=self.sentences,
             max_phrases=self.max_phrases,
             max_phrase_tokens=self.max_phrase_tokens,
+            phrase_style=self.phrase_style,
         )

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE
-from betaclip.data.phrases.spans import NOUN, Phrase
+from betaclip.data.phrases.spans import NOUN, SPATIAL, Phrase, PhraseStyle
 from betaclip.data.sentences import clean, join_sentences, split_sentences
 
 
@@ -16,6 +16,7 @@ def hierarchy(
     sentences: int = 5,
     max_phrases: int = 30,
     fits: Callable[[str], bool] = lambda phrase: True,
+    phrase_style: PhraseStyle = "longest",
 ) -> tuple[list[str], list[int]]:
     """The texts of a caption and their levels, CAPTION, SENTENCE or PHRASE.
 
@@ -28,6 +29,7 @@ def hierarchy(
         sentences: how many to sample.
         max_phrases: how many phrases to keep at most.
         fits: whether a phrase is short enough.
+        phrase_style: which phrases count as equal, and which come first.
 
     Returns:
         At most 1 + sentences + max_phrases texts, and none if the caption has no words.
@@ -37,14 +39,25 @@ def hierarchy(
         parts = [parts[i] for i in sorted(rng.sample(range(len(parts)), sentences))]
     if not parts:
         return [], []
-    chosen = distinct_phrases((phrase for part in parts for phrase in phrases(part) if fits(phrase.text)), max_phrases)
+    found = (phrase for part in parts for phrase in phrases(part) if fits(phrase.text))
+    distinct = published_phrases(found) if phrase_style == "published" else distinct_phrases(found)
+    chosen = distinct[:max_phrases]
     texts = [join_sentences(parts), *parts, *chosen]
     return texts, [CAPTION] + [SENTENCE] * len(parts) + [PHRASE] * len(chosen)
 
 
-def distinct_phrases(phrases: Iterable[Phrase], max_phrases: int) -> list[str]:
-    """Each phrase once, whatever its case, with noun phrases first, so that the limit drops other phrases first."""
+def distinct_phrases(phrases: Iterable[Phrase]) -> list[str]:
+    """Each phrase once, whatever its case, with noun phrases first, so that a limit drops other phrases first."""
     distinct: dict[str, Phrase] = {}
     for phrase in phrases:
         distinct.setdefault(phrase.text.lower(), phrase)
-    return [phrase.text for phrase in sorted(distinct.values(), key=lambda phrase: phrase.kind != NOUN)][:max_phrases]
+    return [phrase.text for phrase in sorted(distinct.values(), key=lambda phrase: phrase.kind != NOUN)]
+
+
+def published_phrases(phrases: Iterable[Phrase]) -> list[str]:
+    """Each phrase once: noun phrases, then verbs, then spatial phrases, in lower case."""
+    texts = (
+        phrase.text.lower() if phrase.kind == SPATIAL else phrase.text
+        for phrase in sorted(phrases, key=lambda phrase: phrase.kind)
+    )
+    return list(dict.fromkeys(texts))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from betaclip.data.phrases.cache import VERSION, pack, write_cache
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
-from betaclip.data.phrases.spans import Extractor
+from betaclip.data.phrases.spans import Extractor, PhraseStyle
 from betaclip.data.readers.annotations import Annotations, BadRowError
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
 from betaclip.data.sentences import clean, split_sentences
@@ -32,6 +32,8 @@ class PrepareConfig:
     """The file to write; data.phrases of a training run."""
     phrase_extractor: ExtractorName = "spacy"
     """A spaCy model, or word lists, which need no model and are coarser."""
+    phrase_style: PhraseStyle = "longest"
+    """The longest of overlapping phrases, or those of the published code; data.phrase_style of a training run."""
     spacy_model: str | None = None
     """Name or folder; by default the first English model that is installed."""
     allow_commands: bool = False
@@ -53,8 +55,13 @@ def prepare(config: PrepareConfig) -> None:
         if config.part_rows < 1:
             raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
         work = _Work(config)
-        extractor = create_extractor(config.phrase_extractor, config.spacy_model)
-        about = {"version": VERSION, "extractor": extractor.name, "part_rows": config.part_rows}
+        extractor = create_extractor(config.phrase_extractor, config.spacy_model, config.phrase_style)
+        about = {
+            "version": VERSION,
+            "style": extractor.style,
+            "extractor": extractor.name,
+            "part_rows": config.part_rows,
+        }
         _claim(folder, about | {"source": work.identity})
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
@@ -64,7 +71,7 @@ def prepare(config: PrepareConfig) -> None:
         for _ in _map(config, work, extractor, [(number, files[number]) for number in missing]):
             progress.update()
     parts = [_load(file) for file in files]
-    sentences = write_cache(config.out, extractor.name, parts)
+    sentences = write_cache(config.out, extractor.name, parts, extractor.style)
     bad, captions = (sum(int(part[name]) for part in parts) for name in ("bad", "captions"))
     shutil.rmtree(folder)
     print(f"{config.out}: {sentences} sentences of {captions} captions, {bad} rows unusable")

@@ -124,11 +124,11 @@ class Evaluator:
         return results
 
     def _choices(self, model: BetaCLIP, tokenizer: Tokenizer, options: Any) -> dict[str, float]:
-        questions = [(difficulty, choice) for difficulty, found in self.sets.choices.items() for choice in found]
+        questions = [(subset, choice) for subset, found in self.sets.choices.items() for choice in found]
         try:
             values = choice_accuracy(model, tokenizer, questions, **options)
         except NoPicturesError as error:
             raise ConfigError(f"fg_ovd: {error}") from error
-        for difficulty, found in self.sets.choices.items():
-            values[f"{difficulty}_left_out"] += len(found.bad)
+        for subset, found in self.sets.choices.items():
+            values[f"{subset}_left_out"] += len(found.bad)
         return {f"choices/{name}": value for name, value in values.items()}

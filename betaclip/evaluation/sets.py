@@ -18,7 +18,7 @@ class EvaluationConfig(RetrievalConfig):
     scenes: int | None = None
     """Number of rendered scenes, for retrieval, choices and pointing. By default none."""
     fg_ovd: Path | None = None
-    """Folder of FG-OVD's files, in either form, for choices of each difficulty whose file is there."""
+    """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
     fg_ovd_images: Path | None = None
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
     conditioned: bool = True
@@ -31,7 +31,7 @@ class EvaluationConfig(RetrievalConfig):
 
 @dataclass(frozen=True)
 class Sets:
-    """Retrieval sets, and choices by difficulty."""
+    """Retrieval sets, and choices by subset."""
 
     retrieval: list[RetrievalSet]
     choices: dict[str, ChoiceSet]
@@ -56,14 +56,15 @@ def read_sets(config: EvaluationConfig) -> Sets:
 
 def _choices(config: EvaluationConfig, folder: Path) -> dict[str, ChoiceSet]:
     found = {}
-    for difficulty in fg_ovd.DIFFICULTIES:
+    for subset in fg_ovd.SUBSETS:
         try:
-            file = fg_ovd.fg_ovd_file(folder, difficulty)
+            file = fg_ovd.fg_ovd_file(folder, subset)
         except FileNotFoundError:
             continue
-        found[difficulty] = fg_ovd.load_fg_ovd(
+        found[subset] = fg_ovd.load_fg_ovd(
             file, config.fg_ovd_images or folder, allow_outside_root=config.allow_outside_root
         )
     if not found:
-        raise FileNotFoundError(f"fg_ovd: {folder} has no file of any difficulty")
+        names = ", ".join(name for names in fg_ovd.SUBSETS.values() for name in names)
+        raise FileNotFoundError(f"fg_ovd: {folder} has no file of any subset; their names begin with {names}")
     return found

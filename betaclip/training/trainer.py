@@ -114,7 +114,7 @@ class Trainer:
                 log.close()
 
     def _update(self, batch: Batch, waited_s: float) -> None:
-        self.bad.add(batch.bad)
+        self.bad.add(batch.bad, len(batch.images))
         images = self.data.images(self.step)
         self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
         self.step += 1

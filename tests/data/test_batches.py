@@ -92,6 +92,17 @@ def test_bad_data(caplog):
         bad.add([Bad("c", "empty caption")])
 
 
+def test_the_same_data_are_bad_again_and_again():
+    """As where the few shards of a run have been removed."""
+    gone, bad = [Bad(f"{i}.tar", "gone") for i in range(2)], BadData(limit=2, in_a_row=6)
+    for _ in range(9):
+        bad.add(gone, good=1)
+    for _ in range(3):
+        bad.add(gone)
+    with pytest.raises(BadDataError, match=r"8 samples in a row could not be read:\n  0.tar: gone\n  1.tar: gone"):
+        bad.add(gone)
+
+
 def test_no_bad_data_allowed():
     BadData(limit=0).add([])
     with pytest.raises(BadDataError, match="1 could not be read, but bad_limit is 0"):

@@ -2,7 +2,7 @@
 
 import random
 
-from betaclip.data.hierarchy import distinct_phrases, hierarchy
+from betaclip.data.hierarchy import distinct_phrases, hierarchy, published_phrases
 from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, Phrase
 from betaclip.data.sentences import split_sentences
 
@@ -62,5 +62,18 @@ def test_distinct_phrases_keeps_nouns_first_and_each_once():
         Phrase("on the left", SPATIAL), Phrase("a cat", NOUN), Phrase("sitting on", VERB), Phrase("A cat", NOUN),
         Phrase("a mat", NOUN), Phrase("sitting on", VERB),
     ]  # fmt: skip
-    assert distinct_phrases(phrases, 9) == ["a cat", "a mat", "on the left", "sitting on"]
-    assert distinct_phrases(phrases, 3) == ["a cat", "a mat", "on the left"]
+    assert distinct_phrases(phrases) == ["a cat", "a mat", "on the left", "sitting on"]
+
+
+def test_published_phrases_are_ordered_by_kind():
+    phrases = [
+        Phrase("On the left", SPATIAL), Phrase("The cat", NOUN), Phrase("sitting on", VERB), Phrase("the cat", NOUN),
+        Phrase("on the left", SPATIAL), Phrase("The cat", NOUN), Phrase("looking at", VERB), Phrase("it", NOUN),
+    ]  # fmt: skip
+    expected = ["The cat", "the cat", "it", "sitting on", "looking at", "on the left"]
+    assert published_phrases(phrases) == expected
+    for limit in (2, 4, 30):
+        texts, _ = hierarchy(
+            "The cat", lambda sentence: phrases, random.Random(0), max_phrases=limit, phrase_style="published"
+        )
+        assert texts[2:] == expected[:limit]

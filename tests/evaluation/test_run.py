@@ -87,6 +87,7 @@ def fg_ovd(root: Path) -> Path:
         )
 
     (root / "1_attributes.json").write_text(content([(1, (0, 1), 0, [1, 2]), (1, (3, 2), 2, [1]), (2, (0, 1), 0, [1])]))
+    (root / "material.json").write_text(content([(1, (3, 2), 1, [0])]))
     (root / "shuffle_negatives.json").write_text(content([(1, (3, 2), 1, [0, 2])]))
     return root
 
@@ -119,6 +120,7 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     found = results["fg_ovd"]
     assert (found["choices/hard"], found["choices/hard_questions"], found["choices/hard_left_out"]) == (0.5, 2, 1)
     assert (found["choices/trivial"], found["choices/trivial_chance"]) == (1, pytest.approx(1 / 3))
+    assert found["choices/material_questions"] == 1
     assert "choices/medium" not in found and "left out the medium choices" in caplog.text
     assert json.loads(output.read_text()) == results
     printed = capsys.readouterr().out
@@ -141,7 +143,7 @@ def test_command(tmp_path, known, capsys):
         ([], "nothing to evaluate"),
         (["--urban1k", "nowhere"], "nowhere/image is not a folder"),
         (["--dci", "nowhere"], "nowhere/annotations is not a folder"),
-        (["--fg-ovd", "nowhere"], "no file of any difficulty"),
+        (["--fg-ovd", "nowhere"], "no file of any subset"),
         (["--sharegpt4v", "nowhere"], "nowhere"),
         (["--scenes", "-1"], "scenes >= 0"),
         (["--scenes", "1", "--batch-size", "0"], "batch_size >= 1"),

@@ -36,7 +36,9 @@ def test_sets_and_their_unusable_samples(tmp_path):
 
 
 def test_rejects(tmp_path):
-    with pytest.raises(ConfigError, match="has no file of any difficulty"):
+    with pytest.raises(
+        ConfigError, match="has no file of any subset; their names begin with 1_attributes, h_attributes"
+    ):
         read_sets(EvaluationConfig(fg_ovd=tmp_path))
     with pytest.raises(ConfigError, match="is not a folder"):
         read_sets(EvaluationConfig(dci=tmp_path / "nowhere"))

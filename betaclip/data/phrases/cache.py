@@ -3,7 +3,7 @@
 The file holds a hash of each distinct sentence and the spans of its phrases. That is enough, because a caption's
 phrases are those of the sentences that were sampled from it. The file is mapped into memory, not read:
 
-    header    512 bytes: "betaclip phrases", then JSON {version, extractor, sentences, spans}, then blanks
+    header    512 bytes: "betaclip phrases", then JSON {version, style, extractor, sentences, spans}, then blanks
     keys      sentences x uint64, sorted: BLAKE2b of the sentence's UTF-8
     firsts    (sentences + 1) x uint64: the sentence's first span
     spans     spans x (uint16 begin, uint16 end, uint8 kind)
@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
-from betaclip.data.phrases.spans import Extractor, Phrase, Span, cut_phrases
+from betaclip.data.phrases.spans import Extractor, Phrase, PhraseStyle, Span, cut_phrases
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
-VERSION = 2  # of the file, and of how captions are split into sentences
+VERSION = 3  # of the file, and of how captions are split into sentences
 _MAGIC = b"betaclip phrases\n"
 _HEADER = 512
 
@@ -57,8 +57,9 @@ class PhraseCache:
         try:
             about = json.loads(header[len(_MAGIC) :])
             version, sentences, spans = (int(about[name]) for name in ("version", "sentences", "spans"))
-            self.extractor = str(about["extractor"])
-        except (ValueError, TypeError, LookupError) as error:
+            if version == VERSION:
+                self.extractor, self.style = str(about["extractor"]), str(about["style"])
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise ValueError(f"phrases: {self.path} has a damaged header; run betaclip prepare again") from error
         if version != VERSION:
             raise ValueError(f"phrases: {self.path} has version {version}, not {VERSION}; run betaclip prepare again")
@@ -105,15 +106,23 @@ class PhrasesOnTheFly:
         return cut_phrases(sentence, spans)
 
 
-def open_phrases(path: str | Path | None, extractor_name: ExtractorName = "spacy") -> Callable[[str], list[Phrase]]:
+def open_phrases(
+    path: str | Path | None, extractor_name: ExtractorName = "spacy", style: PhraseStyle = "longest"
+) -> Callable[[str], list[Phrase]]:
     """What gives the phrases of a sentence: the cache at ``path`` or, without one, an extractor, as the log says.
 
     Raises:
-        FileNotFoundError, ValueError: the cache or the extractor cannot be used.
+        FileNotFoundError, ValueError: the cache or the extractor cannot be used, or the cache has another style.
     """
     if path is not None:
-        return PhraseCache(path)
-    extractor = create_extractor(extractor_name)
+        cache = PhraseCache(path)
+        if cache.style != style:
+            raise ValueError(
+                f"phrase_style: {path} has phrases of style {cache.style!r}, not {style!r}; "
+                f"run betaclip prepare --phrase-style {style}"
+            )
+        return cache
+    extractor = create_extractor(extractor_name, style=style)
     _log.info("phrases are extracted anew in every epoch (%s); betaclip prepare does it once", extractor.name)
     return PhrasesOnTheFly(extractor)
 
@@ -128,7 +137,12 @@ def pack(sentences: Sequence[str], spans: Iterable[Sequence[Span]]) -> dict[str,
     }
 
 
-def write_cache(path: str | Path, extractor: str, parts: Iterable[dict[str, npt.NDArray[np.generic]]]) -> int:
+def write_cache(
+    path: str | Path,
+    extractor: str,
+    parts: Iterable[dict[str, npt.NDArray[np.generic]]],
+    style: PhraseStyle = "longest",
+) -> int:
     """Write the file that PhraseCache reads, from parts that ``pack`` made. It appears under its name when it is whole.
 
     Returns:
@@ -142,7 +156,9 @@ def write_cache(path: str | Path, extractor: str, parts: Iterable[dict[str, npt.
     counts = counts[rows]
     ends = counts.cumsum()
     gathered = spans[np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)]
-    about = {"version": VERSION, "extractor": extractor, "sentences": len(keys), "spans": len(gathered)}
+    about = {
+        "version": VERSION, "style": style, "extractor": extractor, "sentences": len(keys), "spans": len(gathered),
+    }  # fmt: skip
     header = (_MAGIC + json.dumps(about).encode()).ljust(_HEADER)
     if len(header) != _HEADER:
         raise ValueError(f"extractor: expected a short name, got {extractor!r}")

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Literal
 
 from betaclip.data.phrases.rules import RuleExtractor
-from betaclip.data.phrases.spans import Extractor
+from betaclip.data.phrases.spans import Extractor, PhraseStyle
 
 ExtractorName = Literal["spacy", "rules"]
 
@@ -17,13 +17,18 @@ _ADVICE = (
 )
 
 
-def create_extractor(name: ExtractorName = "spacy", model: str | None = None) -> Extractor:
+def create_extractor(
+    name: ExtractorName = "spacy", model: str | None = None, style: PhraseStyle = "longest"
+) -> Extractor:
     """The extractor of that name; ``model`` is a spaCy model, by default the first of SPACY_MODELS that is installed.
 
     Raises:
-        ValueError: there is no such model, or it does not parse; or a model is given for the rules.
+        ValueError: there is no such model, or it does not parse; or a model or the style "published" is given for the
+            rules.
     """
     if name == "rules":
+        if style != "longest":
+            raise ValueError(f"phrase_style: {style!r} needs phrase_extractor 'spacy', not 'rules'")
         if model is not None:
             raise ValueError(f"spacy_model: phrase_extractor 'rules' does not use one, got {model!r}")
         return RuleExtractor()
@@ -33,7 +38,7 @@ def create_extractor(name: ExtractorName = "spacy", model: str | None = None) ->
     try:
         from betaclip.data.phrases.spacy_parser import SpacyExtractor
 
-        extractor = SpacyExtractor(found)
+        extractor = SpacyExtractor(found, style)
         list(extractor(["A cat sits on a mat"]))  # a model without a parser fails here
     except Exception as error:  # spaCy raises many kinds of errors for folders that are not models
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from betaclip.data.phrases import words as lists
-from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB, Span, select_spans
+from betaclip.data.phrases.spans import MAX_SENTENCE_CHARS, NOUN, SPATIAL, VERB, PhraseStyle, Span, select_spans
 
 _WORD = re.compile(r"\w+(?:[-'’/.]\w+)*|[^\w\s]")
 _DETERMINER, _PREPOSITION, _BREAK, _AUXILIARY, _MARK, _VERB, _WORD_TAG = range(7)
@@ -20,6 +20,7 @@ class RuleExtractor:
     """Finds phrases by word lists; needs nothing installed."""
 
     name = "betaclip rules 1"
+    style: PhraseStyle = "longest"
 
     def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
         for sentence in sentences:

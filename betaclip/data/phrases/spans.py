@@ -5,9 +5,12 @@ An extractor marks spans of characters. Spans, not texts, are what ``betaclip pr
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from betaclip.data.phrases.words import BLACKLIST, POINTERS
+
+# Which phrases there are: the longest of overlapping ones, or those of the published code.
+PhraseStyle = Literal["longest", "published"]
 
 NOUN, VERB, SPATIAL = range(3)  # noun phrases, verbs with their prepositions, spatial phrases
 MAX_SENTENCE_CHARS = 65_535  # a cache holds spans in 16 bits; extractors do not look at what comes after
@@ -28,6 +31,7 @@ class Phrase(NamedTuple):
 
 class Extractor(Protocol):
     name: str  # with its version: a cache records which extractor made it
+    style: PhraseStyle
 
     def __call__(self, sentences: Iterable[str]) -> Iterator[list[Span]]:
         """The spans of each sentence, in order of their beginnings."""
@@ -41,7 +45,7 @@ def cut_phrases(sentence: str, spans: Iterable[Span]) -> list[Phrase]:
 def select_spans(sentence: str, spans: Iterable[Span]) -> list[Span]:
     """The longest of overlapping spans, without those that speak of the picture itself.
 
-    Every extractor ends with this.
+    Every extractor of the style "longest" ends with this.
     """
     return [span for span in drop_overlaps(spans) if not is_blacklisted(sentence[span.begin : span.end])]
 

@@ -5,7 +5,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words for the picture rather than for its content. The published list is not known to us.
+# Words for the picture rather than for its content.
 BLACKLIST = _words(
     "image photo photograph picture snapshot scene view viewer composition background foreground atmosphere mood "
     "overall"
@@ -18,6 +18,7 @@ PLACES = _words(
     "left right top bottom center centre middle front back rear side corner edge end foreground background distance "
     "upper lower half part portion"
 )
+PUBLISHED_PLACES = _words("left right top bottom center centre middle front back far")
 SPATIAL_PREPOSITIONS = _words(
     "above across against along alongside among around atop behind below beneath beside between beyond inside near "
     "opposite outside over past through throughout toward towards under underneath"

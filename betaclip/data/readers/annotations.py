@@ -31,12 +31,12 @@ class Annotations:
 
     Args:
         chunk: how many bytes of an array to read at a time.
-        max_row: how many bytes a row of an array has at most, about.
+        max_row: how many bytes a row has at most, about.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, is an array with a fault or without an end, or none of its first 1000 rows has an
-            image and a caption.
+        ValueError: the file is empty or in another encoding, is an array with a fault or without an end, has a longer
+            row, or none of its first 1000 rows has an image and a caption.
     """
 
     def __init__(self, path: str | Path, *, chunk: int = _CHUNK, max_row: int = _MAX_ROW) -> None:
@@ -45,11 +45,14 @@ class Annotations:
             raise FileNotFoundError(f"annotations: {self.path} is not a file")
         with self.path.open("rb") as file:
             start = file.read(_CHUNK)
+            if not (encoding := json.detect_encoding(start)).startswith("utf-8"):
+                raise ValueError(f"annotations: {self.path} is in {encoding.upper()}; expected UTF-8")
             content = start.removeprefix(_BOM).lstrip()
             is_array = content.startswith(b"[")
             file.seek(len(start) - len(content) if is_array else len(_BOM) * start.startswith(_BOM))
             try:
-                separators = array("q", _array_separators(file, chunk, max_row) if is_array else _line_separators(file))
+                rows = _array_separators(file, chunk, max_row) if is_array else _line_separators(file, max_row)
+                separators = array("q", rows)
             except ValueError as error:
                 raise ValueError(f"annotations: {self.path} {error}") from error
         # Row i is what lies between separators i and i + 1, which are bytes that belong to no row.
@@ -67,12 +70,16 @@ class Annotations:
         """Image and caption.
 
         Raises:
-            BadRowError: the row lacks one of them.
+            BadRowError: the row lacks one of them, or the file is no longer there.
         """
         begin, end = (int(i) for i in self.separators[row : row + 2])
-        with self.path.open("rb") as file:
-            file.seek(begin + 1)
-            return _parse(file.read(end - begin - 1))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(begin + 1)
+                content = file.read(end - begin - 1)
+        except OSError as error:
+            raise BadRowError(f"{type(error).__name__}: {error}") from error
+        return _parse(content)
 
     def where(self, row: int) -> str:
         """The name of a row in messages."""
@@ -132,11 +139,17 @@ def _parse(raw: bytes) -> tuple[str, str]:
         raise BadRowError(f"{error}, of image {image}") from None
 
 
-def _line_separators(file: IO[bytes]) -> Iterator[int]:
-    """The byte before the first line, and the end of each line."""
+def _line_separators(file: IO[bytes], max_row: int) -> Iterator[int]:
+    """The byte before the first line, and the end of each line.
+
+    Raises:
+        ValueError: a line is longer than ``max_row``.
+    """
     position = file.tell()
     yield position - 1
-    for line in file:
+    while line := file.readline(max_row):
+        if len(line) == max_row and not line.endswith(b"\n"):
+            raise ValueError(f"has a row of more than {max_row} bytes, at byte {position}")
         position += len(line)
         yield position - line.endswith(b"\n")
 

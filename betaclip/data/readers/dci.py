@@ -5,7 +5,7 @@ from pathlib import Path
 
 from betaclip.data.batches import Bad
 from betaclip.data.readers.annotations import BadRowError, parse_json
-from betaclip.data.readers.paths import picture_path
+from betaclip.data.readers.paths import picture_path, read_file
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, check_folder
 
 
@@ -35,7 +35,7 @@ def dci(root: str | Path, *, allow_outside_root: bool = False) -> RetrievalSet:
     pairs, missing = [], []
     for file in sorted(annotations.glob("*.json")):
         try:
-            row = parse_json(file.read_bytes())
+            row = parse_json(read_file(file))
         except BadRowError as error:
             missing.append(Bad(str(file), str(error)))
             continue

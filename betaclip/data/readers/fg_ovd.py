@@ -1,11 +1,12 @@
 """FG-OVD: a box, the text that describes what is in it, and negatives that differ in one, two or three attributes.
 
-Two forms of file are read, both on images of COCO 2017:
+Besides these four difficulties the benchmark has subsets whose negatives differ in one kind of attribute. Two forms of
+file are read, whatever their endings, both on images of COCO 2017:
 
-* the benchmark's own: ``1_attributes.json`` … with ``images`` (``file_name``: ``train2017/000000075285.jpg``),
-  ``annotations`` (``image_id``, ``bbox`` as x, y, width, height, ``category_id``, ``neg_category_ids``) and
-  ``categories`` (``id``, ``name``: the text);
-* FG-CLIP's: ``1_attributes_llava.jsonl`` … with one object a line: ``img_path``, ``bbox`` likewise, ``pos_expression``
+* the benchmark's own: ``1_attributes.json``, ``color.json`` … with ``images`` (``file_name``:
+  ``train2017/000000075285.jpg``), ``annotations`` (``image_id``, ``bbox`` as x, y, width, height, ``category_id``,
+  ``neg_category_ids``) and ``categories`` (``id``, ``name``: the text);
+* FG-CLIP's: ``h_attributes_llava.jsonl`` … with one object a line: ``img_path``, ``bbox`` likewise, ``pos_expression``
   and ``neg_expression``, both lists of texts.
 """
 
@@ -18,31 +19,40 @@ from typing import Any, NamedTuple
 from betaclip.data.batches import Bad
 from betaclip.data.multiple_choice import Choice, ChoiceSet
 from betaclip.data.readers.annotations import BadRowError, parse_json
-from betaclip.data.readers.paths import picture_path
+from betaclip.data.readers.paths import picture_path, read_file
 
-DIFFICULTIES = {
-    "hard": "1_attributes",
-    "medium": "2_attributes",
-    "easy": "3_attributes",
-    "trivial": "shuffle_negatives",
+DIFFICULTIES = ("hard", "medium", "easy", "trivial")
+
+# What the files of a subset begin with: the benchmark's name, then FG-CLIP's.
+SUBSETS = {
+    "hard": ("1_attributes", "h_attributes"),
+    "medium": ("2_attributes", "m_attributes"),
+    "easy": ("3_attributes", "e_attributes"),
+    "trivial": ("shuffle_negatives", "shuffle_attributes"),
+    "color": ("color",),
+    "material": ("material",),
+    "pattern": ("pattern",),
+    "transparency": ("transparency",),
 }
 
 
-def fg_ovd_file(folder: str | Path, difficulty: str) -> Path:
-    """The file of a difficulty (hard, medium, easy, trivial) in a folder.
+def fg_ovd_file(folder: str | Path, subset: str) -> Path:
+    """The file of a subset in a folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: there is no such difficulty, or there are several files for it.
+        ValueError: there is no such subset, or there are several files for it.
     """
-    if difficulty not in DIFFICULTIES:
-        raise ValueError(f"difficulty: expected one of {', '.join(DIFFICULTIES)}, got {difficulty!r}")
-    stem = DIFFICULTIES[difficulty]
-    found = sorted(path for path in Path(folder).glob(f"{stem}*") if path.suffix in (".json", ".jsonl"))
+    if subset not in SUBSETS:
+        raise ValueError(f"subset: expected one of {', '.join(SUBSETS)}, got {subset!r}")
+    candidates = (path for stem in SUBSETS[subset] for path in sorted(Path(folder).glob(f"{stem}*")))
+    found = [path for path in candidates if path.suffix in (".json", ".jsonl") and path.is_file()]
     if not found:
-        raise FileNotFoundError(f"fg_ovd: {folder} has no {stem}.json or {stem}*.jsonl")
+        names = " or ".join(f"{stem}*.json, {stem}*.jsonl" for stem in SUBSETS[subset])
+        raise FileNotFoundError(f"fg_ovd: {folder} has no {names}")
     if len(found) > 1:
-        raise ValueError(f"fg_ovd: {folder} has several files for {difficulty}: {', '.join(p.name for p in found)}")
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"fg_ovd: {folder} has several files for {subset}: {names}; leave one of them there")
     return found[0]
 
 
@@ -56,9 +66,12 @@ def load_fg_ovd(file: str | Path, images: str | Path, *, allow_outside_root: boo
         ValueError: the file has neither form, or no usable row.
     """
     file, images = Path(file), Path(images)
+    if not file.is_file():
+        raise FileNotFoundError(f"fg_ovd: {file} is not a file")
+    content = read_file(file)
     choices: list[Choice] = []
     bad: list[Bad] = []
-    for where, record in _lines(file) if file.suffix == ".jsonl" else _annotations(file):
+    for where, record in _lines(file, content) if b'"img_path"' in content else _annotations(file, content):
         try:
             choices.append(_choice(record(), images, allow_outside_root))
         except BadRowError as error:
@@ -75,8 +88,8 @@ class _Record(NamedTuple):
     negatives: Any
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+def _lines(file: Path, lines: bytes) -> Iterator[tuple[str, Callable[[], _Record]]]:
+    for number, line in enumerate(lines.splitlines(), 1):
         if line.strip():
             yield f"{file}, row {number}", partial(_of_line, line)
 
@@ -91,14 +104,14 @@ def _of_line(line: bytes) -> _Record:
     return _Record(row.get("img_path"), row.get("bbox"), positive, row.get("neg_expression"))
 
 
-def _annotations(file: Path) -> Iterator[tuple[str, Callable[[], _Record]]]:
+def _annotations(file: Path, raw: bytes) -> Iterator[tuple[str, Callable[[], _Record]]]:
     try:
-        content = parse_json(file.read_bytes())
+        content = parse_json(raw)
         images = {image["id"]: image["file_name"] for image in content["images"]}
         texts = {category["id"]: category["name"] for category in content["categories"]}
         rows = list(content["annotations"])
     except (BadRowError, KeyError, TypeError) as error:
-        wanted = "an object with images (id, file_name), categories (id, name) and annotations"
+        wanted = "an object with images (id, file_name), categories (id, name) and annotations, or lines with img_path"
         raise ValueError(f"fg_ovd: expected {file} to hold {wanted}: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows, 1):
         yield f"{file}, annotation {number}", partial(_of_annotation, row, images, texts)

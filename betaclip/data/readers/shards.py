@@ -30,6 +30,11 @@ from betaclip.data.example_maker import CaptionOptions, ExampleMaker
 from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_MAX_FILE = 1 << 27  # bytes of a picture or a caption; a worker holds hundreds of samples
+_MAX_LONG_NAME = 1 << 20  # bytes of the headers in which a tar archive has long names and other properties
+_LONG_NAMES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _META = re.compile(r"__[^/]*__($|/)")  # files about the shard, by webdataset's convention
 
 # Some versions of webdataset put addresses into a shell's command, between quotes, which these characters cannot end.
@@ -163,7 +168,7 @@ class ShardDataset(IterableDataset[Example | Bad]):
             endings = ", ".join(name for name in sample if not name.startswith("__"))
             return Bad(path, f"no picture ({', '.join(_PICTURES)}); after the first dot the files end in {endings}")
         try:
-            caption = _caption(sample)
+            picture, caption = _content(picture), _caption(sample)
         except BadRowError as error:
             return Bad(path, str(error))
         name = path[len(sample["__url__"].rpartition("/")[0]) :]  # does not depend on the folder
@@ -232,15 +237,23 @@ def _read(shard: str, only: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any] 
 
 
 def _files(shard: str, only: tuple[str, ...], note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """The files of a shard in the form that ``group_by_keys`` takes, up to the first fault."""
+    """The files of a shard in the form that ``group_by_keys`` takes, up to the first fault.
+
+    In place of the content of a file that is too large stands the BadRowError that says so.
+    """
     tar, member = None, None
     try:
         with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
                 if member.isreg() and not _META.match(member.name) and member.name.lower().endswith(only):
-                    content = tar.extractfile(member)
-                    assert content is not None  # it is a regular file
-                    yield {"fname": member.name, "data": content.read(), "__url__": shard}
+                    data: bytes | BadRowError
+                    if member.size > _MAX_FILE:
+                        data = BadRowError(f"{member.name} has {member.size} bytes, more than {_MAX_FILE}")
+                    else:
+                        content = tar.extractfile(member)
+                        assert content is not None  # it is a regular file
+                        data = content.read()
+                    yield {"fname": member.name, "data": data, "__url__": shard}
                 tar.members = []  # type: ignore[attr-defined]  # or it would hold all headers
             _check_end(tar.fileobj)
     except DamagedShardError as error:
@@ -255,7 +268,10 @@ class DamagedShardError(tarfile.TarError):
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. Where one cannot be read, tarfile takes the archive to end; this raises."""
+    """A member's header. Where one cannot be read, tarfile takes the archive to end; this raises.
+
+    It also raises where a long name has no bound, because tarfile would read it whole.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -268,6 +284,13 @@ class _Header(tarfile.TarInfo):
             if archive.fileobj.tell() < offset + tarfile.BLOCKSIZE:
                 raise DamagedShardError(f"cut off at byte {offset}, before the zero blocks that end it") from error
             raise DamagedShardError(f"damaged header at byte {offset}: {error}") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _LONG_NAMES and header.size > _MAX_LONG_NAME:
+            raise DamagedShardError(f"expected a name of at most {_MAX_LONG_NAME} bytes, got {header.size}")
+        return header
 
 
 def _check_end(stream: Any) -> None:
@@ -283,6 +306,16 @@ def _check_end(stream: Any) -> None:
         raise DamagedShardError(f"cut off at byte {end}, before the second of the zero blocks that end it")
 
 
+def _content(file: bytes | BadRowError) -> bytes:
+    """
+    Raises:
+        BadRowError: the file was too large to be read.
+    """
+    if isinstance(file, BadRowError):
+        raise file
+    return file
+
+
 def _caption(sample: dict[str, Any]) -> str:
     """The caption in KEY.json or, if that has none, in KEY.txt.
 
@@ -292,12 +325,12 @@ def _caption(sample: dict[str, Any]) -> str:
     fault = BadRowError("no caption (json, txt)")
     if "json" in sample:
         try:
-            row = parse_json(sample["json"])
+            row = parse_json(_content(sample["json"]))
             if isinstance(row, dict) and "caption" in row:
                 return checked_caption(row["caption"])
             return caption_of(row)
         except BadRowError as error:
             fault = error
     if "txt" in sample:
-        return checked_caption(sample["txt"].decode(errors="replace"))
+        return checked_caption(_content(sample["txt"]).decode("utf-8-sig", errors="replace"))
     raise fault

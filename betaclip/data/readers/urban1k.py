@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from betaclip.data.batches import Bad
+from betaclip.data.readers.annotations import BadRowError, checked_caption
+from betaclip.data.readers.paths import read_file
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, check_folder
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -36,8 +38,10 @@ def urban1k(root: str | Path) -> RetrievalSet:
             missing.append(Bad(str(captions[stem]), "a caption without a picture"))
         elif stem not in captions:
             missing.append(Bad(str(pictures[stem]), "a picture without a caption"))
-        elif caption := captions[stem].read_text(encoding="utf-8", errors="replace").strip():
-            pairs.append((pictures[stem], caption))
         else:
-            missing.append(Bad(str(captions[stem]), "empty caption"))
+            try:
+                caption = checked_caption(read_file(captions[stem]).decode("utf-8-sig", errors="replace"))
+                pairs.append((pictures[stem], caption.strip()))
+            except BadRowError as error:
+                missing.append(Bad(str(captions[stem]), str(error)))
     return RetrievalSet("urban1k", pairs, missing)

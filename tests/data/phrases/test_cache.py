@@ -76,14 +76,10 @@ def test_rejects(path, tmp_path):
     whole = path.read_bytes()
     for content, message in (
         (whole[:-1], "is not whole; run betaclip prepare again"),
-        (
-            whole.replace(b'"version": 2', b'"version": 1'),
-            "has version 1, not 2; run betaclip prepare again",
-        ),
-        (
-            whole.replace(b'"version": 2', b'"version": 3'),
-            "has version 3, not 2; run betaclip prepare again",
-        ),
+        (whole.replace(b'"version": 3', b'"version": 2'), "has version 2, not 3; run betaclip prepare again"),
+        (whole.replace(b'"version": 3', b'"version": 4'), "has version 4, not 3; run betaclip prepare again"),
+        (whole.replace(b'"style"', b'"Style"'), "has a damaged header"),
+        (whole.replace(b'"sentences": 5', b'"sentences":1e999'), "has a damaged header"),
         (whole.replace(b'"version"', b'"Version"'), "has a damaged header"),
         (whole.replace(b'"spans"', b'"Spans"'), "has a damaged header"),
         (whole.replace(b'"sentences": 5', b'"sentences": x'), "has a damaged header"),
@@ -112,4 +108,6 @@ def test_open_phrases(path, caplog):
     assert isinstance(open_phrases(path), PhraseCache)  # whether a model is installed or not
     with caplog.at_level(logging.INFO):
         assert open_phrases(None, "rules")("A cat sits on a mat")[0] == Phrase("A cat", NOUN)
+    with pytest.raises(ValueError, match=r"phrase_style: .*'longest', not 'published'; run betaclip prepare "):
+        open_phrases(path, style="published")
     assert [r.message for r in caplog.records][-1].startswith("phrases are extracted anew in every epoch")

@@ -19,6 +19,8 @@ def test_rules_need_nothing():
     assert isinstance(create_extractor("rules"), RuleExtractor)
     with pytest.raises(ValueError, match="spacy_model: phrase_extractor 'rules' does not use one, got 'x'"):
         create_extractor("rules", "x")
+    with pytest.raises(ValueError, match="phrase_style: 'published' needs phrase_extractor 'spacy', not 'rules'"):
+        create_extractor("rules", style="published")
 
 
 def test_without_a_model(monkeypatch):

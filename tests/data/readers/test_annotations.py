@@ -146,6 +146,35 @@ def test_gives_up_a_row_without_end(tmp_path):
         Annotations(path, chunk=100, max_row=500)
 
 
+def test_gives_up_a_line_without_end(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(0, "a cat"), row(1, "a dog " * 100)])
+    assert len(Annotations(path, max_row=1000)) == 2
+    with pytest.raises(ValueError, match=r"a.jsonl has a row of more than 500 bytes, at byte \d+"):
+        Annotations(path, max_row=500)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_names_another_encoding(tmp_path, name, encoding):
+    path = write(tmp_path / name, [row(0, "a cat")])
+    path.write_text(path.read_text(), encoding=encoding)
+    with pytest.raises(ValueError, match=f"annotations: .*{name} is in {encoding.upper()}; expected UTF-8"):
+        Annotations(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_file_that_is_removed_or_cut_later(tmp_path, name):
+    source = Annotations(write(tmp_path / name, [row(0, "a cat"), row(1, "a dog")]))
+    source.path.write_text(source.path.read_text()[:200])
+    assert source[0] == ("images/0.jpg", "a cat")
+    with pytest.raises(BadRowError, match="not JSON"):
+        source[1]
+    source.path.unlink()
+    for gone in range(2):
+        with pytest.raises(BadRowError, match=r"FileNotFoundError: .*a\.json"):
+            source[gone]
+
+
 def test_rejects_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"annotations: .*nowhere\.json is not a file"):
         Annotations(tmp_path / "nowhere.json")

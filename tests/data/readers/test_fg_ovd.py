@@ -1,11 +1,12 @@
 """FG-OVD's two forms of files give the same choices, and bad rows are named."""
 
 import json
+import os
 
 import pytest
 
 from betaclip.data.multiple_choice import Choice
-from betaclip.data.readers.fg_ovd import DIFFICULTIES, fg_ovd_file, load_fg_ovd
+from betaclip.data.readers.fg_ovd import SUBSETS, fg_ovd_file, load_fg_ovd
 
 TEXTS = ["A red mug", "A blue mug", "A green mug", "A glass vase", "A clear vase"]
 
@@ -126,20 +127,48 @@ def test_rejects_other_files(tmp_path, images, content):
         load_fg_ovd(tmp_path / "a.json", images)
 
 
-def test_files(tmp_path):
-    for name in ("1_attributes.json", "2_attributes_llava.jsonl", "shuffle_negatives.json", "README.md"):
+BENCHMARK = [f"{n}_attributes.json" for n in (1, 2, 3)]
+BENCHMARK += [f"{name}.json" for name in ("shuffle_negatives", "color", "material", "pattern", "transparency")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        BENCHMARK,
+        [f"{name}_attributes_llava.jsonl" for name in ("h", "m", "e", "shuffle")],
+        [f"{name}_llava.jsonl" for name in ("1_attributes", "2_attributes", "3_attributes", "shuffle_negatives")],
+    ],
+)
+def test_files_by_their_real_names(tmp_path, names):
+    for name in (*names, "README.md", "results.json"):
         (tmp_path / name).write_text("")
-    files = {
-        "hard": "1_attributes.json",
-        "medium": "2_attributes_llava.jsonl",
-        "trivial": "shuffle_negatives.json",
-    }
-    assert {difficulty: fg_ovd_file(tmp_path, difficulty).name for difficulty in files} == files
-    with pytest.raises(FileNotFoundError, match=r"fg_ovd: .* has no 3_attributes\.json or 3_attributes\*\.jsonl"):
+    assert [fg_ovd_file(tmp_path, subset).name for subset, _ in zip(SUBSETS, names, strict=False)] == names
+
+
+def test_rejects_folders(tmp_path):
+    (tmp_path / "1_attributes.json").write_text("")
+    os.mkfifo(tmp_path / "3_attributes.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"fg_ovd: .* has no 3_attributes\*\.json, 3_attributes\*\.jsonl or e_at"
+    ):
         fg_ovd_file(tmp_path, "easy")
-    (tmp_path / "1_attributes_llava.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"several files for hard: 1_attributes\.json, 1_attributes_llava\.jsonl"):
+    (tmp_path / "h_attributes_llava.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match=r"several files for hard: 1_attributes\.json, h_attributes_llava\.jsonl; leave"
+    ):
         fg_ovd_file(tmp_path, "hard")
-    with pytest.raises(ValueError, match="expected one of hard, medium, easy, trivial, got 'Hard'"):
+    with pytest.raises(ValueError, match=r"expected one of hard, medium, easy, trivial, color, .*, got 'Hard'"):
         fg_ovd_file(tmp_path, "Hard")
-    assert list(DIFFICULTIES) == ["hard", "medium", "easy", "trivial"]
+    with pytest.raises(FileNotFoundError, match=r"fg_ovd: .*gone\.json is not a file"):
+        load_fg_ovd(tmp_path / "gone.json", tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_content_decides_not_the_name(tmp_path, images, expected, mark):
+    for name, text in (
+        ("1_attributes.jsonl", json.dumps(benchmark(), indent=1)),
+        ("h_attributes.json", "\n".join(map(json.dumps, lines()))),
+    ):
+        (tmp_path / name).write_text(mark + text)
+        found = load_fg_ovd(tmp_path / name, images)
+        assert list(found) == expected and found.bad == []

@@ -1,4 +1,4 @@
-"""Paths of pictures: those inside the folder are accepted, those outside are refused."""
+"""Paths of pictures, inside the folder and outside of it, and caption files that are not regular files."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from betaclip.data.readers.annotations import BadRowError
-from betaclip.data.readers.paths import picture_path
+from betaclip.data.readers.paths import MAX_FILE, picture_path, read_file
 
 ROOT = Path("pictures")
 
@@ -50,3 +50,16 @@ def test_links_of_the_folder_are_followed_but_not_by_way_of_dots(tmp_path):
     os.symlink(tmp_path / "elsewhere" / "deep", tmp_path / "root" / "link")
     assert picture_path(tmp_path / "root", "link/a.jpg").is_file()
     assert not picture_path(tmp_path / "root", "link/../secret.jpg").exists()
+
+
+def test_read_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"A cat")
+    assert read_file(tmp_path / "a.txt") == b"A cat"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "gone", "."):
+        with pytest.raises(BadRowError, match="is not a regular file"):
+            read_file(tmp_path / name)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(MAX_FILE + 1)  # zeros, which take no room on the disk
+    with pytest.raises(BadRowError, match=f"huge has more than {MAX_FILE} bytes"):
+        read_file(tmp_path / "huge")

@@ -6,6 +6,7 @@ import lzma
 import random
 import shutil
 import tarfile
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -244,6 +245,47 @@ def test_compressed_shards(whole, tmp_path, compress):
         (tmp_path / "a.tar").write_bytes(packed[: int(share * len(packed))])
         read, faults = losses(tmp_path / "a.tar")
         assert read == list(range(len(read))) and len(read) < 5 and len(faults) == 1
+
+
+def sparse_member(path, name, kind, size, after=()):
+    """A shard of a member of zeros, which take no room on the disk, and of more files."""
+    header = tarfile.TarInfo(name)
+    header.size, header.type = size, kind
+    rest = path.with_suffix(".rest")
+    write_shard(rest, list(after))
+    with path.open("wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.seek(512 + -(-size // 512) * 512)
+        file.write(rest.read_bytes())
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "json", "txt"])
+def test_huge_files_are_not_read(tmp_path, ending):
+    size = 300 << 20
+    others = [("1.jpg", picture()), ("1.txt", b"A cat")]
+    others = [file for file in others if not file[0].endswith(ending)][-1 if ending == "jpg" else 0 :][:1]
+    shard = sparse_member(
+        tmp_path / "a.tar", f"1.{ending}", tarfile.REGTYPE, size, [*others, *sample(2, "A red cat", "txt")]
+    )
+    tracemalloc.start()
+    bad, good = dataset([shard], shuffle=0)
+    assert tracemalloc.get_traced_memory()[1] < size / 10
+    tracemalloc.stop()
+    assert bad == Bad(f"{shard}/1", f"1.{ending} has {size} bytes, more than {1 << 27}")
+    assert good.texts[0] == "A red cat"
+    assert list(captions_of_shard(shard)) == ["A cat" if ending == "jpg" else None, "A red cat"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_huge_names_are_not_read(tmp_path, kind):
+    size = 300 << 20
+    shard = sparse_member(tmp_path / "a.tar", "name", kind, size, sample(1, "A red cat", "txt"))
+    tracemalloc.start()
+    (bad,) = dataset([shard], shuffle=0)
+    assert tracemalloc.get_traced_memory()[1] < size / 10
+    tracemalloc.stop()
+    assert bad == Bad(shard, f"DamagedShardError: expected a name of at most {1 << 20} bytes, got {size}")
 
 
 def test_a_caption_in_either_file(tmp_path):

@@ -1,5 +1,7 @@
 """Urban1K in its published layout, and with parts missing."""
 
+import os
+
 import pytest
 from support.files import touch
 
@@ -31,6 +33,13 @@ def test_urban1k(urban):
         Bad(str(pictures / "11.jpg"), "a picture without a caption"),
         Bad(str(urban / "caption" / "12.txt"), "a caption without a picture"),
     ]
+
+
+def test_a_caption_that_is_no_file(urban):
+    (urban / "caption" / "2.txt").unlink()
+    os.mkfifo(urban / "caption" / "2.txt")
+    path = urban / "caption" / "2.txt"
+    assert Bad(str(path), f"{path} is not a regular file") in urban1k(urban).missing
 
 
 def test_options(urban):
