@@ -98,8 +98,8 @@ class BadData:
     """Logs each unreadable path once, with its reason, and stops the run when there are too many.
 
     limit: the number of different paths that may be bad. in_a_row: how many samples in a row may be bad, whatever their
-    paths: a few shards that disappeared would otherwise never be too many. ``reasons`` maps the bad paths so far to their
-    reasons.
+    paths: a few shards that disappeared would otherwise never be too many. ``reasons`` maps the bad paths so far to
+    their reasons.
     """
 
     def __init__(self, limit: int, in_a_row: int = 1000) -> None:
