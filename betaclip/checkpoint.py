@@ -1,6 +1,5 @@
 """Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file."""
 
-import os
 import random
 import re
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from betaclip.files import write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.weights import read_file, read_weights
 from betaclip.published import load_published
@@ -37,29 +37,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def write(path: Path, content: dict[str, Any], keep: int) -> None:
-    """Write atomically, then delete all but the last ``keep`` checkpoints, and partial files that kills left behind.
+    """Write atomically, then delete all but the last ``keep`` checkpoints.
 
     content: tensors and plain values only, because :func:`read` unpickles nothing else.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with write_atomically(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-    old = sorted(p for p in path.parent.glob("checkpoint_*.pt") if _NAME.fullmatch(p.name))[:-keep]
-    for p in [*old, *path.parent.glob("checkpoint_*.partial")]:
-        p.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for old in sorted(p for p in path.parent.glob("checkpoint_*.pt") if _NAME.fullmatch(p.name))[:-keep]:
+        old.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

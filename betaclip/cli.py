@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import betaclip
-from betaclip.errors import ConfigError, NonFiniteError, Stopped, closed_pipe_ends_output
+from betaclip.errors import ConfigError, NonFiniteError, OutputError, Stopped, closed_pipe_ends_output
 
 
 class Command(NamedTuple):
@@ -88,7 +88,7 @@ def _run(name: str, command: Command, config_class: str, arguments: list[str]) -
         getattr(module, command.run)(config)
     except ConfigError as error:
         _exit(f"betaclip {name}: {error}", 2)
-    except (BadDataError, NonFiniteError) as error:
+    except (BadDataError, NonFiniteError, OutputError) as error:
         _exit(f"betaclip {name}: {error}", 1)
     except Stopped as stopped:
         print(f"betaclip {name}: {stopped.message}", file=sys.stderr)

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """Invalid setting; the message names it and the accepted values."""
 
 
+class OutputError(OSError):
+    """A file or folder cannot be written; the message names it and the reason."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not finite; the message names the step, losses, scales and images."""
 

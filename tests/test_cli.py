@@ -8,6 +8,7 @@ import pytest
 
 import betaclip
 from betaclip.cli import main
+from betaclip.files import lock_folder
 from betaclip.settings import config_path, read
 from betaclip.train import TrainConfig
 
@@ -95,6 +96,24 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     assert "device: expected auto or cpu, as no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
     assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
     assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")
+
+
+def test_folder_of_another_run(tiny, tmp_path, capsys):
+    """A run that is at work keeps its folder to itself; one that has ended is resumed or left alone."""
+    with lock_folder(tmp_path / "a"):
+        message = fails(capsys, *tiny, "--run.resume")
+    assert message.startswith(f"betaclip train: {tmp_path}/a is in use by process {os.getpid()}: wait for it")
+    assert message.count("\n") == 1
+    (tmp_path / "a" / "metrics.jsonl").touch()
+    message = fails(capsys, *tiny)
+    assert "a already holds a run (metrics.jsonl); give --run.resume to continue it, or another name" in message
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {".lock", "metrics.jsonl"}
+
+
+def test_run_folder_that_cannot_be_written(tiny, tmp_path, capsys):
+    (tmp_path / "a").touch()
+    message = fails(capsys, *tiny, code=1)
+    assert message == f"betaclip train: {tmp_path}/a: cannot be written: File exists\n"
 
 
 def test_missing_package_is_one_line(monkeypatch, capsys):

@@ -151,6 +151,24 @@ def check(config: TrainingConfig, ranks: int) -> None:
         raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
 
 
+# The names of what a run writes into its folder. Its name alone may have been given to what a scheduler writes there.
+RUN_FILES = (
+    "config.toml", "metrics.jsonl", "checkpoint_*", "events.out.tfevents.*", "non_finite_rank*.json", "results.json",
+    "curves.png", "attention", "global_only",
+)  # fmt: skip
+
+
+def check_resume(run: RunConfig) -> None:
+    """Raise ConfigError for a folder with a run's files, unless the run is resumed."""
+    assert run.name is not None
+    folder = run.folder / run.name
+    found = [path.name for name in RUN_FILES for path in sorted(folder.glob(name))]
+    if found and not run.resume:
+        raise ConfigError(
+            f"run.name: {folder} already holds a run ({found[0]}); give --run.resume to continue it, or another name"
+        )
+
+
 def check_schedules(config: OptimizerConfig, steps: int) -> None:
     """Raise ConfigError for a warm-up that does not end within the run."""
     for part in ("backbone", "pool"):

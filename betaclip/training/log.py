@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betaclip.errors import ConfigError, NonFiniteError
+from betaclip.files import reporting, write_atomically
 from betaclip.settings import to_dict
 from betaclip.training.config import TrainingConfig
 
@@ -68,7 +69,8 @@ class MetricsBuffer:
         paths = self.paths[bad[0]]
         file = folder / f"non_finite_rank{rank}.json"
         # NaN and Infinity are not JSON, but Python reads them.
-        file.write_text(json.dumps({"step": first, **values, "paths": paths}))
+        with write_atomically(file) as stream:
+            stream.write(json.dumps({"step": first, **values, "paths": paths}).encode())
         raise NonFiniteError(
             f"step {first} is not finite: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}; "
             f"rank {rank}'s {len(paths)} images ({file} lists all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
@@ -112,8 +114,10 @@ class Log:
         self.steps = steps
         self._file = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self._file) if m["step"] <= step]
-        self._file.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
+        with write_atomically(self._file) as file:
+            file.writelines(json.dumps(m).encode() + b"\n" for m in kept)
+        with reporting(folder):
+            self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
         self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -130,11 +134,12 @@ class Log:
         self.say(f"step {step}/{self.steps}, evaluated\n{table}")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        with self._file.open("a") as file:
+        with reporting(self._file), self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with reporting(self._file.parent):
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
@@ -146,15 +151,24 @@ class Log:
     def close(self) -> None:
         self._bar.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with reporting(self._file.parent):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last one that was cut short when the run was killed."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(text) for text in lines if text.endswith("\n")]
+    """The lines of a metrics.jsonl, without those that a kill or a power cut damaged."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [metrics for text in lines if text.endswith(b"\n") and (metrics := _metrics(text)) is not None]
+
+
+def _metrics(text: bytes) -> dict[str, float] | None:
+    try:
+        metrics = json.loads(text)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and "step" in metrics else None
 
 
 def line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -17,12 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from betaclip import checkpoint as checkpoints
 from betaclip.data.batches import BadData, Batch
 from betaclip.errors import ConfigError, Stopped
+from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.training import parallel
-from betaclip.training.config import TrainingConfig, check_schedules
+from betaclip.training.config import TrainingConfig, check_resume, check_schedules
 from betaclip.training.data_source import create_data_source
 from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.objective import Objective
@@ -97,8 +98,10 @@ class Trainer:
         self.model.train()
         log = None
         if self.process_group.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(to_toml(self.config))
+            with reporting(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with write_atomically(self.folder / "config.toml") as file:
+                file.write(to_toml(self.config).encode())
             log = Log(self.folder, self.config, self.steps, self.step)
         try:
             with terminations() as terminated:
@@ -193,11 +196,8 @@ class Trainer:
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; prints the settings."""
+        check_resume(self.config.run)
         found = self.process_group.gather_objects(checkpoints.latest(self.folder))[0]
-        if found is not None and not self.config.run.resume:
-            raise ConfigError(
-                f"run.name: {self.folder} already holds a run; give --run.resume to continue it, or another name"
-            )
         content = None if found is None else checkpoints.read(found)
         if self.process_group.is_first:
             print(to_toml(self.config))

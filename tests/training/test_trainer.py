@@ -191,7 +191,7 @@ def test_all_of_a_batch_is_bad(tmp_path, monkeypatch):
 
 def test_rejects(tmp_path, monkeypatch):
     train(config(tmp_path, steps=3))
-    with pytest.raises(ConfigError, match=r"run.name: .*run already holds a run; give --run.resume"):
+    with pytest.raises(ConfigError, match=r"run.name: .*run already holds a run \(config.toml\); give --run.resume"):
         Trainer(config(tmp_path), SINGLE_PROCESS, CPU)
     for change, message in (
         ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2 steps"),
