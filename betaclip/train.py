@@ -19,6 +19,7 @@ from betaclip.files import lock_folder, reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import ProcessGroup, initialized
+from betaclip.signals import stop_signals
 from betaclip.training.artifacts import write_curves
 from betaclip.training.config import RunConfig, TrainingConfig, check
 from betaclip.training.trainer import Evaluated, Trainer
@@ -56,9 +57,10 @@ def main(config: TrainConfig) -> None:
         NonFiniteError: a loss or gradient is not finite, and the run does not skip such updates.
         BadDataError: there are more bad data than the run allows.
         OutputError: the run's folder cannot be written.
-        Stopped: SIGTERM came; a checkpoint has been written.
+        Stopped: a signal came; what was trained is saved.
     """
     with ExitStack() as stack:
+        stack.enter_context(stop_signals())
         process_group, device = stack.enter_context(initialized(config.run.device))
         check(config, process_group.size)
         if config.run.name is None:

@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,22 @@ def test_run_folder_that_cannot_be_written(tiny, tmp_path, capsys):
     (tmp_path / "a").touch()
     message = fails(capsys, *tiny, code=1)
     assert message == f"betaclip train: {tmp_path}/a: cannot be written: File exists\n"
+
+
+def test_signal(tiny, tmp_path):
+    """The command saves, says so in one line, and exits with the signal's code, workers and all."""
+    options = ["--run.steps", "100000", "--run.log-every", "1", "--run.workers", "1"]
+    command = [sys.executable, "-m", "betaclip", *tiny, *options]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGHUP)
+    message = run.communicate()[1]
+    assert run.returncode == 128 + signal.SIGHUP
+    assert "betaclip train: stopped by SIGHUP after step" in message and "Traceback" not in message
+    assert len(list((tmp_path / "a").glob("checkpoint_*.pt"))) == 1
 
 
 def test_missing_package_is_one_line(monkeypatch, capsys):

@@ -101,7 +101,7 @@ class RunConfig:
     log_every: int = 10
     """Updates between lines of the log."""
     checkpoint_every: int = 500
-    """Updates between checkpoints; one is also written after the last update and at SIGTERM."""
+    """Updates between checkpoints; one is also written after the last update and when a signal stops the run."""
     keep: int = 2
     """Number of latest checkpoints to keep."""
     compare_global: bool | None = None

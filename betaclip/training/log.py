@@ -1,5 +1,6 @@
 """A run's metrics: buffered on the device, and logged as lines, metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import errno
 import json
 import math
 import sys
@@ -145,8 +146,12 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
-        self._bar.write(text)
-        sys.stdout.flush()
+        try:
+            self._bar.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal has hung up, which must not keep the run from saving
+                raise
 
     def close(self) -> None:
         self._bar.close()

@@ -1,13 +1,10 @@
 """The training loop."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import nvtx
@@ -22,6 +19,7 @@ from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
+from betaclip.signals import StopSignals, stop_signals
 from betaclip.training import parallel
 from betaclip.training.config import TrainingConfig, check_resume, check_schedules
 from betaclip.training.data_source import create_data_source
@@ -86,7 +84,8 @@ class Trainer:
         self.train_step = TrainStep(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
         self.metrics = MetricsBuffer(self.train_step.columns, self.train_step.must_be_finite)
         self.bad = BadData(config.data.bad_limit)
-        self.step = 0
+        self.step = self._saved_step = 0  # a run without a step needs no checkpoint to start again
+        self._evaluation_due = False
         torch.manual_seed(mix(config.run.seed, process_group.rank))
         if content is not None:
             self._restore(content)
@@ -94,27 +93,50 @@ class Trainer:
             self._continue_from(released)
 
     def train(self) -> None:
-        """Train to the last step."""
+        """Train to the last step.
+
+        Raises:
+            Stopped: a signal came on any rank; a checkpoint is written.
+        """
         self.model.train()
-        log = None
-        if self.process_group.is_first:
-            with reporting(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with write_atomically(self.folder / "config.toml") as file:
-                file.write(to_toml(self.config).encode())
-            log = Log(self.folder, self.config, self.steps, self.step)
-        try:
-            with terminations() as terminated:
-                self.metrics.start_clock()
-                for batch, waited_s in timed(self.data.batches(self.step, self.steps)):
-                    self._update(batch, waited_s)
-                    stop = self.process_group.any(terminated.is_set())
-                    self._after_step(log, stop)
-                    if stop and self.step < self.steps:
-                        raise Stopped(self.folder, self.step)
-        finally:
-            if log is not None:
-                log.close()
+        with stop_signals() as signals, signals.deferred():
+            log = self._open_log() if self.process_group.is_first else None
+            try:
+                number = self._train(log, signals)
+            finally:
+                if log is not None:
+                    log.close()
+            if number:
+                raise Stopped(number, self.folder, self.step)
+
+    def _open_log(self) -> Log:
+        with reporting(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.folder / "config.toml") as file:
+            file.write(to_toml(self.config).encode())
+        return Log(self.folder, self.config, self.steps, self.step)
+
+    def _train(self, log: Log | None, signals: StopSignals) -> int:
+        """Train to the last step or to a signal on any rank, and save; returns the signal's number, or 0."""
+        if self._evaluation_due and self.evaluate is not None:
+            self._evaluate(log, signals)
+            self._saved_step = -1  # the checkpoint says that it is due
+        self.metrics.start_clock()
+        batches = timed(self.data.batches(self.step, self.steps))
+        while True:
+            waited = _next(batches, signals) if self.step < self.steps else None
+            # A rank that waits for data can tell the others only here, before they need its share of the step.
+            number = int(self.process_group.max(torch.tensor(signals.number)))
+            if number or self.step == self.steps:
+                break
+            assert waited is not None, "the data ended before the last step"
+            self._update(*waited)
+            self._after_step(log, signals)
+        if self.step != self._saved_step:
+            if self.config.run.non_finite == "stop":
+                self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
+            self.save()
+        return number
 
     def _update(self, batch: Batch, waited_s: float) -> None:
         self.bad.add(batch.bad, len(batch.images))
@@ -122,11 +144,11 @@ class Trainer:
         self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
         self.step += 1
 
-    def _after_step(self, log: Log | None, stop: bool) -> None:
+    def _after_step(self, log: Log | None, signals: StopSignals) -> None:
         """Log, evaluate and save where it is due."""
         run, last = self.config.run, self.step == self.steps
         logs = last or self.step % run.log_every == 0
-        saves = last or stop or self.step % run.checkpoint_every == 0
+        saves = last or self.step % run.checkpoint_every == 0
         if log is not None:
             log.advance()
         # On a GPU, reading the measured values would make every step wait for the device.
@@ -134,8 +156,9 @@ class Trainer:
             self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
         if logs:
             self._report(log)
-        if self.evaluate_every is not None and self.step % self.evaluate_every == 0 and not last:
-            self._evaluate(log)
+        if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0 and not last:
+            self._evaluation_due = True
+            self._evaluate(log, signals)
         if saves:
             self.save()
 
@@ -150,10 +173,12 @@ class Trainer:
             "scaler": self.train_step.scaler.state_dict(),
             "columns": self.metrics.columns,
             "interval": self.metrics.read()[0],
+            "evaluation_due": self._evaluation_due,
             "random": self.process_group.gather_objects(checkpoints.random_states()),
         }
         if self.process_group.is_first:
             checkpoints.write(checkpoints.checkpoint_path(self.folder, self.step), content, self.config.run.keep)
+        self._saved_step = self.step
         self.process_group.barrier()
 
     def _restore(self, content: dict[str, Any]) -> None:
@@ -172,7 +197,8 @@ class Trainer:
         if self.process_group.is_first:
             for change in differences(content["config"], to_dict(self.config)):
                 print(f"changed since the checkpoint: {change}")
-        self.step = content["step"]
+        self.step = self._saved_step = content["step"]
+        self._evaluation_due = content.get("evaluation_due", False)
         checkpoints.restore(self.model, self.optimizer, content)
         self.train_step.scaler.load_state_dict(content["scaler"])
         self.metrics.rows = list(content["interval"].to(self.device))
@@ -213,14 +239,21 @@ class Trainer:
             log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
         self.metrics.clear()
 
-    def _evaluate(self, log: Log | None) -> None:
-        if self.evaluate is None:
-            return
+    def _evaluate(self, log: Log | None, signals: StopSignals) -> None:
+        """A signal abandons the evaluation, which is then made when the run is resumed; with several ranks, which must
+        stay together, it is finished."""
+        assert self.evaluate is not None
         # Every call of a sharded model is a collective, so that all ranks must evaluate the same samples.
         group = SINGLE_PROCESS if isinstance(self.model, FSDPModule) else self.process_group
         states = checkpoints.random_states()  # evaluation must not change the run
-        found = self.evaluate(self.model, group)
-        checkpoints.set_random_states(states)
+        try:
+            with signals.interruptible() if self.process_group.size == 1 else nullcontext():
+                found = self.evaluate(self.model, group)
+        except Stopped:
+            return
+        finally:
+            checkpoints.set_random_states(states)
+        self._evaluation_due = False
         if log is not None:
             log.write_evaluation(self.step, found.metrics, found.table)
 
@@ -258,19 +291,10 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         yield batch, time.perf_counter() - begin
 
 
-@contextmanager
-def terminations() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    event = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, handle)
+def _next(batches: Iterator[tuple[Batch, float]], signals: StopSignals) -> tuple[Batch, float] | None:
+    """The next batch, with its seconds; None when a signal comes before it or there is none."""
     try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with signals.interruptible():
+            return next(batches, None)
+    except Stopped:
+        return None
