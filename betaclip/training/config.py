@@ -158,6 +158,14 @@ RUN_FILES = (
 )  # fmt: skip
 
 
+# Settings that a resumed run must have as they were: others make another model, or take other samples. The order of the
+# data source has the rest of what its samples depend on.
+FIXED_SETTINGS = (
+    "model.name", "model.context_length", "model.pool_heads", "model.pool_norm_inputs",
+    "data.kind", "data.scenes_seed", "data.shuffle",
+)  # fmt: skip
+
+
 def check_resume(run: RunConfig) -> None:
     """Raise ConfigError for a folder with a run's files, unless the run is resumed."""
     assert run.name is not None

@@ -48,6 +48,17 @@ class MetricsBuffer:
         self.images += images
         self.waited_s += waited_s
 
+    def restore(self, table: Tensor) -> None:
+        """Take the steps of a table that :meth:`read` returned, without their images and times.
+
+        Raises:
+            ValueError: it has other columns.
+        """
+        if table.dim() != 2 or table.shape[1] != len(self.columns):
+            raise ValueError(f"expected a table of {len(self.columns)} columns, got the shape {tuple(table.shape)}")
+        self.rows = list(table)
+        self.paths = [[] for _ in self.rows]
+
     def read(self) -> tuple[Tensor, list[int]]:
         """(n, columns) on the CPU, and the indices of those of the n steps where a value must be finite and is not."""
         table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns), device="cpu")

@@ -21,7 +21,7 @@ from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.signals import StopSignals, stop_signals
 from betaclip.training import parallel
-from betaclip.training.config import TrainingConfig, check_resume, check_schedules
+from betaclip.training.config import FIXED_SETTINGS, TrainingConfig, check_resume, check_schedules
 from betaclip.training.data_source import create_data_source
 from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.objective import Objective
@@ -88,7 +88,7 @@ class Trainer:
         self._evaluation_due = False
         torch.manual_seed(mix(config.run.seed, process_group.rank))
         if content is not None:
-            self._restore(content)
+            self._restore(content, checkpoints.checkpoint_path(self.folder, content["step"]))
         elif released is not None:
             self._continue_from(released)
 
@@ -165,7 +165,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""
         content: dict[str, Any] = {
-            "betaclip": 1,
+            "betaclip": checkpoints.FORMAT,
             "step": self.step,
             "config": to_dict(self.config),
             "order": self.data.order,
@@ -181,7 +181,41 @@ class Trainer:
         self._saved_step = self.step
         self.process_group.barrier()
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: dict[str, Any], path: Path) -> None:
+        self._check_resumable(content)
+        if self.process_group.is_first:
+            for change in differences(content["config"], to_dict(self.config)):
+                print(f"changed since the checkpoint: {change}")
+            checkpoints.set_aside_later(self.folder, content["step"])
+        self.step = self._saved_step = content["step"]
+        self._evaluation_due = content.get("evaluation_due", False)
+        try:
+            checkpoints.restore(self.model, self.optimizer, content)
+            self.train_step.scaler.load_state_dict(content["scaler"])
+            self.metrics.restore(content["interval"].to(self.device))
+            if self.process_group.rank < len(content["random"]):
+                checkpoints.set_random_states(content["random"][self.process_group.rank])
+        except Exception as error:  # PyTorch raises anything for states that are not its own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"run.resume: {path} does not fit this run: {reason}") from error
+
+    def _check_resumable(self, content: dict[str, Any]) -> None:
+        """Raise ConfigError for a run that would not be the checkpoint's run."""
+        fixed = [
+            change
+            for change in differences(content["config"], to_dict(self.config))
+            if change.partition(":")[0] in FIXED_SETTINGS
+        ]
+        if fixed:
+            raise ConfigError(
+                f"run.resume: {', '.join(fixed)} since the checkpoint, which makes it another run; start a new "
+                "one, with model.pretrained for the weights"
+            )
+        if self.train_step.scaler.is_enabled() and not content["scaler"]:
+            raise ConfigError(
+                f"run.resume: run.precision: {content['config'].get('run', {}).get('precision')} -> fp16 since the "
+                "checkpoint, which has no gradient scaler to continue with; take fp32 or bf16, or start a new run"
+            )
         if content["columns"] != self.metrics.columns:
             raise ConfigError("run.resume: the loss terms changed since the checkpoint; start a new run")
         changed = list(differences(content["order"], self.data.order))
@@ -194,17 +228,6 @@ class Trainer:
             raise ConfigError(
                 f"run.resume: the checkpoint is of step {content['step']}, beyond the run's {self.steps} steps"
             )
-        if self.process_group.is_first:
-            for change in differences(content["config"], to_dict(self.config)):
-                print(f"changed since the checkpoint: {change}")
-        self.step = self._saved_step = content["step"]
-        self._evaluation_due = content.get("evaluation_due", False)
-        checkpoints.restore(self.model, self.optimizer, content)
-        self.train_step.scaler.load_state_dict(content["scaler"])
-        self.metrics.rows = list(content["interval"].to(self.device))
-        self.metrics.paths = [[] for _ in self.metrics.rows]
-        if self.process_group.rank < len(content["random"]):
-            checkpoints.set_random_states(content["random"][self.process_group.rank])
 
     def _continue_from(self, path: Path) -> None:
         """Go on after the last epoch of a checkpoint of the released training code, whose weights are loaded."""
@@ -223,12 +246,11 @@ class Trainer:
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; prints the settings."""
         check_resume(self.config.run)
-        found = self.process_group.gather_objects(checkpoints.latest(self.folder))[0]
-        content = None if found is None else checkpoints.read(found)
+        path, content = _read_checkpoint(self.folder, self.process_group)
         if self.process_group.is_first:
             print(to_toml(self.config))
-            if found is not None:
-                print(f"resuming from {found}")
+            if path is not None:
+                print(f"resuming from {path}")
         return content
 
     def _report(self, log: Log | None) -> None:
@@ -256,6 +278,26 @@ class Trainer:
         self._evaluation_due = False
         if log is not None:
             log.write_evaluation(self.step, found.metrics, found.table)
+
+
+def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to resume from and its content, if there is one; the first rank chooses, and all ranks read."""
+    path, content, failed = None, None, None
+    if process_group.is_first:
+        try:
+            path, content = checkpoints.read_latest(folder, checkpoints.RUN_KEYS) or (None, None)
+        except (OSError, ValueError) as error:
+            failed = str(error)
+    path = process_group.gather_objects(path)[0]
+    if path is not None and content is None:
+        try:
+            content = checkpoints.read(path, checkpoints.RUN_KEYS)
+        except (OSError, ValueError) as error:
+            failed = str(error)
+    for message in process_group.gather_objects(failed):
+        if message is not None:
+            raise ConfigError(f"run.resume: {message}")
+    return path, content
 
 
 def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCLIP:

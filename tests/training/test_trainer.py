@@ -30,7 +30,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state, save_published
 from betaclip.signals import stop_signals
 from betaclip.training import trainer as loop
-from betaclip.training.config import TrainingConfig
+from betaclip.training.config import FIXED_SETTINGS, TrainingConfig
 from betaclip.training.log import read_metrics
 from betaclip.training.step import TrainStep
 from betaclip.training.trainer import Evaluated, Trainer
@@ -294,6 +294,69 @@ def test_rejects(tmp_path, monkeypatch):
     monkeypatch.setattr(DataConfig, "create", missing)
     with pytest.raises(ConfigError, match=r"data: nowhere.json: no such file"):
         Trainer(config(tmp_path, "no data"), SINGLE_PROCESS, CPU)
+
+
+def test_resumes_from_the_last_whole_checkpoint(tmp_path, whole, caplog):
+    settings = config(tmp_path, resume=True, checkpoint_every=3, keep=2)
+    train(replace(settings, run=replace(settings.run, resume=False)))
+    last = tmp_path / "run" / "checkpoint_00000009.pt"
+    last.write_bytes(last.read_bytes()[:-9])
+    assert_same_run(train(settings), whole)
+    assert "checkpoint_00000009.pt: " in caplog.text and "trying the checkpoint before it" in caplog.text
+    # What was damaged no longer takes the place of one to keep.
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert names == ["checkpoint_00000006.pt", "checkpoint_00000009.pt", "checkpoint_00000009.pt.damaged"]
+
+
+def test_only_checkpoint_is_damaged(tmp_path):
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"^run.resume: {path}: cannot be read as a checkpoint: [^\n]*$"):
+        train(config(tmp_path, resume=True))
+
+
+def test_states_that_do_not_fit(tmp_path):
+    """A file that is whole, with the digest of its content, and not of this run."""
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    content = checkpoints.read(path)
+    for key, value in (
+        ("model", {}),
+        ("model", content["model"] | {"clip.logit_scale": torch.ones(3)}),
+        ("optimizer", {}),
+        ("optimizer", content["optimizer"] | {"state": {}}),
+        ("optimizer", content["optimizer"] | {"param_groups": []}),
+        ("interval", torch.ones(2, 77)),
+        ("interval", torch.tensor(3.0)),
+        ("random", [{}]),
+        ("random", [content["random"][0] | {"torch": torch.ones(3)}]),
+    ):
+        checkpoints.write(path, content | {key: value}, keep=1)
+        with pytest.raises(ConfigError, match=rf"^run.resume: {path} does not fit this run: [^\n]+$"):
+            Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+
+
+@pytest.mark.parametrize("setting", FIXED_SETTINGS)
+def test_another_model_or_other_data_are_refused(tmp_path, setting):
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    content = checkpoints.read(path)
+    table, key = setting.split(".")
+    value = content["config"][table][key]
+    content["config"][table][key] = value + value if isinstance(value, str | int) and value else type(value)(7)
+    checkpoints.write(path, content, keep=1)
+    with pytest.raises(ConfigError, match=rf"^run.resume: {setting}: .* -> .* since the checkpoint, which makes it"):
+        Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+
+
+def test_precision_at_resume(tmp_path):
+    train(config(tmp_path, steps=2))
+    with pytest.raises(
+        ConfigError, match=r"^run.resume: run.precision: fp32 -> fp16 since the checkpoint, which has no"
+    ):
+        Trainer(config(tmp_path, resume=True, precision="fp16"), SINGLE_PROCESS, CPU)
+    assert train(config(tmp_path, resume=True, precision="bf16")).step == STEPS
 
 
 def test_compile(monkeypatch, tmp_path):
