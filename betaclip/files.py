@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -14,7 +15,7 @@ from betaclip.errors import ConfigError, OutputError
 
 LOCK = ".lock"
 
-_locked: set[IO[str]] = set()
+_locked: set[FileIO] = set()
 
 
 @contextmanager
@@ -87,20 +88,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with reporting(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK).open("a+"))
+            file = stack.enter_context((folder / LOCK).open("ab+", buffering=0))  # to close it writes nothing
         _lock(file, folder)
         _locked.add(file)
         stack.callback(_locked.discard, file)
         with reporting(folder):
             file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            file.write(b"%d\n" % os.getpid())
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
         yield
 
 
-def _lock(file: IO[str], folder: Path) -> None:
+def _lock(file: FileIO, folder: Path) -> None:
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -116,7 +116,7 @@ def _lock(file: IO[str], folder: Path) -> None:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             return  # the file system has no locks
         file.seek(0)
-        holder = file.read(20).strip() or "unknown"
+        holder = (file.read(20) or b"").decode(errors="replace").strip() or "unknown"
         raise ConfigError(
             f"{folder} is in use by process {holder}: wait for it, end it, or name another folder"
         ) from error
