@@ -1,11 +1,16 @@
-"""Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file."""
+"""Checkpoints: one plain file each, however the model is wrapped, written so that a kill never leaves half a file.
 
+A file is what torch.save writes, a zip archive, with the SHA-256 of that as the archive's comment.
+"""
+
+import hashlib
+import logging
 import os
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -18,52 +23,179 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from betaclip.errors import ConfigError
+from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
-from betaclip.model.weights import read_file, read_weights
+from betaclip.model.weights import read_file, weights_of
 from betaclip.published import load_published
 from betaclip.settings import from_dict
 
+FORMAT = 2  # version 1 had no digest
+
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
+_COMMENT = b"betaclip sha256 "
+_COMMENT_BYTES = len(_COMMENT) + hashlib.sha256().digest_size
+
+# What a run needs to go on, with its type.
+RUN_KEYS: dict[str, type] = {
+    "step": int, "config": dict, "order": dict, "model": dict, "optimizer": dict, "scaler": dict, "columns": list,
+    "interval": Tensor, "random": list,
+}  # fmt: skip
+MODEL_KEYS: dict[str, type] = {"model": dict}
+
+_log = logging.getLogger(__name__)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"checkpoint_{step:08}.pt"
 
 
+def kept(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, by step. They are found by name: a link could point to a missing file."""
+    return sorted(path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
+
+
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the last step in a run's folder, found by name: a link could point to a missing file."""
-    found = [path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
-    return max(found, default=None)
+    """The checkpoint of the last step in a run's folder."""
+    return max(kept(folder), default=None)
+
+
+def read_latest(folder: Path, keys: dict[str, type]) -> tuple[Path, dict[str, Any]] | None:
+    """The last whole checkpoint in a run's folder and its content, or None if there are no checkpoints; a warning names
+    those that are damaged.
+
+    Raises:
+        ValueError: none is whole; the message names the last.
+        ConfigError: the last whole one is of a later version.
+    """
+    first: ValueError | None = None
+    for path in reversed(kept(folder)):
+        try:
+            content = read(path, keys)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            first = first or error
+            _log.warning("%s; trying the checkpoint before it", error)
+        else:
+            return path, content
+    if first is not None:
+        raise ValueError(f"{first}; no checkpoint before it is whole either") from first
+    return None
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps, which :func:`read_latest` found damaged: under their names they would be
+    the last ones, which are kept."""
+    for path in kept(folder):
+        if path > checkpoint_path(folder, step):
+            with reporting(path):
+                path.replace(f"{path}.damaged")
 
 
 def write(path: Path, content: dict[str, Any], keep: int) -> None:
-    """Write atomically, then delete all but the last ``keep`` checkpoints, and partial files that kills left behind.
+    """Write atomically, then delete all but the last ``keep`` checkpoints.
 
     content: tensors and plain values only, because :func:`read` unpickles nothing else.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-    old = sorted(p for p in path.parent.glob("checkpoint_*.pt") if _NAME.fullmatch(p.name))[:-keep]
-    for p in [*old, *path.parent.glob("checkpoint_*.partial")]:
-        p.unlink()
+    with write_atomically(path) as file:
+        hashed = _HashedFile(file)
+        torch.save(content, cast(IO[bytes], hashed))
+        # The archive ends with the length of its comment, 0.
+        file.seek(-2, os.SEEK_END)
+        file.write(_COMMENT_BYTES.to_bytes(2, "little") + _COMMENT + hashed.digest.digest())
+    for old in kept(path.parent)[:-keep]:
+        old.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+class _HashedFile:
+    """Writes through to a file, and takes the digest of all of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _has_digest(path: Path) -> bool:
+    """Whether the file has a digest.
+
+    Raises:
+        ValueError: it has that of another content.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = _COMMENT_BYTES.to_bytes(2, "little") + _COMMENT
+        begin = size - 2 - _COMMENT_BYTES
+        if begin < 0:
+            return False
+        file.seek(begin)
+        found = file.read()
+        if not found.startswith(end):
+            return False
+        digest = hashlib.sha256()
+        file.seek(0)
+        while begin > 0:
+            part = file.read(min(begin, 1 << 22))
+            digest.update(part)
+            begin -= len(part)
+        digest.update(bytes(2))
+    if found.removeprefix(end) != digest.digest():
+        raise ValueError(f"{path}: damaged: its content does not have the digest that was written with it")
+    return True
+
+
+def read(path: Path, keys: dict[str, type] | None = None) -> dict[str, Any]:
+    """A checkpoint's content.
+
+    Args:
+        keys: what the content must have, with its types.
+
+    Raises:
+        ValueError: the file is damaged, or no checkpoint of ours; the message names it.
+        ConfigError: a later version wrote it.
+    """
+    digest = _has_digest(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything for a file that is not its own
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a checkpoint of betaclip, got {type(content).__name__}")
+    _check_version(path, content, digest)
+    for key, kind in (keys or {}).items():
+        if not isinstance(content.get(key), kind):
+            found = f"of type {type(content[key]).__name__}" if key in content else "missing"
+            raise ValueError(f"{path}: expected {key!r} of type {kind.__name__} in a checkpoint, it is {found}")
+    name = _NAME.fullmatch(path.name)
+    if "step" in content and (type(content["step"]) is not int or (name and content["step"] != int(name[1]))):
+        raise ValueError(f"{path}: expected the step that the name says, got {content['step']!r:.80}")
+    return content
 
 
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _check_version(path: Path, content: dict[str, Any], digest: bool) -> None:
+    version = content.get("betaclip", 1)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: expected a version of at least 1, got {version!r:.80}")
+    if version > FORMAT:
+        raise ConfigError(
+            f"{path}: a later version of betaclip wrote it (format {version}, expected up to {FORMAT}); update it"
+        )
+    if version > 1 and not digest:
+        raise ValueError(f"{path}: damaged: the digest that was written with it is missing")
+
+
+def _first_line(error: Exception) -> str:
+    """Errors of torch go on with advice that may be harmful, such as to unpickle what the file holds."""
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
 def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -77,7 +209,20 @@ def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
     """Load what :func:`model_and_optimizer` returned, into any wrapper and on any number of ranks. All ranks must call
-    with the same content."""
+    with the same content.
+
+    Raises:
+        ValueError: the content lacks something; PyTorch's own errors, of any type, where something else does not fit.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = content["optimizer"].get("param_groups", [])
+    for place, expected, found in (
+        ("model", set(model.state_dict()), set(content["model"])),
+        ("optimizer.state", trained, set(content["optimizer"].get("state", {}))),
+        ("optimizer.param_groups", trained, {name for group in groups for name in group["params"]}),
+    ):
+        if expected - found:
+            raise ValueError(f"{place}: {len(expected - found)} missing, such as {min(expected - found)}")
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, content["model"], options=options)
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
@@ -138,32 +283,43 @@ def load_checkpoint(
     """
     path = Path(path)
     if path.is_dir():
-        found = latest(path)
+        found = read_latest(path, MODEL_KEYS)
         if found is None:
             raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
-        path = found
+        path, content = found
+        return _model(path, content).to(device)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    config = model_config(path)
-    if config is None:
-        return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
-    model = create_model(replace(config, pretrained=None))
-    load_state(model, read_weights(path), path)
-    return model.to(device)
+    if _is_ours(path):
+        return _model(path, read(path, MODEL_KEYS)).to(device)
+    return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
+
+
+def _model(path: Path, content: dict[str, Any]) -> BetaCLIP:
+    model = create_model(replace(_model_config(path, content), pretrained=None))
+    load_state(model, weights_of(content, path), path)
+    return model
+
+
+def _is_ours(path: Path) -> bool:
+    if _has_digest(path):
+        return True
+    try:
+        return "betaclip" in read_file(path, mmap=True)
+    except ValueError:  # which whoever reads its weights will say
+        return False
 
 
 def model_config(path: Path) -> ModelConfig | None:
     """The model's settings in one of our checkpoints; None for any other file.
 
     Raises:
-        ValueError: the checkpoint has no readable configuration of a model.
+        ValueError: the checkpoint is damaged, or has no readable configuration of a model.
     """
-    try:
-        content = read_file(path, mmap=True)
-    except ValueError:  # which whoever reads its weights will say
-        return None
-    if "betaclip" not in content:
-        return None
+    return _model_config(path, read(path, MODEL_KEYS)) if _is_ours(path) else None
+
+
+def _model_config(path: Path, content: dict[str, Any]) -> ModelConfig:
     config = content.get("config")
     values = config.get("model") if isinstance(config, dict) else None
     if not isinstance(values, dict):

@@ -3,12 +3,16 @@
 import difflib
 import importlib
 import logging
+import multiprocessing
+import signal
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import betaclip
-from betaclip.errors import ConfigError, NonFiniteError, Stopped, closed_pipe_ends_output
+from betaclip.errors import ConfigError, NonFiniteError, OutputError, Stopped, closed_pipe_ends_output
+from betaclip.signals import stop_signals
 
 
 class Command(NamedTuple):
@@ -69,30 +73,46 @@ def _run_without_config(name: str, command: Command, arguments: tuple[str, ...])
 
 
 def _run(name: str, command: Command, config_class: str, arguments: list[str]) -> None:
-    import tyro
-
     from betaclip.data.batches import BadDataError
-    from betaclip.settings import read
 
     logging.basicConfig(format="%(message)s")
-    module = importlib.import_module(command.module)
-    kind: Any = getattr(module, config_class)
-    description = _sentence(command.help)
     try:
-        options: dict[str, Any] = {}
-        if name == "train":
-            file, arguments = _config_file(arguments)
-            options["default"] = kind() if file is None else read(kind(), file)
-            description += " --config FILE: a TOML file with other defaults for these options, or the name of a recipe."
-        config = tyro.cli(kind, prog=f"betaclip {name}", description=description, args=arguments, **options)
-        getattr(module, command.run)(config)
+        with stop_signals() if name == "train" else nullcontext():
+            module = importlib.import_module(command.module)
+            config = _parse(name, getattr(module, config_class), command.help, arguments)
+            getattr(module, command.run)(config)
     except ConfigError as error:
         _exit(f"betaclip {name}: {error}", 2)
-    except (BadDataError, NonFiniteError) as error:
+    except (BadDataError, NonFiniteError, OutputError) as error:
         _exit(f"betaclip {name}: {error}", 1)
     except Stopped as stopped:
-        print(f"betaclip {name}: {stopped.message}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may have hung up
+            print(f"betaclip {name}: {stopped.message}", file=sys.stderr)
+        _end_children()
         raise
+
+
+def _parse(name: str, kind: Any, help_: str, arguments: list[str]) -> Any:
+    """The command's settings."""
+    import tyro
+
+    from betaclip.settings import read
+
+    description = _sentence(help_)
+    options: dict[str, Any] = {}
+    if name == "train":
+        file, arguments = _config_file(arguments)
+        options["default"] = kind() if file is None else read(kind(), file)
+        description += " --config FILE: a TOML file with other defaults for these options, or the name of a recipe."
+    return tyro.cli(kind, prog=f"betaclip {name}", description=description, args=arguments, **options)
+
+
+def _end_children() -> None:
+    """End the processes that read data. One that waits for a file for ever would keep Python from exiting."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes the end of a worker for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:

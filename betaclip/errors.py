@@ -12,16 +12,27 @@ class ConfigError(ValueError):
     """Invalid setting; the message names it and the accepted values."""
 
 
+class OutputError(OSError):
+    """A file or folder cannot be written; the message names it and the reason."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not finite; the message names the step, losses, scales and images."""
 
 
 class Stopped(SystemExit):
-    """SIGTERM came and a checkpoint has been written. Ends the process with that signal's exit code."""
+    """A signal came and what was trained is saved. Ends the process with the signal's exit code.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = f"stopped by SIGTERM after step {step}; --run.resume continues from {folder}"
+    folder, step: of the run to continue; None if the signal came before or after training.
+    """
+
+    def __init__(self, number: int, folder: Path | None = None, step: int = 0) -> None:
+        super().__init__(128 + number)
+        self.message = f"stopped by {signal.Signals(number).name}"
+        if folder is None:
+            self.message += "; nothing that was trained is lost"
+        else:
+            self.message += f" after step {step}; --run.resume continues from {folder}"
 
 
 @contextmanager

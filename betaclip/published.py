@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from betaclip.files import write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
 from betaclip.model.published_layout import (
     has_input_norms,
@@ -84,7 +85,9 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     reasons = not_published_reasons(model.clip)
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
-    save_file(to_published({name: value.detach().cpu() for name, value in model.state_dict().items()}), path)
+    tensors = to_published({name: value.detach().cpu() for name, value in model.state_dict().items()})
+    with write_atomically(path) as file:
+        file.write(save(tensors))
 
 
 @dataclass(frozen=True)

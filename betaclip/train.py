@@ -1,6 +1,8 @@
 """``betaclip train``: a training run, the evaluation of its model, and pictures of its attention."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,15 +11,17 @@ import torch
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.scenes.dataset import TEST, scene
-from betaclip.errors import ConfigError
+from betaclip.errors import ConfigError, OutputError
 from betaclip.evaluation.report import table, write_json
 from betaclip.evaluation.run import Evaluator
 from betaclip.evaluation.sets import EvaluationConfig
+from betaclip.files import lock_folder, reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import ProcessGroup, initialized
+from betaclip.signals import stop_signals
 from betaclip.training.artifacts import write_curves
-from betaclip.training.config import TrainingConfig, check
+from betaclip.training.config import RunConfig, TrainingConfig, check
 from betaclip.training.trainer import Evaluated, Trainer
 from betaclip.visualize import attention_figure
 
@@ -52,19 +56,24 @@ def main(config: TrainConfig) -> None:
         ConfigError: an invalid setting.
         NonFiniteError: a loss or gradient is not finite, and the run does not skip such updates.
         BadDataError: there are more bad data than the run allows.
-        Stopped: SIGTERM came; a checkpoint has been written.
+        OutputError: the run's folder cannot be written.
+        Stopped: a signal came; what was trained is saved.
     """
-    with initialized(config.run.device) as (process_group, device):
+    with ExitStack() as stack:
+        stack.enter_context(stop_signals())
+        process_group, device = stack.enter_context(initialized(config.run.device))
         check(config, process_group.size)
         if config.run.name is None:
             name = process_group.gather_objects(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
             config = replace(config, run=replace(config.run, name=name))
         evaluator = create_evaluator(config)
+        stack.enter_context(claim(config.run, process_group))
         runs = {OURS: train(config, evaluator, process_group, device)}
         compare = config.data.kind == "scenes" if config.run.compare_global is None else config.run.compare_global
         if compare and config.loss.beta_cal_weight:
             loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0)
             run = replace(config.run, folder=runs[OURS], name="global_only")
+            stack.enter_context(claim(run, process_group))
             runs[GLOBAL] = train(replace(config, loss=loss, run=run), evaluator, process_group, device)
         finish(config, runs, evaluator, process_group, device)
 
@@ -84,6 +93,28 @@ def create_evaluator(config: TrainConfig) -> Evaluator:
         return Evaluator(chosen)
     except ConfigError as error:
         raise ConfigError(f"evaluation: {error}") from error
+
+
+@contextmanager
+def claim(run: RunConfig, process_group: ProcessGroup) -> Iterator[None]:
+    """Hold the run's folder on the first rank, so that no other run writes there; all ranks together.
+
+    Raises:
+        ConfigError: another run is at work there.
+        OutputError: the folder cannot be created or written.
+    """
+    assert run.name is not None
+    with ExitStack() as stack:
+        error: ConfigError | OutputError | None = None
+        if process_group.is_first:
+            try:
+                stack.enter_context(lock_folder(run.folder / run.name))
+            except (ConfigError, OutputError) as found:
+                error = found
+        error = process_group.gather_objects(error)[0]  # no rank may wait for one that has left
+        if error is not None:
+            raise error
+        yield
 
 
 def train(config: TrainConfig, evaluator: Evaluator, process_group: ProcessGroup, device: torch.device) -> Path:
@@ -119,12 +150,15 @@ def finish(
 
 def write_pictures(model: BetaCLIP, folder: Path, seed: int) -> None:
     """Draw the attention of some phrases over test scenes, with the boxes of the things that they name."""
-    folder.mkdir(exist_ok=True)
+    with reporting(folder):
+        folder.mkdir(exist_ok=True)
     tokenizer = Tokenizer(model.context_length)
     for index in range(PICTURES):
         shown = scene(seed, index, model.image_size, TEST)
         phrases, boxes = shown.phrases[:PHRASES_PER_PICTURE], shown.boxes[:PHRASES_PER_PICTURE]
-        attention_figure(model, tokenizer, shown.image, phrases, boxes).savefig(folder / f"scene_{index}.png")
+        figure = attention_figure(model, tokenizer, shown.image, phrases, boxes)
+        with write_atomically(folder / f"scene_{index}.png") as file:
+            figure.savefig(file, format="png")
 
 
 def _evaluate(evaluator: Evaluator, model: BetaCLIP, process_group: ProcessGroup) -> Evaluated:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.transforms import UnreadableImageError, read_image
-from betaclip.errors import ConfigError
+from betaclip.errors import ConfigError, OutputError
 from betaclip.evaluation.encode import Squash, encode_images, encode_slots, evaluating
 from betaclip.evaluation.regions import Box
+from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import initialized
@@ -72,11 +73,16 @@ def visualize(config: VisualizeConfig) -> None:
             raise ConfigError(f"checkpoint: {error}") from error
         figure = attention_figure(model, Tokenizer(model.context_length), image, config.texts)
     try:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(config.out)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"out: {config.out}: {error}") from error
-    print(f"wrote {config.out}")
+        out = config.out if config.out.suffix else config.out.with_suffix(".png")
+        with reporting(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(out) as file:
+            figure.savefig(file, format=out.suffix.removeprefix("."))
+    except OutputError as error:
+        raise ConfigError(f"out: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"out: {out}: {error}") from error
+    print(f"wrote {out}")
 
 
 def attention(model: BetaCLIP, tokenizer: Tokenizer, image: Image.Image, texts: Sequence[str]) -> Tensor:

@@ -53,6 +53,73 @@ def test_kill_while_writing(tmp_path, monkeypatch, at):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "checkpoint_00000002.pt"]
 
 
+def checkpoint(folder: Path, step: int, /, **changes: object) -> Path:
+    """A checkpoint with all that a run needs; a change to None leaves it out."""
+    content = {key: kind() for key, kind in checkpoints.RUN_KEYS.items() if kind is not torch.Tensor}
+    content |= {"betaclip": checkpoints.FORMAT, "step": step, "interval": torch.zeros(1, 2), **changes}
+    path = checkpoints.checkpoint_path(folder, step)
+    checkpoints.write(path, {key: value for key, value in content.items() if value is not None}, keep=9)
+    return path
+
+
+def flip(content: bytes, position: int, bit: int = 0) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "without its digest": lambda content: content[:-48],
+    "garbage": lambda content: b"garbage " * 99,
+    "zeros": lambda content: bytes(len(content)),
+    "a bit of the archive": lambda content: flip(content, len(content) // 2),
+    "a bit of the digest": lambda content: flip(content, len(content) - 1),
+    "a bit of the comment's name": lambda content: flip(content, len(content) - 40),
+    "a bit of the comment's length": lambda content: flip(content, len(content) - 50),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_file(tmp_path, caplog, damage):
+    """The one before it is taken, with a warning that names it; without one, an error names it."""
+    path = checkpoint(tmp_path, 9)
+    assert checkpoints.read_latest(tmp_path, checkpoints.RUN_KEYS)[0] == path  # type: ignore[index]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{path}: [^\n]*; no checkpoint before it is whole either$"):
+        checkpoints.read_latest(tmp_path, checkpoints.RUN_KEYS)
+    before = checkpoint(tmp_path, 7)
+    found = checkpoints.read_latest(tmp_path, checkpoints.RUN_KEYS)
+    assert found is not None and found[0] == before and found[1]["step"] == 7
+    assert caplog.messages[-1].startswith(str(path)) and caplog.messages[-1].endswith("trying the checkpoint before it")
+    checkpoints.set_aside_later(tmp_path, 7)
+    assert checkpoints.kept(tmp_path) == [before] and Path(f"{path}.damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optimizer": None}, "expected 'optimizer' of type dict in a checkpoint, it is missing"),
+        ({"random": 3}, "expected 'random' of type list in a checkpoint, it is of type int"),
+        ({"step": -3}, "expected the step that the name says, got -3"),
+        ({"step": 8}, "expected the step that the name says, got 8"),
+        ({"betaclip": 0}, "expected a version of at least 1, got 0"),
+        ({"betaclip": "2"}, "expected a version of at least 1, got '2'"),
+        ({"betaclip": 3}, "a later version of betaclip wrote it"),
+    ],
+)
+def test_content_that_no_run_can_have(tmp_path, changes, message):
+    path = checkpoint(tmp_path, 9, **changes)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        checkpoints.read(path, checkpoints.RUN_KEYS)
+
+
+def test_first_version_is_read(tmp_path):
+    """It had no digest."""
+    path = checkpoint(tmp_path, 9, betaclip=1)
+    torch.save(checkpoints.read(path), path)
+    assert checkpoints.read(path, checkpoints.RUN_KEYS)["betaclip"] == 1
+
+
 def draws() -> list[float]:
     return [torch.rand(()).item(), np.random.rand(), random.random(), np.random.standard_normal()]
 
@@ -138,6 +205,17 @@ def test_rejects(tmp_path):
         ValueError, match=r"half\.pt: config.model: expected the configuration of a model, got NoneType"
     ):
         checkpoints.load_checkpoint(tmp_path / "half.pt")
+    (tmp_path / "run").mkdir()
+    for changes, message in (
+        ({}, "config.model: expected the configuration of a model, got NoneType"),
+        ({"config": {"model": {"pool_heads": "x"}}}, "config.model: pool_heads: expected int, got 'x'"),
+        ({"config": {"model": {"odd": 1}}}, "config.model: unknown key 'odd'"),
+        ({"model": None}, "expected 'model' of type dict"),
+    ):
+        path = checkpoint(tmp_path / "run", 3, **changes)
+        for place in (path, tmp_path / "run"):
+            with pytest.raises(ValueError, match=f"^{path}: {message}"):
+                checkpoints.load_checkpoint(place)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt in this folder"):

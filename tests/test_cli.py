@@ -1,13 +1,16 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import betaclip
 from betaclip.cli import main
+from betaclip.files import lock_folder
 from betaclip.settings import config_path, read
 from betaclip.train import TrainConfig
 
@@ -95,6 +98,40 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     assert "device: expected auto or cpu, as no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
     assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
     assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")
+
+
+def test_folder_of_another_run(tiny, tmp_path, capsys):
+    """A run that is at work keeps its folder to itself; one that has ended is resumed or left alone."""
+    with lock_folder(tmp_path / "a"):
+        message = fails(capsys, *tiny, "--run.resume")
+    assert message.startswith(f"betaclip train: {tmp_path}/a is in use by process {os.getpid()}: wait for it")
+    assert message.count("\n") == 1
+    (tmp_path / "a" / "metrics.jsonl").touch()
+    message = fails(capsys, *tiny)
+    assert "a already holds a run (metrics.jsonl); give --run.resume to continue it, or another name" in message
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {".lock", "metrics.jsonl"}
+
+
+def test_run_folder_that_cannot_be_written(tiny, tmp_path, capsys):
+    (tmp_path / "a").touch()
+    message = fails(capsys, *tiny, code=1)
+    assert message == f"betaclip train: {tmp_path}/a: cannot be written: File exists\n"
+
+
+def test_signal(tiny, tmp_path):
+    """The command saves, says so in one line, and exits with the signal's code, workers and all."""
+    options = ["--run.steps", "100000", "--run.log-every", "1", "--run.workers", "1"]
+    command = [sys.executable, "-m", "betaclip", *tiny, *options]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGHUP)
+    message = run.communicate()[1]
+    assert run.returncode == 128 + signal.SIGHUP
+    assert "betaclip train: stopped by SIGHUP after step" in message and "Traceback" not in message
+    assert len(list((tmp_path / "a").glob("checkpoint_*.pt"))) == 1
 
 
 def test_missing_package_is_one_line(monkeypatch, capsys):

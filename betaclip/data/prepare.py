@@ -20,6 +20,7 @@ from betaclip.data.readers.annotations import Annotations, BadRowError
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
 from betaclip.data.sentences import clean, split_sentences
 from betaclip.errors import ConfigError
+from betaclip.files import lock_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def prepare(config: PrepareConfig) -> None:
     """Write the file. An interrupted call continues from the finished parts, which lie in the folder ``OUT.parts``.
 
     Raises:
-        ConfigError: the captions or the spaCy model are missing, or the folder holds parts of other work.
+        ConfigError: the captions or the spaCy model are missing, or the folder holds parts of other work or is in use.
     """
     folder = Path(f"{config.out}.parts")
     try:
@@ -56,25 +57,18 @@ def prepare(config: PrepareConfig) -> None:
             raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
         work = _Work(config)
         extractor = create_extractor(config.phrase_extractor, config.spacy_model, config.phrase_style)
-        about = {
-            "version": VERSION,
-            "style": extractor.style,
-            "extractor": extractor.name,
-            "part_rows": config.part_rows,
-        }
-        _claim(folder, about | {"source": work.identity})
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    files = [folder / f"{number:06d}.npz" for number in range(len(work.parts))]
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    with tqdm(total=len(files), initial=len(files) - len(missing), unit="part", desc="phrases") as progress:
-        for _ in _map(config, work, extractor, [(number, files[number]) for number in missing]):
-            progress.update()
-    parts = [_load(file) for file in files]
-    sentences = write_cache(config.out, extractor.name, parts, extractor.style)
-    bad, captions = (sum(int(part[name]) for part in parts) for name in ("bad", "captions"))
+    about = {
+        "version": VERSION,
+        "style": extractor.style,
+        "extractor": extractor.name,
+        "part_rows": config.part_rows,
+    }
+    with lock_folder(folder):
+        _claim(folder, about | {"source": work.identity})
+        _prepare(config, work, extractor, folder)
     shutil.rmtree(folder)
-    print(f"{config.out}: {sentences} sentences of {captions} captions, {bad} rows unusable")
 
 
 class _Work:
@@ -105,6 +99,18 @@ class _Work:
                 yield None
 
 
+def _prepare(config: PrepareConfig, work: _Work, extractor: Extractor, folder: Path) -> None:
+    files = [folder / f"{number:06d}.npz" for number in range(len(work.parts))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    with tqdm(total=len(files), initial=len(files) - len(missing), unit="part", desc="phrases") as progress:
+        for _ in _map(config, work, extractor, [(number, files[number]) for number in missing]):
+            progress.update()
+    parts = [_load(file) for file in files]
+    sentences = write_cache(config.out, extractor.name, parts, extractor.style)
+    bad, captions = (sum(int(part[name]) for part in parts) for name in ("bad", "captions"))
+    print(f"{config.out}: {sentences} sentences of {captions} captions, {bad} rows unusable")
+
+
 def _map(config: PrepareConfig, work: _Work, extractor: Extractor, jobs: list[tuple[int, Path]]) -> Iterator[Path]:
     """Write the parts; yields each file when it is done."""
     workers = min(config.workers, len(jobs))
@@ -121,10 +127,9 @@ def _extract(work: _Work, extractor: Extractor, number: int, file: Path) -> Path
     usable = [caption for caption in captions if caption is not None]
     sentences = list(dict.fromkeys(s for caption in usable for s in split_sentences(clean(caption))))
     part: dict[str, Any] = dict(pack(sentences, extractor(sentences)))
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with write_atomically(file) as stream:
         np.savez(stream, captions=len(usable), bad=len(captions) - len(usable), **part)
-    return partial.replace(file)
+    return file
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -149,6 +154,7 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "about.json"
     if not file.exists():
-        file.write_text(json.dumps(about))
+        with write_atomically(file) as stream:
+            stream.write(json.dumps(about).encode())
     elif json.loads(file.read_text()) != about:
-        raise ValueError(f"out: {folder} holds parts of other captions or of other settings; delete the folder")
+        raise ConfigError(f"out: {folder} holds parts of other captions or of other settings; delete the folder")

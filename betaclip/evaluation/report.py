@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from betaclip.evaluation.tasks.retrieval import RECALLS_AT
+from betaclip.files import reporting, write_atomically
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -56,8 +57,10 @@ def _pointing_rows(results: Results) -> list[list[str]]:
 
 
 def write_json(results: Results, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with reporting(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        file.write(json.dumps(results, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _of_task(results: Results, task: str) -> list[tuple[str, dict[str, float]]]:

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from betaclip.files import write_atomically
 from betaclip.training.log import read_metrics
 
 # The metrics in each panel, by how their names start or end.
@@ -17,7 +18,9 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 def write_curves(runs: Mapping[str, Path], file: Path) -> None:
     """Write a PNG of what each run has logged, from its metrics.jsonl alone."""
-    curves_figure({name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()}).savefig(file)
+    figure = curves_figure({name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()})
+    with write_atomically(file) as stream:
+        figure.savefig(stream, format="png")
 
 
 def curves_figure(metrics: Mapping[str, list[dict[str, float]]]) -> Figure:

@@ -101,7 +101,7 @@ class RunConfig:
     log_every: int = 10
     """Updates between lines of the log."""
     checkpoint_every: int = 500
-    """Updates between checkpoints; one is also written after the last update and at SIGTERM."""
+    """Updates between checkpoints; one is also written after the last update and when a signal stops the run."""
     keep: int = 2
     """Number of latest checkpoints to keep."""
     compare_global: bool | None = None
@@ -149,6 +149,32 @@ def check(config: TrainingConfig, ranks: int) -> None:
                           f"got {config.model.pretrained}")  # fmt: skip
     if run.parallel == "fsdp" and run.precision == "fp16":
         raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
+
+
+# The names of what a run writes into its folder. Its name alone may have been given to what a scheduler writes there.
+RUN_FILES = (
+    "config.toml", "metrics.jsonl", "checkpoint_*", "events.out.tfevents.*", "non_finite_rank*.json", "results.json",
+    "curves.png", "attention", "global_only",
+)  # fmt: skip
+
+
+# Settings that a resumed run must have as they were: others make another model, or take other samples. The order of the
+# data source has the rest of what its samples depend on.
+FIXED_SETTINGS = (
+    "model.name", "model.context_length", "model.pool_heads", "model.pool_norm_inputs",
+    "data.kind", "data.scenes_seed", "data.shuffle",
+)  # fmt: skip
+
+
+def check_resume(run: RunConfig) -> None:
+    """Raise ConfigError for a folder with a run's files, unless the run is resumed."""
+    assert run.name is not None
+    folder = run.folder / run.name
+    found = [path.name for name in RUN_FILES for path in sorted(folder.glob(name))]
+    if found and not run.resume:
+        raise ConfigError(
+            f"run.name: {folder} already holds a run ({found[0]}); give --run.resume to continue it, or another name"
+        )
 
 
 def check_schedules(config: OptimizerConfig, steps: int) -> None:

@@ -1,6 +1,5 @@
 """Where a run's batches come from, starting at any step."""
 
-import signal
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from betaclip.data.batches import Batch, collate
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
+from betaclip.signals import ignore_stop_signals
 from betaclip.training.config import TrainingConfig
 from betaclip.training.sampler import BatchSampler
 
@@ -106,10 +106,9 @@ def loader_options(device: torch.device) -> dict[str, Any]:
     return {
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # its own, so that seeding workers takes none of the run's random numbers
-        "worker_init_fn": _ignore_termination,
+        "worker_init_fn": _initialize_worker,
     }
 
 
-def _ignore_termination(worker: int) -> None:
-    """A SIGTERM to the whole process group must not end the workers of a run that is about to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _initialize_worker(worker: int) -> None:
+    ignore_stop_signals()

@@ -1,5 +1,6 @@
 """A run's metrics: buffered on the device, and logged as lines, metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import errno
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betaclip.errors import ConfigError, NonFiniteError
+from betaclip.files import reporting, write_atomically
 from betaclip.settings import to_dict
 from betaclip.training.config import TrainingConfig
 
@@ -46,6 +48,17 @@ class MetricsBuffer:
         self.images += images
         self.waited_s += waited_s
 
+    def restore(self, table: Tensor) -> None:
+        """Take the steps of a table that :meth:`read` returned, without their images and times.
+
+        Raises:
+            ValueError: it has other columns.
+        """
+        if table.dim() != 2 or table.shape[1] != len(self.columns):
+            raise ValueError(f"expected a table of {len(self.columns)} columns, got the shape {tuple(table.shape)}")
+        self.rows = list(table)
+        self.paths = [[] for _ in self.rows]
+
     def read(self) -> tuple[Tensor, list[int]]:
         """(n, columns) on the CPU, and the indices of those of the n steps where a value must be finite and is not."""
         table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.columns), device="cpu")
@@ -68,7 +81,8 @@ class MetricsBuffer:
         paths = self.paths[bad[0]]
         file = folder / f"non_finite_rank{rank}.json"
         # NaN and Infinity are not JSON, but Python reads them.
-        file.write_text(json.dumps({"step": first, **values, "paths": paths}))
+        with write_atomically(file) as stream:
+            stream.write(json.dumps({"step": first, **values, "paths": paths}).encode())
         raise NonFiniteError(
             f"step {first} is not finite: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}; "
             f"rank {rank}'s {len(paths)} images ({file} lists all):{''.join(f'{chr(10)}  {p}' for p in paths[:8])}"
@@ -112,8 +126,10 @@ class Log:
         self.steps = steps
         self._file = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self._file) if m["step"] <= step]
-        self._file.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
+        with write_atomically(self._file) as file:
+            file.writelines(json.dumps(m).encode() + b"\n" for m in kept)
+        with reporting(folder):
+            self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
         self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -130,31 +146,45 @@ class Log:
         self.say(f"step {step}/{self.steps}, evaluated\n{table}")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        with self._file.open("a") as file:
+        with reporting(self._file), self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with reporting(self._file.parent):
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
-        self._bar.write(text)
-        sys.stdout.flush()
+        try:
+            self._bar.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal has hung up, which must not keep the run from saving
+                raise
 
     def close(self) -> None:
         self._bar.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with reporting(self._file.parent):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last one that was cut short when the run was killed."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(text) for text in lines if text.endswith("\n")]
+    """The lines of a metrics.jsonl, without those that a kill or a power cut damaged."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [metrics for text in lines if text.endswith(b"\n") and (metrics := _metrics(text)) is not None]
+
+
+def _metrics(text: bytes) -> dict[str, float] | None:
+    try:
+        metrics = json.loads(text)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and "step" in metrics else None
 
 
 def line(step: int, steps: int, metrics: dict[str, float]) -> str:

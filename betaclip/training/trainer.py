@@ -1,13 +1,10 @@
 """The training loop."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import nvtx
@@ -17,12 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 from betaclip import checkpoint as checkpoints
 from betaclip.data.batches import BadData, Batch
 from betaclip.errors import ConfigError, Stopped
+from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
+from betaclip.signals import StopSignals, stop_signals
 from betaclip.training import parallel
-from betaclip.training.config import TrainingConfig, check_schedules
+from betaclip.training.config import FIXED_SETTINGS, TrainingConfig, check_resume, check_schedules
 from betaclip.training.data_source import create_data_source
 from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.objective import Objective
@@ -85,33 +84,59 @@ class Trainer:
         self.train_step = TrainStep(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
         self.metrics = MetricsBuffer(self.train_step.columns, self.train_step.must_be_finite)
         self.bad = BadData(config.data.bad_limit)
-        self.step = 0
+        self.step = self._saved_step = 0  # a run without a step needs no checkpoint to start again
+        self._evaluation_due = False
         torch.manual_seed(mix(config.run.seed, process_group.rank))
         if content is not None:
-            self._restore(content)
+            self._restore(content, checkpoints.checkpoint_path(self.folder, content["step"]))
         elif released is not None:
             self._continue_from(released)
 
     def train(self) -> None:
-        """Train to the last step."""
+        """Train to the last step.
+
+        Raises:
+            Stopped: a signal came on any rank; a checkpoint is written.
+        """
         self.model.train()
-        log = None
-        if self.process_group.is_first:
+        with stop_signals() as signals, signals.deferred():
+            log = self._open_log() if self.process_group.is_first else None
+            try:
+                number = self._train(log, signals)
+            finally:
+                if log is not None:
+                    log.close()
+            if number:
+                raise Stopped(number, self.folder, self.step)
+
+    def _open_log(self) -> Log:
+        with reporting(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(to_toml(self.config))
-            log = Log(self.folder, self.config, self.steps, self.step)
-        try:
-            with terminations() as terminated:
-                self.metrics.start_clock()
-                for batch, waited_s in timed(self.data.batches(self.step, self.steps)):
-                    self._update(batch, waited_s)
-                    stop = self.process_group.any(terminated.is_set())
-                    self._after_step(log, stop)
-                    if stop and self.step < self.steps:
-                        raise Stopped(self.folder, self.step)
-        finally:
-            if log is not None:
-                log.close()
+        with write_atomically(self.folder / "config.toml") as file:
+            file.write(to_toml(self.config).encode())
+        return Log(self.folder, self.config, self.steps, self.step)
+
+    def _train(self, log: Log | None, signals: StopSignals) -> int:
+        """Train to the last step or to a signal on any rank, and save; returns the signal's number, or 0."""
+        if self._evaluation_due and self.evaluate is not None:
+            self._evaluate(log, signals)
+            self._saved_step = -1  # the checkpoint says that it is due
+        self.metrics.start_clock()
+        batches = timed(self.data.batches(self.step, self.steps))
+        while True:
+            waited = _next(batches, signals) if self.step < self.steps else None
+            # A rank that waits for data can tell the others only here, before they need its share of the step.
+            number = int(self.process_group.max(torch.tensor(signals.number)))
+            if number or self.step == self.steps:
+                break
+            assert waited is not None, "the data ended before the last step"
+            self._update(*waited)
+            self._after_step(log, signals)
+        if self.step != self._saved_step:
+            if self.config.run.non_finite == "stop":
+                self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
+            self.save()
+        return number
 
     def _update(self, batch: Batch, waited_s: float) -> None:
         self.bad.add(batch.bad, len(batch.images))
@@ -119,11 +144,11 @@ class Trainer:
         self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
         self.step += 1
 
-    def _after_step(self, log: Log | None, stop: bool) -> None:
+    def _after_step(self, log: Log | None, signals: StopSignals) -> None:
         """Log, evaluate and save where it is due."""
         run, last = self.config.run, self.step == self.steps
         logs = last or self.step % run.log_every == 0
-        saves = last or stop or self.step % run.checkpoint_every == 0
+        saves = last or self.step % run.checkpoint_every == 0
         if log is not None:
             log.advance()
         # On a GPU, reading the measured values would make every step wait for the device.
@@ -131,15 +156,16 @@ class Trainer:
             self.metrics.stop_if_not_finite(self.step, self.process_group.rank, self.folder)
         if logs:
             self._report(log)
-        if self.evaluate_every is not None and self.step % self.evaluate_every == 0 and not last:
-            self._evaluate(log)
+        if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0 and not last:
+            self._evaluation_due = True
+            self._evaluate(log, signals)
         if saves:
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""
         content: dict[str, Any] = {
-            "betaclip": 1,
+            "betaclip": checkpoints.FORMAT,
             "step": self.step,
             "config": to_dict(self.config),
             "order": self.data.order,
@@ -147,13 +173,49 @@ class Trainer:
             "scaler": self.train_step.scaler.state_dict(),
             "columns": self.metrics.columns,
             "interval": self.metrics.read()[0],
+            "evaluation_due": self._evaluation_due,
             "random": self.process_group.gather_objects(checkpoints.random_states()),
         }
         if self.process_group.is_first:
             checkpoints.write(checkpoints.checkpoint_path(self.folder, self.step), content, self.config.run.keep)
+        self._saved_step = self.step
         self.process_group.barrier()
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: dict[str, Any], path: Path) -> None:
+        self._check_resumable(content)
+        if self.process_group.is_first:
+            for change in differences(content["config"], to_dict(self.config)):
+                print(f"changed since the checkpoint: {change}")
+            checkpoints.set_aside_later(self.folder, content["step"])
+        self.step = self._saved_step = content["step"]
+        self._evaluation_due = content.get("evaluation_due", False)
+        try:
+            checkpoints.restore(self.model, self.optimizer, content)
+            self.train_step.scaler.load_state_dict(content["scaler"])
+            self.metrics.restore(content["interval"].to(self.device))
+            if self.process_group.rank < len(content["random"]):
+                checkpoints.set_random_states(content["random"][self.process_group.rank])
+        except Exception as error:  # PyTorch raises anything for states that are not its own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"run.resume: {path} does not fit this run: {reason}") from error
+
+    def _check_resumable(self, content: dict[str, Any]) -> None:
+        """Raise ConfigError for a run that would not be the checkpoint's run."""
+        fixed = [
+            change
+            for change in differences(content["config"], to_dict(self.config))
+            if change.partition(":")[0] in FIXED_SETTINGS
+        ]
+        if fixed:
+            raise ConfigError(
+                f"run.resume: {', '.join(fixed)} since the checkpoint, which makes it another run; start a new "
+                "one, with model.pretrained for the weights"
+            )
+        if self.train_step.scaler.is_enabled() and not content["scaler"]:
+            raise ConfigError(
+                f"run.resume: run.precision: {content['config'].get('run', {}).get('precision')} -> fp16 since the "
+                "checkpoint, which has no gradient scaler to continue with; take fp32 or bf16, or start a new run"
+            )
         if content["columns"] != self.metrics.columns:
             raise ConfigError("run.resume: the loss terms changed since the checkpoint; start a new run")
         changed = list(differences(content["order"], self.data.order))
@@ -166,16 +228,6 @@ class Trainer:
             raise ConfigError(
                 f"run.resume: the checkpoint is of step {content['step']}, beyond the run's {self.steps} steps"
             )
-        if self.process_group.is_first:
-            for change in differences(content["config"], to_dict(self.config)):
-                print(f"changed since the checkpoint: {change}")
-        self.step = content["step"]
-        checkpoints.restore(self.model, self.optimizer, content)
-        self.train_step.scaler.load_state_dict(content["scaler"])
-        self.metrics.rows = list(content["interval"].to(self.device))
-        self.metrics.paths = [[] for _ in self.metrics.rows]
-        if self.process_group.rank < len(content["random"]):
-            checkpoints.set_random_states(content["random"][self.process_group.rank])
 
     def _continue_from(self, path: Path) -> None:
         """Go on after the last epoch of a checkpoint of the released training code, whose weights are loaded."""
@@ -193,16 +245,12 @@ class Trainer:
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; prints the settings."""
-        found = self.process_group.gather_objects(checkpoints.latest(self.folder))[0]
-        if found is not None and not self.config.run.resume:
-            raise ConfigError(
-                f"run.name: {self.folder} already holds a run; give --run.resume to continue it, or another name"
-            )
-        content = None if found is None else checkpoints.read(found)
+        check_resume(self.config.run)
+        path, content = _read_checkpoint(self.folder, self.process_group)
         if self.process_group.is_first:
             print(to_toml(self.config))
-            if found is not None:
-                print(f"resuming from {found}")
+            if path is not None:
+                print(f"resuming from {path}")
         return content
 
     def _report(self, log: Log | None) -> None:
@@ -213,16 +261,43 @@ class Trainer:
             log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
         self.metrics.clear()
 
-    def _evaluate(self, log: Log | None) -> None:
-        if self.evaluate is None:
-            return
+    def _evaluate(self, log: Log | None, signals: StopSignals) -> None:
+        """A signal abandons the evaluation, which is then made when the run is resumed; with several ranks, which must
+        stay together, it is finished."""
+        assert self.evaluate is not None
         # Every call of a sharded model is a collective, so that all ranks must evaluate the same samples.
         group = SINGLE_PROCESS if isinstance(self.model, FSDPModule) else self.process_group
         states = checkpoints.random_states()  # evaluation must not change the run
-        found = self.evaluate(self.model, group)
-        checkpoints.set_random_states(states)
+        try:
+            with signals.interruptible() if self.process_group.size == 1 else nullcontext():
+                found = self.evaluate(self.model, group)
+        except Stopped:
+            return
+        finally:
+            checkpoints.set_random_states(states)
+        self._evaluation_due = False
         if log is not None:
             log.write_evaluation(self.step, found.metrics, found.table)
+
+
+def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to resume from and its content, if there is one; the first rank chooses, and all ranks read."""
+    path, content, failed = None, None, None
+    if process_group.is_first:
+        try:
+            path, content = checkpoints.read_latest(folder, checkpoints.RUN_KEYS) or (None, None)
+        except (OSError, ValueError) as error:
+            failed = str(error)
+    path = process_group.gather_objects(path)[0]
+    if path is not None and content is None:
+        try:
+            content = checkpoints.read(path, checkpoints.RUN_KEYS)
+        except (OSError, ValueError) as error:
+            failed = str(error)
+    for message in process_group.gather_objects(failed):
+        if message is not None:
+            raise ConfigError(f"run.resume: {message}")
+    return path, content
 
 
 def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCLIP:
@@ -258,19 +333,10 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         yield batch, time.perf_counter() - begin
 
 
-@contextmanager
-def terminations() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    event = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, handle)
+def _next(batches: Iterator[tuple[Batch, float]], signals: StopSignals) -> tuple[Batch, float] | None:
+    """The next batch, with its seconds; None when a signal comes before it or there is none."""
     try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with signals.interruptible():
+            return next(batches, None)
+    except Stopped:
+        return None

@@ -1,11 +1,12 @@
 import json
+import os
 import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from betaclip.errors import ConfigError, NonFiniteError
+from betaclip.errors import ConfigError, NonFiniteError, OutputError
 from betaclip.training.config import RunConfig, TrainingConfig
 from betaclip.training.log import Log, MetricsBuffer, line, read_metrics
 
@@ -56,14 +57,28 @@ def test_line():
 
 
 def test_log_forgets_what_comes_after_the_checkpoint(tmp_path):
-    """A line that a kill cut short is removed, too."""
+    """A line that a kill or a power cut damaged is removed, too."""
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (10, 20, 30)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "lo')
+    (tmp_path / "metrics.jsonl").write_text("\0\0\n" + "\n".join(lines) + '\n{"step": 40, "lo')
     log = Log(tmp_path, TrainingConfig(run=RunConfig(name="x", tensorboard=False)), steps=50, step=20)
     log.write(21, {"loss": 2.0})
     log.close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 21]
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_curve_survives_a_failure_at_resume(tmp_path, monkeypatch):
+    """The lines are rewritten aside: where that fails, those of before are there."""
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        Log(tmp_path, TrainingConfig(run=RunConfig(name="x", tensorboard=False)), steps=50, step=20)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [lines]
 
 
 def test_results_are_logged(tmp_path, capsys):

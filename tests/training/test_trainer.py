@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,15 @@ from support.steps import assert_same
 from support.tiny import START, TinyDataset, tiny_batch
 
 from betaclip import checkpoint as checkpoints
-from betaclip.data.batches import BadDataError
+from betaclip.data.batches import Bad, BadDataError, Draw, Example
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError, NonFiniteError, Stopped
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state, save_published
+from betaclip.signals import stop_signals
 from betaclip.training import trainer as loop
-from betaclip.training.config import TrainingConfig
+from betaclip.training.config import FIXED_SETTINGS, TrainingConfig
 from betaclip.training.log import read_metrics
 from betaclip.training.step import TrainStep
 from betaclip.training.trainer import Evaluated, Trainer
@@ -121,6 +123,88 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
     assert measured(resumed) == measured(truth) and len(measured(truth)) == 3
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_signal_while_data_stall(tmp_path, monkeypatch, workers):
+    """The run does not wait for them: it saves what it has."""
+    put_tiny(monkeypatch.setattr, StallingDataset(14))
+    settings = config(tmp_path, workers=workers)
+    child = multiprocessing.get_context(START).Process(target=stalled, args=(settings,))
+    child.start()
+    while checkpoints.latest(tmp_path / "run") is None:
+        assert child.is_alive()
+        time.sleep(0.05)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGUSR1)
+    child.join(60)  # PyTorch alone waits some seconds for a worker
+    assert child.exitcode == 128 + signal.SIGUSR1
+    found = checkpoints.latest(tmp_path / "run")
+    assert found is not None and 0 < checkpoints.read(found)["step"] < STEPS
+
+
+class StallingDataset(TinyDataset):
+    """Whose last picture never comes."""
+
+    def __getitem__(self, draw: Draw) -> Example | Bad:
+        if draw.index == self.length - 1:
+            time.sleep(600)
+        return super().__getitem__(draw)
+
+
+def stalled(settings: TrainingConfig) -> None:
+    sys.stdout = io.StringIO()
+    torch.set_num_threads(1)
+    put_tiny(setattr, StallingDataset(14))
+    try:
+        train(replace(settings, run=replace(settings.run, checkpoint_every=1)))
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+
+def test_signal_in_the_last_step(tmp_path, monkeypatch, whole):
+    settings = config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", at_step(STEPS - 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(Stopped) as stopped:
+            train(settings)
+    assert stopped.value.code == 128 + signal.SIGINT and f"stopped by SIGINT after step {STEPS};" in (
+        stopped.value.message
+    )
+    assert_same_run(train(replace(settings, run=replace(settings.run, resume=True))), whole)
+
+
+def test_signal_before_the_first_step(tmp_path, whole):
+    settings = config(tmp_path)
+    with pytest.raises(Stopped, match="129"), stop_signals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGHUP)
+        train(settings)
+    assert checkpoints.latest(tmp_path / "run") is None
+    assert_same_run(train(replace(settings, run=replace(settings.run, resume=True))), whole)
+
+
+def test_signal_during_an_evaluation(tmp_path, whole):
+    """The evaluation is abandoned, and made when the run is resumed: no line of the log is lost."""
+    interrupts = True
+
+    def evaluate(model: BetaCLIP, process_group: ProcessGroup) -> Evaluated:
+        torch.rand(5)
+        if interrupts:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return Evaluated({"noise/choices/hard": 0.5}, "a table of noise")
+
+    settings = config(tmp_path)
+    with pytest.raises(Stopped) as stopped:
+        train(settings, evaluate=evaluate, evaluate_every=4)
+    assert "after step 4" in stopped.value.message
+    interrupts = False
+    settings = replace(settings, run=replace(settings.run, resume=True))
+    run = train(settings, evaluate=evaluate, evaluate_every=4)
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "noise/choices/hard" in row] == [4, 8]
+    assert_same_run(run, whole)
+
+
 def test_workers_and_evaluation_change_nothing(tmp_path, whole, capsys):
     seen = []
 
@@ -191,7 +275,7 @@ def test_all_of_a_batch_is_bad(tmp_path, monkeypatch):
 
 def test_rejects(tmp_path, monkeypatch):
     train(config(tmp_path, steps=3))
-    with pytest.raises(ConfigError, match=r"run.name: .*run already holds a run; give --run.resume"):
+    with pytest.raises(ConfigError, match=r"run.name: .*run already holds a run \(config.toml\); give --run.resume"):
         Trainer(config(tmp_path), SINGLE_PROCESS, CPU)
     for change, message in (
         ({"steps": 2}, "the checkpoint is of step 3, beyond the run's 2 steps"),
@@ -210,6 +294,69 @@ def test_rejects(tmp_path, monkeypatch):
     monkeypatch.setattr(DataConfig, "create", missing)
     with pytest.raises(ConfigError, match=r"data: nowhere.json: no such file"):
         Trainer(config(tmp_path, "no data"), SINGLE_PROCESS, CPU)
+
+
+def test_resumes_from_the_last_whole_checkpoint(tmp_path, whole, caplog):
+    settings = config(tmp_path, resume=True, checkpoint_every=3, keep=2)
+    train(replace(settings, run=replace(settings.run, resume=False)))
+    last = tmp_path / "run" / "checkpoint_00000009.pt"
+    last.write_bytes(last.read_bytes()[:-9])
+    assert_same_run(train(settings), whole)
+    assert "checkpoint_00000009.pt: " in caplog.text and "trying the checkpoint before it" in caplog.text
+    # What was damaged no longer takes the place of one to keep.
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert names == ["checkpoint_00000006.pt", "checkpoint_00000009.pt", "checkpoint_00000009.pt.damaged"]
+
+
+def test_only_checkpoint_is_damaged(tmp_path):
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"^run.resume: {path}: cannot be read as a checkpoint: [^\n]*$"):
+        train(config(tmp_path, resume=True))
+
+
+def test_states_that_do_not_fit(tmp_path):
+    """A file that is whole, with the digest of its content, and not of this run."""
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    content = checkpoints.read(path)
+    for key, value in (
+        ("model", {}),
+        ("model", content["model"] | {"clip.logit_scale": torch.ones(3)}),
+        ("optimizer", {}),
+        ("optimizer", content["optimizer"] | {"state": {}}),
+        ("optimizer", content["optimizer"] | {"param_groups": []}),
+        ("interval", torch.ones(2, 77)),
+        ("interval", torch.tensor(3.0)),
+        ("random", [{}]),
+        ("random", [content["random"][0] | {"torch": torch.ones(3)}]),
+    ):
+        checkpoints.write(path, content | {key: value}, keep=1)
+        with pytest.raises(ConfigError, match=rf"^run.resume: {path} does not fit this run: [^\n]+$"):
+            Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+
+
+@pytest.mark.parametrize("setting", FIXED_SETTINGS)
+def test_another_model_or_other_data_are_refused(tmp_path, setting):
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    content = checkpoints.read(path)
+    table, key = setting.split(".")
+    value = content["config"][table][key]
+    content["config"][table][key] = value + value if isinstance(value, str | int) and value else type(value)(7)
+    checkpoints.write(path, content, keep=1)
+    with pytest.raises(ConfigError, match=rf"^run.resume: {setting}: .* -> .* since the checkpoint, which makes it"):
+        Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+
+
+def test_precision_at_resume(tmp_path):
+    train(config(tmp_path, steps=2))
+    with pytest.raises(
+        ConfigError, match=r"^run.resume: run.precision: fp32 -> fp16 since the checkpoint, which has no"
+    ):
+        Trainer(config(tmp_path, resume=True, precision="fp16"), SINGLE_PROCESS, CPU)
+    assert train(config(tmp_path, resume=True, precision="bf16")).step == STEPS
 
 
 def test_compile(monkeypatch, tmp_path):

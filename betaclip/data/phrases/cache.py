@@ -11,7 +11,6 @@ phrases are those of the sentences that were sampled from it. The file is mapped
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
 from betaclip.data.phrases.spans import Extractor, Phrase, PhraseStyle, Span, cut_phrases
+from betaclip.files import write_atomically
 
 SPANS = np.dtype([("begin", "<u2"), ("end", "<u2"), ("kind", "u1")])
 VERSION = 3  # of the file, and of how captions are split into sentences
@@ -162,12 +162,8 @@ def write_cache(
     header = (_MAGIC + json.dumps(about).encode()).ljust(_HEADER)
     if len(header) != _HEADER:
         raise ValueError(f"extractor: expected a short name, got {extractor!r}")
-    partial = Path(f"{path}.partial")
-    with partial.open("wb") as file:
+    with write_atomically(path) as file:
         file.write(header)
         for values in (keys.astype("<u8"), np.append(0, ends).astype("<u8"), gathered.astype(SPANS)):
             file.write(values.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
     return len(keys)

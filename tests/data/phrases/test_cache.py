@@ -1,12 +1,12 @@
 """The file of phrases: lookups, unknown sentences, and incomplete or damaged files."""
 
 import logging
+import os
 import pickle
 
 import numpy as np
 import pytest
 
-from betaclip.data.phrases import cache as phrase_cache
 from betaclip.data.phrases.cache import (
     PhraseCache,
     PhrasesOnTheFly,
@@ -98,7 +98,7 @@ def test_appears_when_whole(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(phrase_cache.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_cache(tmp_path / "phrases", "x", [pack(["a"], [[]])])
     assert not (tmp_path / "phrases").exists()

@@ -1,0 +1,133 @@
+"""Files that others see whole or not at all, and a lock on a folder."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+from betaclip.errors import ConfigError, OutputError
+
+LOCK = ".lock"
+
+_locked: set[FileIO] = set()
+
+
+@contextmanager
+def write_atomically(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file to write, which gets its name once all of it is on the disk; a failure leaves an older one alone.
+
+    Each writer has a temporary file of its own, beside ``path``. A path that exists and is not a file, such as a pipe,
+    is written directly.
+
+    Raises:
+        OutputError: the file cannot be written; the message names it.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file():
+        with reporting(path), target.open("wb") as file:
+            yield file
+        return
+    partial = target.with_name(f".{target.name[:100]}.{uuid4().hex}.partial")
+    try:
+        with reporting(path):
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+            _sync_folder(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def reporting(path: Path | str) -> Iterator[None]:
+    """Raise what the operating system says about writing as OutputError, with the path.
+
+    Libraries that write to a file of ours may raise an error of their own on top of the system's.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path}: cannot be written: {cause.strerror or cause}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can: Windows opens no folders, and some file systems sync
+    none."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Create the folder and lock it; the system releases the lock when the process ends, however it does.
+
+    A file system without locks is taken as it is. Partial files that a killed process left in the folder are deleted.
+
+    Raises:
+        ConfigError: another process holds the lock.
+        OutputError: the folder cannot be created or written.
+    """
+    with contextlib.ExitStack() as stack:
+        with reporting(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("ab+", buffering=0))  # to close it writes nothing
+        _lock(file, folder)
+        _locked.add(file)
+        stack.callback(_locked.discard, file)
+        with reporting(folder):
+            file.truncate(0)
+            file.write(b"%d\n" % os.getpid())
+            for partial in folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+        yield
+
+
+def _lock(file: FileIO, folder: Path) -> None:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            # Beyond the end, as Windows lets nobody else read what is locked.
+            file.seek(1 << 20)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return  # the file system has no locks
+        file.seek(0)
+        holder = (file.read(20) or b"").decode(errors="replace").strip() or "unknown"
+        raise ConfigError(
+            f"{folder} is in use by process {holder}: wait for it, end it, or name another folder"
+        ) from error
+
+
+def _close_in_child() -> None:
+    """A forked child shares its parent's lock, and would hold it for as long as it outlives the parent."""
+    for file in _locked:
+        file.close()
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
