@@ -176,7 +176,9 @@ class _ValidRows:
         out = buffer[: rows.numel()].view(rows.shape)
         if inverse is not None:
             return torch.mul(rows, (inverse[part] * factor)[:, None], out=out)
-        return rows if factor == 1 and rows.dtype == self.dtype else torch.mul(rows, factor, out=out)
+        if factor == 1 and rows.dtype == self.dtype:
+            return rows
+        return out.copy_(rows).mul_(factor)  # torch.mul(rows, factor) would round to the dtype of the rows
 
     def max_norm(self) -> float:
         """The largest norm of a row, or a bound on it."""
