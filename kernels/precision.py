@@ -1,9 +1,5 @@
 """Dtypes of operands, accumulation and matrix products, and the norm up to which a vector counts as zero."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,35 +9,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, statistics and gradients inside every backend."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def float32_products(precision: str, device_type: str) -> Iterator[None]:
-    """Run float32 matrix products in ``"ieee"`` precision, or on the CPU with operands rounded to ``"bf16"``.
-
-    The setting belongs to the process, so it also affects float32 products that other threads run in the meantime.
-    """
-    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    before = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before
-
-
-def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """The context in which to multiply operands of ``dtype`` that were widened to float32.
-
-    16-bit operands are multiplied as bfloat16 on the CPU, at four times float32's rate where it has AMX, and in TF32
-    on a GPU. Products of wider operands follow the user's settings.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return nullcontext()
-    if device.type == "cuda":
-        return float32_products("tf32", "cuda")
-    bfloat16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return float32_products("bf16", "cpu") if bfloat16 else nullcontext()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

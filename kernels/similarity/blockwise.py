@@ -10,8 +10,8 @@ lost is found afterwards and done again with its true maximum (``exponent_range`
 the same e: a_i exp(S - lse_x_i) + b_j exp(S - lse_y_j) = e * (A_i + B_j).
 
 Padded rows are left out by gathering the others: they cost nothing and may hold anything. bfloat16 and float16 inputs
-run as bfloat16 products with float32 accumulation and float32 results. Devices other than the CPU work too, but a few
-numbers are read back to the host.
+are widened to float32 a block at a time; products of float32 follow the settings of the process. Devices other than the
+CPU work too, but a few numbers are read back to the host.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.memory import scratch
-from betaclip.kernels.precision import half_products
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
 
@@ -42,19 +41,18 @@ class Blockwise:
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         row_sum, col_sum = rows.zeros(), cols.zeros()
-        with half_products(x.rows.device, x.dtype):
-            with self._tiles(rows, cols, scale) as tiles:
-                lse_shift = max(0.0, tiles.bound() - MAX_ABOVE_SHIFT[rows.dtype])
-                for begin, end, right in tiles.columns():
-                    for lo, hi, _, tile in tiles.down(begin, end, right, lse_shift):
-                        tile.exp_()
-                        row_sum[lo:hi] += tile.sum(1)
-                        col_sum[begin:end] += tile.sum(0)
-            lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
-            for lse, side, other in ((lse_x, rows, cols), (lse_y, cols, rows)):
-                lost = (lse < lse_shift - MAX_BELOW_SHIFT[side.dtype]).nonzero().squeeze(1)
-                if len(lost):
-                    lse[lost] = self._exact_logsumexp(side.pick(lost), other, scale)
+        with self._tiles(rows, cols, scale) as tiles:
+            lse_shift = max(0.0, tiles.bound() - MAX_ABOVE_SHIFT[rows.dtype])
+            for begin, end, right in tiles.columns():
+                for lo, hi, _, tile in tiles.down(begin, end, right, lse_shift):
+                    tile.exp_()
+                    row_sum[lo:hi] += tile.sum(1)
+                    col_sum[begin:end] += tile.sum(0)
+        lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
+        for lse, side, other in ((lse_x, rows, cols), (lse_y, cols, rows)):
+            lost = (lse < lse_shift - MAX_BELOW_SHIFT[side.dtype]).nonzero().squeeze(1)
+            if len(lost):
+                lse[lost] = self._exact_logsumexp(side.pick(lost), other, scale)
         return rows.scatter(lse_x, -torch.inf), cols.scatter(lse_y, -torch.inf)
 
     def similarity_logsumexp_bwd(
@@ -89,7 +87,7 @@ class Blockwise:
             to_y = torch.sub(tile, lse_x[lo:hi, None], out=scratch_tile).exp_().mul_(dlse_x[lo:hi, None])
             return tile.sub_(lse_y[begin:end]).exp_().mul_(dlse_y[begin:end]).add_(to_y)
 
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale) as tiles:
+        with self._tiles(rows, cols, scale) as tiles:
             if lowest >= lse_shift - MAX_BELOW_SHIFT[rows.dtype]:
                 return _gradients(tiles, lse_shift, single_exp, need_dx, need_dy)
             return _gradients(tiles, 0.0, two_exps, need_dx, need_dy)
@@ -97,7 +95,7 @@ class Blockwise:
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         total = rows.zeros()
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale, bias) as tiles:
+        with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             for begin, end, right in tiles.columns():
                 for lo, hi, _, tile in tiles.down(begin, end, right):
@@ -125,7 +123,7 @@ class Blockwise:
                 dbias_of_row[lo:hi] += tile.sum(1)
             return tile
 
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale, bias) as tiles:
+        with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             dx, dy, dscale = _gradients(tiles, 0.0, sigmoid_gradient, need_dx, need_dy)
         return rows.scatter(total, 0.0), dx, dy, dscale, dbias_of_row.sum()
