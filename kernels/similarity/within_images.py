@@ -13,7 +13,7 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.precision import norm_eps
+from betaclip.kernels.precision import inverse_row_norms, norm_eps
 from betaclip.kernels.similarity.contract import zero_rows
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
@@ -71,9 +71,8 @@ class Images(NamedTuple):
 
 def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype) -> Tensor:
     """(N,) 1 / |x|; 0 for rows that take no part or have no direction, NaN for rows that are not finite."""
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    inverse = torch.where(norm.isfinite(), norm.reciprocal(), torch.nan)
-    return torch.where((image_id < 0) | (norm <= norm_eps(dtype)), 0, inverse)
+    inverse = inverse_row_norms(x, dtype)
+    return torch.where((image_id < 0) | (inverse >= 1 / norm_eps(dtype)), 0, inverse)
 
 
 def cosines(x: Tensor, y: Tensor, inverse: tuple[Tensor, Tensor], images: Images) -> Tensor:

@@ -1,4 +1,4 @@
-"""No call touches what belongs to the process or the thread: precisions of products, autocast, warnings."""
+"""Norms of any size; and no call touches the process's or the thread's settings: precisions, autocast, warnings."""
 
 import threading
 import warnings
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.attention_pool.folded import Eager
+from betaclip.kernels.precision import inverse_row_norms, row_norms, unit_rows
 from betaclip.kernels.similarity.blockwise import Blockwise
 
 SETTINGS = ("none", "ieee", "bf16")
@@ -151,3 +152,32 @@ def test_products_within_images_follow_no_setting():
     with Products():
         loss("ce", torch.float32)()
     assert dtypes == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "dtype, value",
+    [
+        (torch.float32, 3e38),
+        (torch.float32, 1e20),
+        (torch.bfloat16, 1e38),
+        (torch.float64, 1e300),
+        (torch.float16, 6e4),
+    ],
+)
+def test_norms_whose_squares_overflow(dtype, value):
+    """Beside rows that are usual, zero, or not finite."""
+    x = torch.tensor([[value, 0, -value, value], [3, 4, 0, 0], [0] * 4, [torch.inf, 1, 1, 1]], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    norms = row_norms(x, wide)
+    truth = torch.tensor([float(x[0, 0].double()) * 3**0.5, 5, 0, torch.inf], dtype=torch.float64)
+    torch.testing.assert_close(norms.double(), truth.to(wide).double())
+    inverse = inverse_row_norms(x, wide)
+    torch.testing.assert_close(inverse[0].double(), 1 / truth[0], rtol=1e-4, atol=0)  # float32's may be subnormal
+    assert inverse[1].item() == pytest.approx(0.2) and inverse[2].isinf() and inverse[3].isnan()
+    leaf = x[:3].clone().requires_grad_()
+    unit = unit_rows(leaf)
+    third = 3**-0.5
+    expected = torch.tensor([[third, 0, -third, third], [0.6, 0.8, 0, 0], [0] * 4], dtype=dtype)
+    torch.testing.assert_close(unit, expected)
+    (gradient,) = torch.autograd.grad(unit[1, 0], leaf)
+    torch.testing.assert_close(gradient[1], torch.tensor([0.128, -0.096, 0, 0], dtype=dtype), atol=1e-2, rtol=1e-2)

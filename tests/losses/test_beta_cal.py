@@ -217,6 +217,25 @@ def test_zero_vector_has_no_direction(form):
     assert loss.isfinite() and gradient.isfinite().all() and (gradient[2, 1] == 0).all() and (gradient[2, 0] != 0).any()
 
 
+@pytest.mark.parametrize(
+    "dtype, norm", [(torch.float32, n) for n in (1e-10, 1e18, 1e20, 1e37)] + [(torch.float64, 1e200)]
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_norm(backend, form, dtype, norm):
+    """Also norms whose squares overflow or vanish, on either side."""
+    require(backend, dtype)
+    b = batch(dtype=dtype)
+    unit = [F.normalize(t.double(), dim=-1) for t in (b.image, b.text)]
+    leaves = [(t * factor).to(dtype).requires_grad_() for t, factor in zip(unit, (norm, 1.0), strict=True)]
+    ours = gradients(LOSSES[form](*leaves, b.scale, mask=b.mask, backend=backend), *leaves)
+    plain = [t.detach().double().div(factor).requires_grad_() for t, factor in zip(leaves, (norm, 1.0), strict=True)]
+    truth = gradients(dense(form, *plain, b.scale.double(), mask=b.mask), *plain)
+    for name, a, t, factor in zip(("loss", "image", "text"), ours, truth, (1.0, norm, 1.0), strict=True):
+        error = (a.double() * factor - t).abs().max() / t.abs().max()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
