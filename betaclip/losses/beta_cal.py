@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from betaclip.kernels.similarity.operators import Backend, contrast_logsumexp, contrast_softplus
-from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Wanted, over_ranks
+from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks
 from betaclip.losses.inputs import (
     FORMS,
     PADDINGS,
@@ -103,6 +103,28 @@ def beta_cal_ce_loss(
         0.7437
         1.2437
     """
+    return softmax_loss(
+        "BetaCALLoss", image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, padding,
+        backend, gather, process_group,
+    )  # fmt: skip
+
+
+def softmax_loss(
+    name: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    beta: Tensor | float,
+    alpha: float,
+    mask: Tensor | None,
+    image_index: Tensor | None,
+    pair_weights: Tensor | None,
+    padding: str,
+    backend: Backend,
+    gather: bool | str,
+    process_group: GroupLike | None,
+) -> Tensor:
+    """:func:`beta_cal_ce_loss` under the name by which ranks tell losses apart."""
     group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
@@ -114,8 +136,9 @@ def beta_cal_ce_loss(
     totals = [weights.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
     counts = torch.stack([(total != 0).sum() for total in totals])
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, layout, batch.dtype, _backend(backend, gather, group, batch)
-    )
+        batch.image, batch.text, batch.scale, layout, batch.dtype,
+        _backend(backend, gather, group, batch, Call(name, "ce", padding, False)),
+    )  # fmt: skip
     between_x, between_y = (layout.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
     contrasted = logits
@@ -194,7 +217,7 @@ def beta_cal_bce_loss(
         count = batch.valid.sum()
     between, cosines = contrast_softplus(
         batch.image, batch.text, batch.scale, bias, batch.layout, batch.dtype,
-        _backend(backend, gather, group, batch, bias),
+        _backend(backend, gather, group, batch, Call("BetaCALLoss", "bce", padding, bias is not None), bias),
     )  # fmt: skip
     logits = batch.scale * cosines
     if bias is not None:
@@ -335,10 +358,15 @@ def _gathering_group(gather: bool | str, process_group: GroupLike | None) -> Pro
 
 
 def _backend(
-    backend: Backend, gather: bool | str, group: ProcessGroup | None, batch: Batch, bias: Tensor | None = None
+    backend: Backend,
+    gather: bool | str,
+    group: ProcessGroup | None,
+    batch: Batch,
+    call: Call,
+    bias: Tensor | None = None,
 ) -> Backend:
     if group is None:
         return backend
     wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
     transport = TRANSPORTS[0] if isinstance(gather, bool) else gather
-    return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]))
+    return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]), call)
