@@ -64,6 +64,7 @@ class Call(NamedTuple):
     form: str
     padding: str
     bias: bool
+    divisor: str = "pairs"
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -72,6 +73,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "form": ("ce", "bce"),
     "padding": ("ignore", "published"),
     "bias": (False, True),
+    "divisor": ("pairs", "rows"),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }
@@ -234,7 +236,7 @@ class _Shards:
     def agree(self, x: Operand, wanted: Wanted, call: Call) -> Wanted:
         """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone.
 
-        Its size is the same whatever is called: ranks that differ learn of it before they send messages that do not fit.
+        Its size is the same whatever is called: ranks that differ learn of it before their messages do not fit.
         """
         rows, depth = x.rows.shape
         chosen = {**call._asdict(), "gather": self.transport, "dtype": x.dtype}

@@ -148,15 +148,44 @@ def test_ragged_equals_masked(form, backend):
 
 
 def test_one_text_per_image_is_siglip():
-    """SigLIP divides the sum over all pairs by N, β-CAL by N²."""
+    """SigLIP divides the sum over all pairs by N, as ``divisor="rows"`` does; the released β-CAL by N²."""
     image, text = (torch.randn(9, 16, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
     scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (11.0, -10.0))
     leaves = [image, text, scale, bias]
     s = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
     siglip = -F.logsigmoid((2 * torch.eye(9, dtype=s.dtype, device=DEVICE) - 1) * s).sum() / 9
-    ours = beta_cal_bce_loss(image[:, None], text[:, None], scale, logit_bias=bias)
-    for a, t in zip(gradients(9 * ours, *leaves), gradients(siglip, *leaves), strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+    expected = gradients(siglip, *leaves)
+    for divisor, factor in (("pairs", 9), ("rows", 1)):
+        ours = beta_cal_bce_loss(image[:, None], text[:, None], scale, logit_bias=bias, divisor=divisor)
+        for a, t in zip(gradients(factor * ours, *leaves), expected, strict=True):
+            torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["ignore", "published"])
+def test_divisor_counts_rows_as_padding_says(padding):
+    b = batch()
+    pairs, rows = (
+        BetaCALLoss("bce", padding=padding, divisor=divisor)(b.image, b.text, b.scale, mask=b.mask)
+        for divisor in ("pairs", "rows")
+    )
+    count = b.mask.numel() if padding == "published" else int(b.mask.sum())
+    torch.testing.assert_close(rows, pairs * count)
+
+
+@pytest.mark.parametrize("divisor", ["pairs", "rows"])
+@pytest.mark.parametrize("backend", ["triton", "blockwise", "reference"])
+def test_small_gradients_are_lost_by_nothing_but_their_dtype(backend, divisor):
+    """A gradient scaler brings float16's back, whatever divides the loss: nothing underflows on the way."""
+    b = batch(dtype=torch.float16)
+    leaves = [t.clone().requires_grad_() for t in (b.image, b.text)]
+    options = {"logit_bias": -8.0, "divisor": divisor}
+    loss = beta_cal_bce_loss(*leaves, b.scale, backend=backend, **options) * 2.0**-20
+    ours = torch.autograd.grad(loss * 2.0**24, leaves)
+    plain = [t.detach().double().requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(beta_cal_bce_loss(*plain, b.scale.double(), **options) * 16, plain)
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), t, rtol=2e-3, atol=2e-3 * float(t.abs().max()))
+    assert not torch.autograd.grad(beta_cal_bce_loss(*leaves, b.scale, **options) * 2.0**-30, leaves)[0].any()
 
 
 @pytest.mark.parametrize("padding", ["ignore", "published"])
