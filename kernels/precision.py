@@ -1,9 +1,5 @@
 """Dtypes of operands, accumulation and matrix products, and the norm up to which a vector counts as zero."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,35 +9,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, statistics and gradients inside every backend."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def float32_products(precision: str, device_type: str) -> Iterator[None]:
-    """Run float32 matrix products in ``precision``: ``"ieee"``, ``"tf32"`` on a GPU, or ``"bf16"`` on the CPU.
-
-    The setting belongs to the process, so it also affects float32 products that other threads run in the meantime.
-    """
-    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    before = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before
-
-
-def half_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """The context in which to multiply operands of ``dtype`` that were widened to float32.
-
-    16-bit operands are multiplied as bfloat16 on a CPU that supports it, at four times float32's rate with AMX, and in
-    TF32 on a GPU. Products of wider operands follow the user's settings.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return nullcontext()
-    if device.type == "cuda":
-        return float32_products("tf32", "cuda")
-    bfloat16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return float32_products("bf16", "cpu") if bfloat16 else nullcontext()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -72,7 +39,44 @@ def norm_eps(dtype: torch.dtype) -> float:
     return 2.0**-14 if dtype == torch.float16 else 1e-12
 
 
+def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """|x| along the last dimension, in ``dtype``; also where squares overflow, as those of 1e20 do in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    if _squares_fit(x, norm):
+        return norm
+    largest, scaled = _largest_and_scaled_norm(x, dtype)
+    return torch.where(norm.isfinite() | largest.isinf(), norm, largest * scaled)
+
+
+def inverse_row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |x| along the last dimension, in ``dtype``: also where |x| overflows; NaN for rows that are not finite."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    if _squares_fit(x, norm):
+        otherwise: Tensor | float = torch.nan
+    else:
+        largest, scaled = _largest_and_scaled_norm(x, dtype)
+        otherwise = largest.reciprocal() / scaled
+    return torch.where(norm.isfinite(), norm.reciprocal(), otherwise)
+
+
+def _squares_fit(x: Tensor, norm: Tensor) -> bool:
+    """Whether sums of squares cannot overflow, or are seen not to: on the CPU, where looking costs little."""
+    return x.dtype == torch.float16 or (x.device.type == "cpu" and bool(norm.isfinite().all()))
+
+
+def _largest_and_scaled_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """max |x_i| and |x| / max |x_i| along the last dimension; NaN for the latter where an element is not finite."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, dtype=dtype)
+    return largest, torch.linalg.vector_norm(x / largest.unsqueeze(-1), dim=-1, dtype=dtype)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| along the last dimension, in the dtype of x; 0, as is the gradient, where x counts as zero."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
-    return (x * norm.masked_fill(norm <= norm_eps(x.dtype), torch.inf).reciprocal()).to(x.dtype)
+    dtype, eps = accumulation_dtype(x.dtype), norm_eps(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    if torch.compiler.is_compiling() or not _squares_fit(x, norm.detach()):
+        # The same direction, from rows whose squares fit: a factor that is constant leaves the gradient as it is.
+        largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True, dtype=dtype)
+        x = torch.where(largest > torch.finfo(dtype).max ** 0.25, x / largest, x).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return (x * norm.masked_fill(norm <= eps, torch.inf).reciprocal()).to(x.dtype)

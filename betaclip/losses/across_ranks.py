@@ -14,7 +14,7 @@ Ranks may hold different numbers of rows, or none: shards are filled up to the l
 All ranks must call the same losses in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,6 +57,28 @@ class Wanted(NamedTuple):
     text: bool
 
 
+class Call(NamedTuple):
+    """What a rank calls, which must be the same on all."""
+
+    loss: str
+    form: str
+    padding: str
+    bias: bool
+    divisor: str = "pairs"
+
+
+# What each entry of a call may be; its place there travels between ranks.
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "loss": ("BetaCALLoss", "ClipLoss"),
+    "form": ("ce", "bce"),
+    "padding": ("ignore", "published"),
+    "bias": (False, True),
+    "divisor": ("pairs", "rows"),
+    "gather": TRANSPORTS,
+    "dtype": DTYPES,
+}
+
+
 class AcrossRanks:
     """The ``SimilarityBackend`` between the rows of this rank and the columns of all; made for one call of one loss.
 
@@ -64,7 +86,8 @@ class AcrossRanks:
     rank's rows and columns. dscale and dbias are those of this rank's rows, so that their sum over ranks is that of all
     pairs. The incoming gradients of all ranks add up.
 
-    backend: between this rank's rows and the columns that have arrived. num_pieces: as :func:`pieces`.
+    backend: between this rank's rows and the columns that have arrived. call: which loss this is.
+    num_pieces: as :func:`pieces`.
     """
 
     def __init__(
@@ -73,9 +96,10 @@ class AcrossRanks:
         transport: str,
         group: ProcessGroup,
         wanted: Wanted,
+        call: Call,
         num_pieces: Callable[[int, int, int, str], int] = pieces,
     ) -> None:
-        self.backend, self.group, self.wanted = backend, group, wanted
+        self.backend, self.group, self.wanted, self.call = backend, group, wanted, call
         self.shards = _Shards(transport, group, num_pieces)
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +185,7 @@ class AcrossRanks:
             RuntimeError: ranks disagree on what can be contrasted. It is raised on all ranks, which would else wait for
                 each other for ever.
         """
-        self.wanted = self.shards.agree(x, self.wanted)
+        self.wanted = self.shards.agree(x, self.wanted, self.call)
         return self._across(x)
 
     def _across(self, x: Operand) -> Operand:
@@ -209,18 +233,30 @@ class _Shards:
         self.max_rows = 0
         self._kept: list[InFlight] = []
 
-    def agree(self, x: Operand, wanted: Wanted) -> Wanted:
-        """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone."""
-        table = torch.zeros(self.group.size, 5, dtype=torch.int64)
-        table[self.group.rank] = torch.tensor((*x.rows.shape, DTYPES.index(x.dtype), *wanted))
+    def agree(self, x: Operand, wanted: Wanted, call: Call) -> Wanted:
+        """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone.
+
+        Its size is the same whatever is called: ranks that differ learn of it before their messages do not fit.
+        """
+        rows, depth = x.rows.shape
+        chosen = {**call._asdict(), "gather": self.transport, "dtype": x.dtype}
+        numbers = [rows, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
+        table = torch.zeros(self.group.size, len(numbers), dtype=torch.int64)
+        table[self.group.rank] = torch.tensor(numbers)
         with self._explained():
             per_rank = list(zip(*self.group.sum(table.to(x.rows.device)).tolist(), strict=True))
-        for name, values in zip(("D", "dtype", "a gradient is wanted"), per_rank[1:4], strict=True):
+        row_counts, depths, any_wanted, text_wanted, *codes = per_rank
+        alike = {
+            name: [choices[c] for c in code] for (name, choices), code in zip(_CHOICES.items(), codes, strict=True)
+        }
+        for name, values in {**alike, "D": depths, "a gradient is wanted": any_wanted}.items():
             if len(set(values)) > 1:
-                shown = [str(DTYPES[x]) for x in values] if name == "dtype" else list(values)
-                raise RuntimeError(f"gather={self.transport!r}: ranks call different losses: {name}: {shown} by rank")
-        self.max_rows = max(per_rank[0])
-        return Wanted(bool(per_rank[3][0]), any(per_rank[4]))
+                shown = ", ".join(str(value) for value in values)
+                raise RuntimeError(
+                    f"gather: ranks call different losses: {name}: [{shown}] by rank; call the same on all"
+                )
+        self.max_rows = max(row_counts)
+        return Wanted(bool(any_wanted[0]), any(text_wanted))
 
     def for_each(
         self, load: LoadShard, extras: list[Tensor], compute: Compute, merge: str, keep: bool = False

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from betaclip.kernels.similarity.operators import Backend, contrast_logsumexp, contrast_softplus
-from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Wanted, over_ranks
+from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks
 from betaclip.losses.inputs import (
+    DIVISORS,
     FORMS,
     PADDINGS,
     Batch,
@@ -103,6 +104,28 @@ def beta_cal_ce_loss(
         0.7437
         1.2437
     """
+    return softmax_loss(
+        "BetaCALLoss", image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, padding,
+        backend, gather, process_group,
+    )  # fmt: skip
+
+
+def softmax_loss(
+    name: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    beta: Tensor | float,
+    alpha: float,
+    mask: Tensor | None,
+    image_index: Tensor | None,
+    pair_weights: Tensor | None,
+    padding: str,
+    backend: Backend,
+    gather: bool | str,
+    process_group: GroupLike | None,
+) -> Tensor:
+    """:func:`beta_cal_ce_loss` under the name by which ranks tell losses apart."""
     group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
@@ -114,8 +137,9 @@ def beta_cal_ce_loss(
     totals = [weights.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
     counts = torch.stack([(total != 0).sum() for total in totals])
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, layout, batch.dtype, _backend(backend, gather, group, batch)
-    )
+        batch.image, batch.text, batch.scale, layout, batch.dtype,
+        _backend(backend, gather, group, batch, Call(name, "ce", padding, False)),
+    )  # fmt: skip
     between_x, between_y = (layout.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
     contrasted = logits
@@ -145,6 +169,7 @@ def beta_cal_bce_loss(
     image_index: Tensor | None = None,
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
+    divisor: str = "pairs",
     backend: Backend = "auto",
     gather: bool | str = False,
     process_group: GroupLike | None = None,
@@ -160,13 +185,15 @@ def beta_cal_bce_loss(
         same_image = torch.block_diag(*[torch.ones(K, K)] * B).bool()
         loss = torch.where(same_image, w * F.softplus(-s), F.softplus(s)).sum() / N**2
 
-    in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic. For K = 1 it
-    is 1 / N of SigLIP's loss, which divides by N.
+    in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic. For K = 1 and
+    ``divisor="rows"`` it is SigLIP's loss, which divides by N.
 
     Args:
         logit_bias: () added to every logit, may require a gradient; None for none.
-        padding: padded texts take part in nothing; the divisor is the square of the number of valid texts
-            (``"ignore"``) or (B·K)² as in the released code (``"published"``).
+        padding: padded texts take part in nothing; N counts valid texts (``"ignore"``), or is B·K as in the released
+            code (``"published"``).
+        divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
+            small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
         process_group: as for :func:`beta_cal_ce_loss`.
 
@@ -185,6 +212,7 @@ def beta_cal_bce_loss(
         0.3466
         0.0050
     """
+    check_choice("divisor", divisor, DIVISORS)
     group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
@@ -194,7 +222,7 @@ def beta_cal_bce_loss(
         count = batch.valid.sum()
     between, cosines = contrast_softplus(
         batch.image, batch.text, batch.scale, bias, batch.layout, batch.dtype,
-        _backend(backend, gather, group, batch, bias),
+        _backend(backend, gather, group, batch, Call("BetaCALLoss", "bce", padding, bias is not None, divisor), bias),
     )  # fmt: skip
     logits = batch.scale * cosines
     if bias is not None:
@@ -204,7 +232,8 @@ def beta_cal_bce_loss(
     if valid_pairs is not None:
         positives = positives * valid_pairs
     total, count = over_ranks(between + positives.sum(), count, group)
-    return total / count.to(logits.dtype).clamp_min(1) ** 2
+    rows = count.to(logits.dtype).clamp_min(1)
+    return total / (rows if divisor == "rows" else rows**2)
 
 
 class BetaCALLoss(nn.Module):
@@ -216,6 +245,8 @@ class BetaCALLoss(nn.Module):
             (keep it >= 0, for example by a softplus: the loss does not clamp it).
         alpha: weight of the own text.
         padding: what padded texts do: ``"ignore"``, nothing; ``"published"``, as in the released code.
+        divisor: of the sigmoid form, ``"pairs"`` (N², as in the released code) or ``"rows"`` (N, as in SigLIP); the
+            softmax form is a mean over rows.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"blockwise"`` or ``"reference"``.
         gather: False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images and texts of
             all ranks; :func:`beta_cal_ce_loss` says what that means for gradients.
@@ -223,7 +254,8 @@ class BetaCALLoss(nn.Module):
             default group.
 
     Raises:
-        ValueError: ``form``, ``padding``, ``backend`` or ``gather`` is unknown; a weight is negative or not finite.
+        ValueError: ``form``, ``padding``, ``backend``, ``gather`` or ``divisor`` is unknown, or the last is given for
+            the softmax form; a weight is negative or not finite.
 
     Example:
         >>> import torch
@@ -247,16 +279,18 @@ class BetaCALLoss(nn.Module):
         backend: Backend = "auto",
         gather: bool | str = False,
         process_group: GroupLike | None = None,
+        divisor: str = "pairs",
     ) -> None:
         super().__init__()
         check_choice("form", form, FORMS)
         check_choice("padding", padding, PADDINGS)
+        check_choice("divisor", divisor, DIVISORS if form == "bce" else DIVISORS[:1])
         check_backend(backend)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
         check_gather(gather)
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
-        self.gather, self.process_group = gather, process_group
+        self.gather, self.process_group, self.divisor = gather, process_group, divisor
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:
@@ -306,11 +340,14 @@ class BetaCALLoss(nn.Module):
         }
         if self.form == "ce":
             return beta_cal_ce_loss(image_embeds, text_embeds, logit_scale, **options)
-        return beta_cal_bce_loss(image_embeds, text_embeds, logit_scale, logit_bias=logit_bias, **options)
+        return beta_cal_bce_loss(
+            image_embeds, text_embeds, logit_scale, logit_bias=logit_bias, divisor=self.divisor, **options
+        )
 
     def extra_repr(self) -> str:
         beta = "learned" if isinstance(self.beta, nn.Parameter) else float(self.beta)
         options = f"form={self.form!r}, beta={beta}, alpha={self.alpha}"
+        options += "" if self.form == "ce" else f", divisor={self.divisor!r}"
         return f"{options}, padding={self.padding!r}, backend={self.backend!r}, gather={self.gather!r}"
 
 
@@ -335,10 +372,15 @@ def _gathering_group(gather: bool | str, process_group: GroupLike | None) -> Pro
 
 
 def _backend(
-    backend: Backend, gather: bool | str, group: ProcessGroup | None, batch: Batch, bias: Tensor | None = None
+    backend: Backend,
+    gather: bool | str,
+    group: ProcessGroup | None,
+    batch: Batch,
+    call: Call,
+    bias: Tensor | None = None,
 ) -> Backend:
     if group is None:
         return backend
     wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
     transport = TRANSPORTS[0] if isinstance(gather, bool) else gather
-    return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]))
+    return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]), call)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from betaclip.kernels.backends import expect
 from betaclip.kernels.similarity.operators import Backend
-from betaclip.losses.beta_cal import GroupLike, beta_cal_ce_loss
+from betaclip.losses.beta_cal import GroupLike, softmax_loss
 from betaclip.losses.inputs import check_backend, check_gather, check_tensor
 
 
@@ -68,7 +68,7 @@ class ClipLoss(nn.Module):
             if embeds.dim() != 2:
                 raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
         expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
-        return beta_cal_ce_loss(
-            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, beta=0.0, backend=self.backend,
-            gather=self.gather, process_group=self.process_group,
+        return softmax_loss(
+            "ClipLoss", image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, 0.0, 1.0, None, None, None,
+            "ignore", self.backend, self.gather, self.process_group,
         )  # fmt: skip

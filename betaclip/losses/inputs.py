@@ -12,6 +12,7 @@ from betaclip.losses.across_ranks import TRANSPORTS
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
+DIVISORS = ("pairs", "rows")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

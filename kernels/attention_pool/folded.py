@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.memory import scratch
-from betaclip.kernels.precision import accumulation_dtype, add_product, half_products
+from betaclip.kernels.precision import accumulation_dtype, add_product
 
 # For a chunk of images: large enough for the products to run at full rate, small enough for the outer caches.
 SCRATCH_BYTES = 32 * 2**20
@@ -204,14 +204,11 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention) -> tuple[Tensor, 
     step = chunks.step
     out = x.new_empty(images, queries, width)
     statistics = []
-    with (
-        half_products(x.device, x.dtype),
-        chunks.scratch(
-            (step, queries, heads, width),
-            (step, queries, heads, width),
-            (attention.scratch_tiles, step, queries * heads, patches),
-        ) as (z_scratch, mean_scratch, tiles),
-    ):
+    with chunks.scratch(
+        (step, queries, heads, width),
+        (step, queries, heads, width),
+        (attention.scratch_tiles, step, queries * heads, patches),
+    ) as (z_scratch, mean_scratch, tiles):
         for part, rows, q in chunks:
             count = part.stop - part.start
             z, mean = z_scratch[:count], mean_scratch[:count]
@@ -240,15 +237,12 @@ def attention_pool_bwd(
     dx = x.new_empty(x.shape if need_dx else (0,))
     dq = x.new_empty(images, queries, width)
     dk_weight, dv_weight = (w.new_zeros(w.shape, dtype=accumulation) for w in (chunks.k_weight, chunks.v_weight))
-    with (
-        half_products(x.device, x.dtype),
-        chunks.scratch(
-            (step, queries, 2, heads, width),
-            (step, queries, 2, heads, width),
-            (step, queries, 2, heads, patches),
-            (attention.scratch_tiles, step, queries * heads, patches),
-        ) as (zg_scratch, dz_and_mean_scratch, weight_scratch, tiles),
-    ):
+    with chunks.scratch(
+        (step, queries, 2, heads, width),
+        (step, queries, 2, heads, width),
+        (step, queries, 2, heads, patches),
+        (attention.scratch_tiles, step, queries * heads, patches),
+    ) as (zg_scratch, dz_and_mean_scratch, weight_scratch, tiles):
         for part, rows, q in chunks:
             count = part.stop - part.start
             zg, dz_and_mean, weights = zg_scratch[:count], dz_and_mean_scratch[:count], weight_scratch[:count]

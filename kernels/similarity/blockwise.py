@@ -5,13 +5,15 @@ backward recomputes it instead of keeping it. Nothing of size N * M ever exists.
 
 One exponential per element serves both directions. With a single shift c for the whole launch, e = exp(S - c) has
 plain sums over rows and over columns, so partial sums of tiles merge by addition: lse = c + log(sum e). c follows from
-the largest possible |S|, so nothing overflows. A row or column whose statistic lies so far below c that terms could be
-lost is found afterwards and done again with its true maximum (``exponent_range`` has the limits). The backward uses
-the same e: a_i exp(S - lse_x_i) + b_j exp(S - lse_y_j) = e * (A_i + B_j).
+the largest possible |S|, so nothing overflows. Rows and columns whose statistics lie so far below c that terms could
+be lost are found afterwards (``exponent_range`` has the limits). The tiles that hold any of them are formed once more,
+with true maxima for both directions: at most a second forward, whatever the norms. These tiles have the same shape
+again, and so the same roundings, as in the backward: statistics and gradients agree even where logits are so large that
+their rounding errors matter. The backward uses the same e: a_i exp(S - lse_x_i) + b_j exp(S - lse_y_j) = e (A_i + B_j).
 
 Padded rows are left out by gathering the others: they cost nothing and may hold anything. bfloat16 and float16 inputs
-run as bfloat16 products with float32 accumulation and float32 results. Devices other than the CPU work too, but a few
-numbers are read back to the host.
+are widened to float32 a block at a time; products of float32 follow the settings of the process. Devices other than the
+CPU work too, but a few numbers are read back to the host.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from betaclip.kernels.memory import scratch
-from betaclip.kernels.precision import half_products
+from betaclip.kernels.precision import row_norms
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
 
@@ -42,19 +44,19 @@ class Blockwise:
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         row_sum, col_sum = rows.zeros(), cols.zeros()
-        with half_products(x.rows.device, x.dtype):
-            with self._tiles(rows, cols, scale) as tiles:
-                lse_shift = max(0.0, tiles.bound() - MAX_ABOVE_SHIFT[rows.dtype])
-                for begin, end, right in tiles.columns():
-                    for lo, hi, _, tile in tiles.down(begin, end, right, lse_shift):
-                        tile.exp_()
-                        row_sum[lo:hi] += tile.sum(1)
-                        col_sum[begin:end] += tile.sum(0)
+        with self._tiles(rows, cols, scale) as tiles:
+            lse_shift = max(0.0, tiles.bound() - MAX_ABOVE_SHIFT[rows.dtype])
+            for begin, end, right in tiles.columns():
+                for lo, hi, _, tile in tiles.down(begin, end, right, lse_shift):
+                    tile.exp_()
+                    row_sum[lo:hi] += tile.sum(1)
+                    col_sum[begin:end] += tile.sum(0)
             lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
-            for lse, side, other in ((lse_x, rows, cols), (lse_y, cols, rows)):
-                lost = (lse < lse_shift - MAX_BELOW_SHIFT[side.dtype]).nonzero().squeeze(1)
-                if len(lost):
-                    lse[lost] = self._exact_logsumexp(side.pick(lost), other, scale)
+            lowest = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
+            lost_x, lost_y = ((lse < lowest) | (lse == torch.inf) for lse in (lse_x, lse_y))
+            if bool(lost_x.any()) or bool(lost_y.any()):
+                exact_x, exact_y = _exact_logsumexp(tiles, lost_x, lost_y)
+                lse_x, lse_y = torch.where(lost_x, exact_x, lse_x), torch.where(lost_y, exact_y, lse_y)
         return rows.scatter(lse_x, -torch.inf), cols.scatter(lse_y, -torch.inf)
 
     def similarity_logsumexp_bwd(
@@ -89,7 +91,7 @@ class Blockwise:
             to_y = torch.sub(tile, lse_x[lo:hi, None], out=scratch_tile).exp_().mul_(dlse_x[lo:hi, None])
             return tile.sub_(lse_y[begin:end]).exp_().mul_(dlse_y[begin:end]).add_(to_y)
 
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale) as tiles:
+        with self._tiles(rows, cols, scale) as tiles:
             if lowest >= lse_shift - MAX_BELOW_SHIFT[rows.dtype]:
                 return _gradients(tiles, lse_shift, single_exp, need_dx, need_dy)
             return _gradients(tiles, 0.0, two_exps, need_dx, need_dy)
@@ -97,7 +99,7 @@ class Blockwise:
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         total = rows.zeros()
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale, bias) as tiles:
+        with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             for begin, end, right in tiles.columns():
                 for lo, hi, _, tile in tiles.down(begin, end, right):
@@ -125,7 +127,7 @@ class Blockwise:
                 dbias_of_row[lo:hi] += tile.sum(1)
             return tile
 
-        with half_products(x.rows.device, x.dtype), self._tiles(rows, cols, scale, bias) as tiles:
+        with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             dx, dy, dscale = _gradients(tiles, 0.0, sigmoid_gradient, need_dx, need_dy)
         return rows.scatter(total, 0.0), dx, dy, dscale, dbias_of_row.sum()
@@ -137,15 +139,6 @@ class Blockwise:
         shapes = [(elements,), (elements,), (block[0] * depth,), (block[1] * depth,)]
         with scratch(shapes, x.dtype, x.rows.device) as buffers:
             yield _Tiles(x, y, scale, bias, block, self.search_rows, buffers)
-
-    def _exact_logsumexp(self, side: "_ValidRows", other: "_ValidRows", scale: Tensor) -> Tensor:
-        """The statistics of the rows of ``side``, with their true maxima."""
-        lse = side.zeros().fill_(-torch.inf)
-        with self._tiles(side, other, scale) as tiles:
-            for begin, end, right in tiles.columns():
-                for lo, hi, _, tile in tiles.down(begin, end, right):
-                    lse[lo:hi] = torch.logaddexp(lse[lo:hi], tile.logsumexp(1))
-        return lse
 
 
 class _ValidRows:
@@ -166,9 +159,6 @@ class _ValidRows:
             return cls(operand)
         return cls(operand, (operand.image_id >= 0).nonzero().squeeze(1))
 
-    def pick(self, chosen: Tensor) -> "_ValidRows":
-        return _ValidRows(self.operand, chosen if self.index is None else self.index[chosen])
-
     def block(self, lo: int, hi: int, factor: float, buffer: Tensor) -> Tensor:
         """(hi - lo, D) rows times ``factor``, in ``buffer`` unless they can be used as they are."""
         part = slice(lo, hi) if self.index is None else self.index[lo:hi]
@@ -176,14 +166,17 @@ class _ValidRows:
         out = buffer[: rows.numel()].view(rows.shape)
         if inverse is not None:
             return torch.mul(rows, (inverse[part] * factor)[:, None], out=out)
-        return rows if factor == 1 and rows.dtype == self.dtype else torch.mul(rows, factor, out=out)
+        if factor == 1 and rows.dtype == self.dtype:
+            return rows
+        return out.copy_(rows).mul_(factor)  # torch.mul(rows, factor) would round to the dtype of the rows
 
     def max_norm(self) -> float:
         """The largest norm of a row, or a bound on it."""
         if self.operand.inverse_norm is not None:
             return 1.0 + 1e-3  # rounded
-        rows = self.rows if self.index is None else self.rows[self.index]
-        return float(torch.linalg.vector_norm(rows, dim=1, dtype=self.dtype).max()) if self.count else 0.0
+        norms = row_norms(self.rows if self.index is None else self.rows[self.index], self.dtype)
+        # Rows that are not finite make their own statistics so, and must not move others'.
+        return float(norms.masked_fill_(~norms.isfinite(), 0).max()) if self.count else 0.0
 
     def zeros(self) -> Tensor:
         """(count,)"""
@@ -245,11 +238,16 @@ class _Tiles:
             yield begin, end, self.y.block(begin, end, 1.0, self.right)
 
     def down(
-        self, begin: int, end: int, right: Tensor, shift: float = 0.0
+        self, begin: int, end: int, right: Tensor, shift: float = 0.0, wanted: Tensor | None = None
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Row ranges of these columns with their rows of x times the scale, (r, D), and the tile S - shift, (r, c)."""
+        """Row ranges of these columns with their rows of x times the scale, (r, D), and the tile S - shift, (r, c).
+
+        Ranges without a row that is ``wanted`` (a bool for each) are left out.
+        """
         shift -= self.bias
         for lo, hi in _ranges(self.x.count, self.block[0]):
+            if wanted is not None and not bool(wanted[lo:hi].any()):
+                continue
             left = self.x.block(lo, hi, self.scale, self.left)
             tile = self._tile[: (hi - lo) * (end - begin)].view(hi - lo, end - begin)
             torch.mm(left, right.T, out=tile)
@@ -259,8 +257,9 @@ class _Tiles:
             yield lo, hi, left, tile
 
     def bound(self) -> float:
-        """The largest possible |S|."""
-        return abs(self.scale) * self.x.max_norm() * self.y.max_norm() + abs(self.bias)
+        """The largest possible |S|, or the largest finite number."""
+        bound = abs(self.scale) * self.x.max_norm() * self.y.max_norm() + abs(self.bias)
+        return min(bound, torch.finfo(self.x.dtype).max)
 
     def scratch_tile(self, tile: Tensor) -> Tensor:
         """Scratch of the tile's shape."""
@@ -281,6 +280,35 @@ class _Tiles:
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
     for lo in range(0, count, max(step, 1)):
         yield lo, min(lo + step, count)
+
+
+def _exact_logsumexp(tiles: _Tiles, wanted_x: Tensor, wanted_y: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics of the wanted rows and columns, from their true maxima; those of the others are partial."""
+    rows, cols = _RunningLogSumExp(tiles.x.zeros()), _RunningLogSumExp(tiles.y.zeros())
+    for begin, end, right in tiles.columns():
+        wanted = None if bool(wanted_y[begin:end].any()) else wanted_x
+        for lo, hi, _, tile in tiles.down(begin, end, right, wanted=wanted):
+            rows.add(lo, hi, tile, 1, tiles.scratch_tile(tile))
+            cols.add(begin, end, tile, 0, tiles.scratch_tile(tile))
+    return rows.value(), cols.value()
+
+
+class _RunningLogSumExp:
+    """Log-sum-exps of a number of rows, relative to the largest logits so far, and rounded once at the end."""
+
+    def __init__(self, zeros: Tensor) -> None:
+        self.top, self.total = zeros - torch.inf, zeros
+
+    def add(self, lo: int, hi: int, tile: Tensor, dim: int, scratch_tile: Tensor) -> None:
+        """Rows lo to hi, whose logits the tile has along ``dim``."""
+        top = torch.maximum(self.top[lo:hi], tile.amax(dim))
+        base = top.masked_fill(top.isinf(), 0)  # inf - inf would make NaN of -inf, no pair, and of inf
+        shares = torch.sub(tile, base.unsqueeze(dim), out=scratch_tile).exp_().sum(dim)
+        self.total[lo:hi] = self.total[lo:hi] * (self.top[lo:hi] - base).exp() + shares
+        self.top[lo:hi] = top
+
+    def value(self) -> Tensor:
+        return self.total.log_().add_(self.top.masked_fill_(self.top.isinf(), 0))
 
 
 def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, search_rows: int) -> list[list[int]]:

@@ -6,8 +6,8 @@ Differences are taken in nats, where they are nearly exact, before an exponentia
 * forward: one rectangle of tiles per program. e = exp(S - lse_shift), one exponential for both directions; sums over
   rows stay in registers along a row of tiles, sums over columns go to the strip's own row of ``col_sum``. One shift for
   the whole launch makes all partial sums merge by addition: no atomics.
-* merge: adds the partial sums. A row so far below the shift that terms may be lost is done again with its true maximum
-  (a second exponential per element, for such rows only).
+* merge: adds the partial sums. Blocks with a row so far below the shift that terms may be lost are done again with true
+  maxima: tiles of the same products, at most once more for rows and once for columns, whatever the norms.
 * backward: one square chunk of dS at a time in a workspace, made by one kernel, for two library products.
 
 Logits of rows whose image id is negative, and of pairs of the same image, are replaced and not multiplied away: what
@@ -34,7 +34,7 @@ from triton.tools import tensor_descriptor
 from betaclip.kernels import architecture
 from betaclip.kernels.architecture import Tile, choose
 from betaclip.kernels.memory import aligned
-from betaclip.kernels.precision import dot_precision
+from betaclip.kernels.precision import dot_precision, row_norms
 from betaclip.kernels.similarity.chunks import Accumulators, amplification, logsumexp_vectors
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
@@ -134,7 +134,7 @@ def _similarity_logsumexp_merge_kernel(
         total += tl.load(part_ptrs, mask=offs_m < N, other=0.0)
         part_ptrs += N
     lse = tl.log(total) + tl.load(lse_shift_ptr)
-    lost = (x_image_id >= 0) & (total < MIN_TRUSTED_SUM)
+    lost = (x_image_id >= 0) & ((total < MIN_TRUSTED_SUM) | (total == float("inf")))
     if tl.max(lost.to(tl.int32), 0) > 0:
         scale = tl.load(scale_ptr)
         m_i = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
@@ -147,10 +147,10 @@ def _similarity_logsumexp_merge_kernel(
             y_image_id = _image_id(y_image_id_ptr, start_n + tl.arange(0, BLOCK_N), M, HAS_IMAGE_ID)
             s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            finite = tl.where(m_new == -float("inf"), 0.0, m_new)
+            finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
             l_i = l_i * tl.exp(m_i - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
             m_i = m_new
-        lse = tl.where(lost, tl.log(l_i) + m_i, lse)
+        lse = tl.where(lost, tl.log(l_i) + tl.where(tl.abs(m_i) == float("inf"), 0.0, m_i), lse)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
 
 
@@ -271,7 +271,7 @@ class Triton:
         row_sum, col_sum = launch.new(ranges, n).zero_(), launch.new(strips, m).zero_()
         bound = scale.abs() * _max_norm(launch.x, launch.dtype) * _max_norm(launch.y, launch.dtype)
         # 0 where it can be: an exponent's rounding error grows with its size.
-        lse_shift = (bound - MAX_ABOVE_SHIFT[launch.dtype]).clamp_min(0)
+        lse_shift = (bound - MAX_ABOVE_SHIFT[launch.dtype]).clamp(0, torch.finfo(launch.dtype).max)
         launch(
             _similarity_logsumexp_fwd_kernel, strips * ranges,
             lse_shift, x.image_id, y.image_id, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
@@ -397,7 +397,9 @@ def _descriptor(t: Tensor, *block: int) -> Any:
 
 
 def _max_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=dtype).max()
+    """() of the finite rows: the others make their own statistics so, and must not move those of others."""
+    norms = row_norms(x, dtype)
+    return torch.where(norms.isfinite(), norms, 0).max()
 
 
 def _softplus_chunk(

@@ -1,25 +1,25 @@
 """The part of a contrastive loss within images: cosines of the rows of one image, and gradients of raw embeddings.
 
-Backends see only pairs of different images. Pairs of one image, a (B, K, K) block, are formed here in float32 proper
-(float64), a few images at a time. The gradient of the embeddings is finished here as well, the contribution from
-between images included, because autograd would keep normalised copies and add up three full-size gradients.
+Backends see only pairs of different images. Pairs of one image, a (B, K, K) block, are formed here in float64, a few
+images at a time: their differences matter, and no setting of the process rounds products of float64. The gradient of
+the embeddings is finished here as well, the contribution from between images included, because autograd would keep
+normalised copies and add up three full-size gradients.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.precision import float32_products, norm_eps
+from betaclip.kernels.precision import inverse_row_norms, norm_eps
 from betaclip.kernels.similarity.contract import zero_rows
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
 # inputs; many elsewhere, where each chunk is a few dozen launches.
 _CHUNK_ELEMENTS = {"cpu": 2**17}
-_CHUNK_ELEMENTS_ELSEWHERE = 2**23
+_CHUNK_ELEMENTS_ELSEWHERE = 2**22
 
 
 class Images(NamedTuple):
@@ -41,10 +41,10 @@ class Images(NamedTuple):
         for lo in range(0, self.num_images, step):
             yield lo, min(lo + step, self.num_images)
 
-    def buffers(self, x: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
-        """``count`` buffers for a chunk's rows, allocated once: fresh memory costs the CPU more than the work in it."""
+    def buffers(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """``count`` buffers of float64 for a chunk's rows, allocated once: fresh memory costs more than that work."""
         _, images = next(self.chunks(x), (0, 0))
-        return x.new_empty(count, images * self.texts_per_image * x.shape[1], dtype=dtype).unbind()
+        return x.new_empty(count, images * self.texts_per_image * x.shape[1], dtype=torch.float64).unbind()
 
     def rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo, K, ...) rows of images lo to hi; an empty slot repeats row 0."""
@@ -71,20 +71,19 @@ class Images(NamedTuple):
 
 def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype) -> Tensor:
     """(N,) 1 / |x|; 0 for rows that take no part or have no direction, NaN for rows that are not finite."""
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    inverse = torch.where(norm.isfinite(), norm.reciprocal(), torch.nan)
-    return torch.where((image_id < 0) | (norm <= norm_eps(dtype)), 0, inverse)
+    inverse = inverse_row_norms(x, dtype)
+    return torch.where((image_id < 0) | (inverse >= 1 / norm_eps(dtype)), 0, inverse)
 
 
 def cosines(x: Tensor, y: Tensor, inverse: tuple[Tensor, Tensor], images: Images) -> Tensor:
     """(B, K, K) of x and y (N, D), whose inverse norms are given."""
     out = inverse[0].new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
-    with _exact_products("within images", x):
-        x_buffer, y_buffer = images.buffers(x, out.dtype, 2)
+    with nvtx.annotate("within images", domain="betaclip"):
+        x_buffer, y_buffer = images.buffers(x, 2)
         for lo, hi in images.chunks(x):
             u, _ = images.unit_rows(x, inverse[0], lo, hi, x_buffer)
             v, _ = images.unit_rows(y, inverse[1], lo, hi, y_buffer)
-            torch.bmm(u, v.mT, out=out[lo:hi])
+            out[lo:hi] = torch.bmm(u, v.mT)
     return out
 
 
@@ -112,12 +111,12 @@ def raw_gradients(
     if images.slots is not None:
         for out in outs:
             out.zero_()
-    with _exact_products("within images, backward", x):
-        x_buffer, y_buffer, sum_buffer, product_buffer = images.buffers(x, inverse[0].dtype, 4)
+    with nvtx.annotate("within images, backward", domain="betaclip"):
+        x_buffer, y_buffer, sum_buffer, product_buffer = images.buffers(x, 4)
         for lo, hi in images.chunks(x):
             u, u_inverse = images.unit_rows(x, inverse[0], lo, hi, x_buffer)
             v, v_inverse = images.unit_rows(y, inverse[1], lo, hi, y_buffer)
-            block = dcosines[lo:hi]
+            block = dcosines[lo:hi].double()
             for out, between, own, own_inverse, other, weights in (
                 (outs[0], dx, u, u_inverse, v, block),
                 (outs[1], dy, v, v_inverse, u, block.mT),
@@ -127,13 +126,6 @@ def raw_gradients(
                     g = torch.mul(g, 1.0 if gain is None else gain, out=_shaped(sum_buffer, g)).baddbmm_(weights, other)
                     images.write_rows(out, lo, hi, _through_norm(g, own, own_inverse, product_buffer))
     return outs[0], outs[1]
-
-
-@contextmanager
-def _exact_products(name: str, x: Tensor) -> Iterator[None]:
-    """Form products in float32 proper, whatever others may be rounded to: here their differences matter."""
-    with nvtx.annotate(name, domain="betaclip"), float32_products("ieee", x.device.type):
-        yield
 
 
 def _through_norm(g: Tensor, u: Tensor, inverse: Tensor, buffer: Tensor) -> Tensor:

@@ -148,15 +148,44 @@ def test_ragged_equals_masked(form, backend):
 
 
 def test_one_text_per_image_is_siglip():
-    """SigLIP divides the sum over all pairs by N, β-CAL by N²."""
+    """SigLIP divides the sum over all pairs by N, as ``divisor="rows"`` does; the released β-CAL by N²."""
     image, text = (torch.randn(9, 16, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
     scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (11.0, -10.0))
     leaves = [image, text, scale, bias]
     s = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
     siglip = -F.logsigmoid((2 * torch.eye(9, dtype=s.dtype, device=DEVICE) - 1) * s).sum() / 9
-    ours = beta_cal_bce_loss(image[:, None], text[:, None], scale, logit_bias=bias)
-    for a, t in zip(gradients(9 * ours, *leaves), gradients(siglip, *leaves), strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+    expected = gradients(siglip, *leaves)
+    for divisor, factor in (("pairs", 9), ("rows", 1)):
+        ours = beta_cal_bce_loss(image[:, None], text[:, None], scale, logit_bias=bias, divisor=divisor)
+        for a, t in zip(gradients(factor * ours, *leaves), expected, strict=True):
+            torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["ignore", "published"])
+def test_divisor_counts_rows_as_padding_says(padding):
+    b = batch()
+    pairs, rows = (
+        BetaCALLoss("bce", padding=padding, divisor=divisor)(b.image, b.text, b.scale, mask=b.mask)
+        for divisor in ("pairs", "rows")
+    )
+    count = b.mask.numel() if padding == "published" else int(b.mask.sum())
+    torch.testing.assert_close(rows, pairs * count)
+
+
+@pytest.mark.parametrize("divisor", ["pairs", "rows"])
+@pytest.mark.parametrize("backend", ["triton", "blockwise", "reference"])
+def test_small_gradients_are_lost_by_nothing_but_their_dtype(backend, divisor):
+    """A gradient scaler brings float16's back, whatever divides the loss: nothing underflows on the way."""
+    b = batch(dtype=torch.float16)
+    leaves = [t.clone().requires_grad_() for t in (b.image, b.text)]
+    options = {"logit_bias": -8.0, "divisor": divisor}
+    loss = beta_cal_bce_loss(*leaves, b.scale, backend=backend, **options) * 2.0**-20
+    ours = torch.autograd.grad(loss * 2.0**24, leaves)
+    plain = [t.detach().double().requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(beta_cal_bce_loss(*plain, b.scale.double(), **options) * 16, plain)
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), t, rtol=2e-3, atol=2e-3 * float(t.abs().max()))
+    assert not torch.autograd.grad(beta_cal_bce_loss(*leaves, b.scale, **options) * 2.0**-30, leaves)[0].any()
 
 
 @pytest.mark.parametrize("padding", ["ignore", "published"])
@@ -215,6 +244,25 @@ def test_zero_vector_has_no_direction(form):
     loss = LOSSES[form](b.image, b.text, b.scale)
     (gradient,) = torch.autograd.grad(loss, b.image)
     assert loss.isfinite() and gradient.isfinite().all() and (gradient[2, 1] == 0).all() and (gradient[2, 0] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "dtype, norm", [(torch.float32, n) for n in (1e-10, 1e18, 1e20, 1e37)] + [(torch.float64, 1e200)]
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_norm(backend, form, dtype, norm):
+    """Also norms whose squares overflow or vanish, on either side."""
+    require(backend, dtype)
+    b = batch(dtype=dtype)
+    unit = [F.normalize(t.double(), dim=-1) for t in (b.image, b.text)]
+    leaves = [(t * factor).to(dtype).requires_grad_() for t, factor in zip(unit, (norm, 1.0), strict=True)]
+    ours = gradients(LOSSES[form](*leaves, b.scale, mask=b.mask, backend=backend), *leaves)
+    plain = [t.detach().double().div(factor).requires_grad_() for t, factor in zip(leaves, (norm, 1.0), strict=True)]
+    truth = gradients(dense(form, *plain, b.scale.double(), mask=b.mask), *plain)
+    for name, a, t, factor in zip(("loss", "image", "text"), ours, truth, (1.0, norm, 1.0), strict=True):
+        error = (a.double() * factor - t).abs().max() / t.abs().max()
+        assert error < 1e-5, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

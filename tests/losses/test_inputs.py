@@ -62,6 +62,8 @@ def test_rejects(form, image, text, change, message):
         ({"form": "softmax"}, r"form: expected one of 'ce', 'bce', got 'softmax'"),
         ({"padding": "none"}, r"padding: expected one of"),
         ({"backend": "gpu"}, r"backend: expected one of"),
+        ({"form": "bce", "divisor": "images"}, r"divisor: expected one of 'pairs', 'rows', got 'images'"),
+        ({"divisor": "rows"}, r"divisor: expected one of 'pairs', got 'rows'"),
         ({"beta": -1.0}, r"beta: expected a finite weight >= 0"),
         ({"alpha": -1.0}, r"alpha: expected a finite weight >= 0"),
     ],

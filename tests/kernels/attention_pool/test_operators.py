@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from betaclip.kernels import precision as products
 from betaclip.kernels.architecture import choose
 from betaclip.kernels.attention_pool.cost import folding_pays
 from betaclip.kernels.attention_pool.folded import Eager, ImageChunks, Pooling, attention_pool_bwd, attention_pool_fwd
@@ -541,21 +540,6 @@ def test_auto_follows_the_cost_model(texts, expected, monkeypatch):
     named = "triton" if DEVICE == "cuda" and expected == "folded" else expected
     assert folding_pays(1, texts, 50, 64, 8, torch.float32, DEVICE) == (expected == "folded")
     assert torch.equal(attention_pool(*tensors, 8), attention_pool(*tensors, 8, backend=named))
-
-
-def test_tiles_in_half_precision_products(monkeypatch):
-    """16-bit operands of the folded form are multiplied as bfloat16 where the CPU can, and only there."""
-    asked = []
-    plain = products.float32_products
-    monkeypatch.setattr(products, "float32_products", lambda *args: asked.append(args) or plain(*args))
-    for dtype in (torch.float32, torch.bfloat16):
-        attention_pool(*arguments(2, 3, 5, 16, dtype), 4, backend="folded")
-    if DEVICE == "cuda":
-        assert asked == [("tf32", "cuda")]
-    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert asked == [("bf16", "cpu")]
-    else:
-        assert not asked
 
 
 def test_tiles_of_the_interpreter_are_small():

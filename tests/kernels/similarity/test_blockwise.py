@@ -1,0 +1,103 @@
+"""Blocks of rows in plain PyTorch: accuracy at any norm and in any dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.precision import HALF
+from support.similarity import dense_logsumexp, dense_softplus, value_and_gradients
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from betaclip.kernels.precision import accumulation_dtype
+from betaclip.kernels.similarity.blockwise import Blockwise
+from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
+
+BACKEND = Blockwise(40, 56)
+
+
+def check(form: str, norm: float, scale: float, dtype: torch.dtype) -> None:
+    """Against the dense form that widens the same rows, and rounds its gradients to their dtype."""
+    n, m, d = 99, 123, 64
+    x, y = (F.normalize(torch.randn(rows, d), dim=1) * norm * (1 + 0.1 * torch.randn(rows, 1)) for rows in (n, m))
+    x, y, s, b = x.to(dtype), y.to(dtype), torch.tensor(float(scale)), torch.tensor(-scale / 10)
+
+    def ours(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        if form == "softplus":
+            return similarity_softplus(x, y, s, b, backend=BACKEND)
+        return torch.cat(similarity_logsumexp(x, y, s, backend=BACKEND)) + 0 * b
+
+    def dense(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        wide = [t.to(accumulation_dtype(t.dtype)) for t in (x, y)]
+        if form == "softplus":
+            return dense_softplus(*wide, s, b, None, None)
+        return dense_logsumexp(*wide, s, None, None) + 0 * b
+
+    weight = torch.randn(n if form == "softplus" else n + m, dtype=torch.float64)
+    truth = value_and_gradients(dense, weight, x.double(), y.double(), s.double(), b.double())
+    same_dtype = value_and_gradients(dense, weight, x, y, s, b)
+    for i, (a, e, t) in enumerate(zip(value_and_gradients(ours, weight, x, y, s, b), same_dtype, truth, strict=True)):
+        error, allowed = (float((v.double() - t).abs().max()) for v in (a, e))
+        limit = 3 * allowed + 64 * torch.finfo(torch.float32).eps * float(t.abs().max())
+        assert error <= limit, f"output {i}: error {error:.2e}, dense {allowed:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize("norm, scale", [(1e-3, 100), (1, 14), (1, 100), (8, 14), (8, 100), (100, 1), (1e4, 1e-6)])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("form", ["logsumexp", "softplus"])
+def test_half_precision_at_any_norm(form, dtype, norm, scale):
+    """The scale multiplies rows that are widened, so it rounds and overflows nothing."""
+    check(form, norm, scale, dtype)
+
+
+@pytest.mark.parametrize("form", ["logsumexp", "softplus"])
+def test_float16_whose_scaled_rows_overflow(form):
+    """|x| scale is above 65504, far fewer logits."""
+    x, y = (torch.zeros(5, 8, dtype=torch.float16) for _ in range(2))
+    x[:, 0], y[:, 1], y[0, 0] = 700, 3, 2.0**-14
+    x.requires_grad_()
+    if form == "softplus":
+        out = similarity_softplus(x, y, torch.tensor(100.0), backend=BACKEND)
+        expected = F.softplus(torch.tensor(70000 * 2.0**-14)) + 4 * F.softplus(torch.tensor(0.0))
+    else:
+        out = similarity_logsumexp(x, y, torch.tensor(100.0), backend=BACKEND)[0]
+        expected = torch.tensor([70000 * 2.0**-14, 0, 0, 0, 0]).logsumexp(0)
+    torch.testing.assert_close(out, expected.expand(5))
+    assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("norm, scale", [(10, 10), (30, 1), (100, 1), (10, 1000), (1e3, 1)])
+@pytest.mark.parametrize("form", ["logsumexp", "softplus"])
+def test_float32_at_large_logits(form, norm, scale):
+    """Logits of 10^3 to 10^6 have rounding errors that gradients show, unless statistics share them."""
+    check(form, norm, scale, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "norm, scale, spread, passes",
+    [
+        (1, 100, 0, 1),  # normalised
+        (1, 14, 0.1, 1),
+        (10, 1, 0.1, 2),  # every row is far below what the largest norms allow
+        (100, 1, 0.1, 2),
+        (1e20, 1e-38, 0.1, 2),
+        (1e3, 100, 0, 2),
+    ],
+)
+def test_work_at_any_norm(norm, scale, spread, passes):
+    """A forward is one pass over the matrix where norms are alike, and never more than two."""
+    n, m, d = 200, 150, 512
+    x, y = (F.normalize(torch.randn(rows, d), dim=1) * norm * (1 + spread * torch.randn(rows, 1)) for rows in (n, m))
+    with FlopCounterMode(display=False) as flop:
+        lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(float(scale)), backend=BACKEND)
+    assert flop.get_total_flops() <= passes * 2 * n * m * d
+    truth = dense_logsumexp(x.double(), y.double(), scale, None, None)
+    torch.testing.assert_close(torch.cat((lse_x, lse_y)), truth.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_one_row_is_done_again_alone():
+    """Its block of rows is, and no other."""
+    x, y = (torch.zeros(400, 4) for _ in range(2))
+    x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.875
+    with FlopCounterMode(display=False) as flop:
+        similarity_logsumexp(x, y, torch.tensor(100.0), backend=BACKEND)
+    assert flop.get_total_flops() == 2 * (400 + BACKEND.rows) * 400 * 4
