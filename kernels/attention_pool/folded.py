@@ -8,7 +8,7 @@ absorbed),
 
 Images are processed a few at a time, so that all scratch stays in cache. The forward keeps nothing. The backward
 computes S and dA = g x̂ᵀ in one product, where g = W_vᵀ dout is the gradient of the means, and with
-δ = <dout, out - b_v> = Σ_p A dA per latent query
+δ = Σ_p A dA = <dout, out - b_v> per latent query
 
     dS = A (dA - δ),  [dz; means] = [dS; A] x̂,  dx̂ = [dS; A]ᵀ [z; g],  <x̂_p, dx̂_p> = Σ dS S + A dA,
 
@@ -113,6 +113,8 @@ class Eager:
         torch.mul(weights[:, :, 0], factor, out=logits)
         _softmax(logits.flatten(1, 2), x.mask, a.flatten(1, 2))
         da = weights[:, :, 1].mul_(factor)
+        # From these very numbers, so that dS is 0 where A is 1: ``out`` was rounded to the dtype of the patches.
+        delta = (a * da).sum(3, keepdim=True)
         radial = None
         if inverse is not None:
             radial = torch.bmm(delta.flatten(1, 3).unsqueeze(1), a.flatten(1, 2)).squeeze(1)  # Σ A δ
@@ -155,6 +157,13 @@ class Pooling(NamedTuple):
     def empty(self) -> Tensor | None:
         """(B, 1, 1) bool, True for images without valid patches; None without a mask."""
         return None if self.mask is None else ~self.mask.any(1)[:, None, None]
+
+    def single(self) -> Tensor | None:
+        """(B, 1, 1, 1) bool, True for images with one valid patch: its weight is 1 whatever the query. None if no image
+        can be one."""
+        if self.mask is not None:
+            return (self.mask.sum(1) == 1)[:, None, None, None]
+        return self.x.new_ones(self.x.shape[0], 1, 1, 1, dtype=torch.bool) if self.x.shape[1] == 1 else None
 
 
 class ImageChunks:
@@ -237,6 +246,7 @@ def attention_pool_bwd(
     dx = x.new_empty(x.shape if need_dx else (0,))
     dq = x.new_empty(images, queries, width)
     dk_weight, dv_weight = (w.new_zeros(w.shape, dtype=accumulation) for w in (chunks.k_weight, chunks.v_weight))
+    single = pooling.single()
     with chunks.scratch(
         (step, queries, 2, heads, width),
         (step, queries, 2, heads, width),
@@ -254,6 +264,8 @@ def attention_pool_bwd(
                 pooled = pooled - pooling.v_bias
             delta = (pooled * do).unflatten(2, (heads, -1)).sum(3, keepdim=True)
             radial = attention.backward(rows, zg, lse[part], delta, weights, tiles[:, :count])
+            if single is not None:
+                weights[:, :, 0].masked_fill_(single[part], 0)
             weights = weights.flatten(1, 3)
             torch.bmm(weights, rows.rows, out=dz_and_mean.flatten(1, 3))
             dz, mean = (_latents_by_head(dz_and_mean[:, :, i]) for i in range(2))

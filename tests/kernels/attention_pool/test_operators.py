@@ -152,6 +152,25 @@ def test_matches_reference_on_the_gpu(dtype, d, p):
         check("triton", dtype, (3, 7, p, d, 8), masked, ulps=64)
 
 
+@pytest.mark.parametrize("patches", [1, 5])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("backend", FOLDED)
+def test_one_valid_patch_gives_queries_no_gradient(backend, dtype, normalize, patches):
+    """Its weight is 1 whatever the query and the key weight, which large patches used to hide."""
+    require(backend, dtype)
+    tensors = arguments(3, 4, patches, 32, dtype)
+    tensors[0] = 30 * tensors[0]
+    mask = None
+    if patches > 1:
+        mask = torch.zeros(3, patches, dtype=torch.bool, device=DEVICE)
+        mask[torch.arange(3), torch.tensor([0, 2, 4])] = True
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    attention_pool(*leaves, 4, mask, normalize=normalize, backend=backend).float().square().sum().backward()
+    for leaf in leaves[1:3]:
+        assert not leaf.grad.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_integers(backend):
     """Equal logits and small integers: means of patches that any error of an index would change visibly."""
