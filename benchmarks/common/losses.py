@@ -23,7 +23,7 @@ from betaclip.kernels.memory import forget
 from betaclip.kernels.similarity.operators import BACKENDS
 from betaclip.losses.across_ranks import TRANSPORTS
 from common.batches import Batch
-from common.dense_losses import LEAN, PUBLISHED, mean_over_valid, target_logits, unit, within_images
+from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, within_images
 from common.harness import Unavailable, nothing
 
 FORMS = ("ce", "bce", "clip", "siglip")
@@ -79,8 +79,8 @@ def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, 
         torch._dynamo.reset()  # static shapes, the fastest code, and no limit of recompilations to run into
         loss = torch.compile(loss, dynamic=False)
     if form != "siglip":
-        return lambda b: loss(b.image, b.text, b.scale, beta=BETA, mask=b.mask)
-    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, beta=BETA, mask=b.mask, bias=b.bias)
+        return lambda b: loss(b.image, b.text, b.scale, beta=BETA)
+    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, beta=BETA, bias=b.bias)
 
 
 def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
@@ -91,24 +91,20 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
 
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK[batch.image.device.type])
     own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
-    if batch.mask is not None:
-        own = torch.where(batch.mask.flatten(), own, -100)  # leaves the row out of the mean
     half = batch.image.dtype in (torch.bfloat16, torch.float16)
 
-    def over_own(x: Tensor, y: Tensor, b: Batch) -> Tensor:
+    def over_own(x: Tensor, y: Tensor) -> Tensor:
         """() mean of logsumexp_j S_ij - S_ii"""
         if not half:
             return F.linear_cross_entropy(x, y, own[: len(x)], options=options)
         # reduction="mean" would round the loss to the inputs' dtype; this forms S once more instead.
-        rows = F.linear_cross_entropy(x, y, own[: len(x)], reduction="none", options=options)
-        return mean_over_valid(rows.float().view(b.image.shape[:2]), b.mask)
+        return F.linear_cross_entropy(x, y, own[: len(x)], reduction="none", options=options).float().mean()
 
     def loss(b: Batch) -> Tensor:
         v, t = unit(b.image, b.scale), unit(b.text)
-        block, weights, _ = within_images(v, t, BETA, 1.0, b.mask)
-        one_way, other = (over_own(x.flatten(0, 1), y.flatten(0, 1), b) for x, y in ((v, t), (t, v)))
-        positives = block.diagonal(dim1=1, dim2=2) - target_logits(block, weights)
-        return (one_way + other) / 2 + mean_over_valid(positives, b.mask)
+        block, weights = within_images(v, t, BETA)
+        one_way, other = (over_own(x.flatten(0, 1), y.flatten(0, 1)) for x, y in ((v, t), (t, v)))
+        return (one_way + other) / 2 + block.diagonal(dim1=1, dim2=2).mean() - target_logits(block, weights)
 
     return loss
 
@@ -121,8 +117,8 @@ def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
         raise Unavailable("; ".join(reasons))
     loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, padding="published", backend=backend)
     if form != "siglip":
-        return lambda b: loss(b.image, b.text, b.scale, mask=b.mask)
-    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, mask=b.mask, logit_bias=b.bias)
+        return lambda b: loss(b.image, b.text, b.scale)
+    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, logit_bias=b.bias)
 
 
 def reference(form: str, batch: Batch) -> Loss:
@@ -208,7 +204,7 @@ def implementations() -> dict[str, Implementation]:
 
 def beta_cal_over_ranks(gather: bool | str, form: str, batch: Batch, backend: str = "auto") -> Loss:
     module = BetaCALLoss("bce" if form == "bce" else "ce", BETA, backend=backend, gather=gather)
-    return lambda b: module(b.image, b.text, b.scale, mask=b.mask)
+    return lambda b: module(b.image, b.text, b.scale)
 
 
 def rank_implementations() -> dict[str, Implementation]:
