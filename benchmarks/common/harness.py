@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betaclip.kernels.memory import forget
 from common.rows import OK, OUT_OF_MEMORY, percentiles
 
 Run = Callable[[], Any]
@@ -26,10 +27,6 @@ Run = Callable[[], Any]
 
 class Unavailable(Exception):
     """An implementation cannot run here; the message says why."""
-
-
-def nothing() -> None:
-    """Let go of no scratch, where there is none."""
 
 
 def failure(error: BaseException) -> str:
@@ -125,40 +122,25 @@ def busy_core_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-class ForeignCores:
-    """``cores``: how many cores other processes kept busy within a ``with`` block; None where that is unknown.
-
-    busy_s, own_s, clock: seconds in which all cores together and this process were busy, and seconds that passed.
-    """
-
-    def __init__(
-        self,
-        busy_s: Callable[[], float | None] = busy_core_seconds,
-        own_s: Callable[[], float] = time.process_time,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.cores: float | None = None
-        self._now = lambda: (clock(), own_s(), busy_s())
-
-    def __enter__(self) -> "ForeignCores":
-        self._begin = self._now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        (begin, own, busy), (end, own_after, busy_after) = self._begin, self._now()
-        if busy is not None and busy_after is not None:
-            self.cores = max(0.0, (busy_after - busy) - (own_after - own)) / max(end - begin, 1e-3)
+def usage(own_s: Callable[[], float] = time.process_time) -> tuple[float, float, float | None]:
+    """Seconds that passed, and in which this process and all cores together were busy."""
+    return time.perf_counter(), own_s(), busy_core_seconds()
 
 
-def with_peak_bytes(
-    run: Run, device: torch.device, seconds: float = 0.4, forget: Callable[[], None] = nothing
-) -> tuple[Any, int | None, float]:
+def foreign_cores(begin: tuple[float, float, float | None], end: tuple[float, float, float | None]) -> float | None:
+    """How many cores other processes kept busy between two usages; None where that is unknown."""
+    if begin[2] is None or end[2] is None:
+        return None
+    return max(0.0, (end[2] - begin[2]) - (end[1] - begin[1])) / max(end[0] - begin[0], 1e-3)
+
+
+def with_peak_bytes(run: Run, device: torch.device, seconds: float = 0.4) -> tuple[Any, int | None, float]:
     """The result, how far memory rose above what was in use before (None where that cannot be measured), and ms.
 
     On the CPU it is resident memory, whose high-water mark Linux lets a process reset: it counts everything
     (libraries' scratch, temporaries, the results), needs no child process, and after ``release`` nothing freed
     earlier hides in it. The same code must have been called before, as what a library allocates once does not count.
-    Scratch that the code under test keeps between calls does count: ``forget`` lets go of it first. The heap's
+    Scratch that betaclip keeps between calls does count: it is let go of first. The heap's
     fragmentation varies, so the peak is the median of three calls if those fit into ``seconds``.
     """
     peaks: list[int | None] = []

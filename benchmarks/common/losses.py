@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip import BetaCALLoss
-from betaclip.kernels.memory import forget
 from betaclip.kernels.similarity.operators import BACKENDS
 from betaclip.losses.across_ranks import TRANSPORTS
 from common.batches import Batch
 from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, within_images
-from common.harness import Unavailable, nothing
+from common.harness import Unavailable
 
 FORMS = ("ce", "bce", "clip", "siglip")
 RANK_FORMS = ("ce", "bce", "clip")
@@ -40,22 +39,15 @@ Loss = Callable[[Batch], Tensor]
 class Implementation:
     """build(form, batch) imports what it needs and returns the loss, or raises Unavailable.
 
-    copies: N × N matrices of float32 at least that exist at once in forward and in forward + backward, and chunk: rows
-    of such a matrix; measured, rounded up. By them a run is refused that would exhaust the CPU's memory.
-    compiles: the first call at a size compiles. forget: lets go of scratch kept between calls, for it to be counted.
+    copies: N × N matrices of float32 at least that exist at once, measured, rounded up. By them a run is refused that
+    would exhaust the CPU's memory.
+    compiles: the first call at a size compiles.
     """
 
     forms: tuple[str, ...]
     build: Callable[[str, Batch], Loss]
-    copies: tuple[float, float] = (0, 0)
-    chunk: int = 0
+    copies: int = 0
     compiles: bool = False
-    forget: Callable[[], None] = nothing
-
-    def estimated_bytes(self, phase: str, n: int, dim: int, itemsize: int) -> int:
-        """Peak above the inputs: the matrices, and eight arrays of the inputs' shape."""
-        copies = self.copies[phase != "forward"]
-        return int(copies * n * n + self.chunk * n + 8 * n * dim) * max(itemsize, 4)
 
 
 def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
@@ -64,13 +56,6 @@ def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
     """
     products = 1 if phase == "forward" else {"ce": 4, "clip": 4, "bce": 3, "siglip": 3}[form]
     return 2 * products * n * n * dim
-
-
-def memory_bound_bytes(device_type: str, n: int, dim: int, itemsize: int) -> int:
-    """The peak that betaclip stays below: on the CPU twice the inputs and 96 MiB, of which some 20 MiB are scratch that
-    a thread keeps between calls; on GPUs four times the inputs and 512 MB."""
-    inputs = 2 * n * dim * itemsize
-    return 4 * inputs + 512 * 10**6 if device_type == "cuda" else 2 * inputs + 96 * 2**20
 
 
 def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, compiled: bool = False) -> Loss:
@@ -184,18 +169,15 @@ def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
 
 def implementations() -> dict[str, Implementation]:
     """Losses on one device by name, in the order of the tables."""
-    ours = {
-        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=forget)
-        for backend in BACKENDS
-        if backend != "reference"
-    }
+    backends = [x for x in BACKENDS if x != "reference"]
+    ours = {f"betaclip/{x}": Implementation(FORMS, partial(_betaclip, x)) for x in backends}
     return {
-        "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), (10, 13)),
-        "dense": Implementation(FORMS, partial(_dense, LEAN), (4, 7)),
+        "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), 14),
+        "dense": Implementation(FORMS, partial(_dense, LEAN), 8),
         # For K = 1 it would compile the same code again.
-        "compiled": Implementation(("ce", "bce"), partial(_dense, LEAN, compiled=True), (2, 3), compiles=True),
-        "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy, chunk=4 * 4096),
-        "open_clip": Implementation(("clip", "siglip"), _open_clip, (5, 7)),
+        "compiled": Implementation(("ce", "bce"), partial(_dense, LEAN, compiled=True), 3, compiles=True),
+        "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy),
+        "open_clip": Implementation(("clip", "siglip"), _open_clip, 8),
         "siglip_kernel": Implementation(("siglip",), _siglip_kernel),
         "inf_cl": Implementation(("clip",), partial(_inf_cl, "cal_flash_loss")),
         **ours,
@@ -209,10 +191,7 @@ def beta_cal_over_ranks(gather: bool | str, form: str, batch: Batch, backend: st
 
 def rank_implementations() -> dict[str, Implementation]:
     """Losses over the ranks of the default process group by name, in the order of the tables."""
-    ours = {
-        f"betaclip/{way}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, way), forget=forget)
-        for way in TRANSPORTS
-    }
+    ours = {f"betaclip/{x}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, x)) for x in TRANSPORTS}
     return {
         "open_clip": Implementation(("clip",), partial(_open_clip, over_ranks=True)),
         "inf_cl/ring": Implementation(("clip",), partial(_inf_cl, "cal_ring_loss", needs_gpu=False)),

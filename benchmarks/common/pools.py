@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip import TextConditionedPool
-from betaclip.kernels.attention_pool.operators import BACKENDS, FOLDED
+from betaclip.kernels.attention_pool.operators import BACKENDS
 from betaclip.layers import QuickGELU
 from common.harness import Unavailable
 
@@ -66,18 +66,6 @@ def synthetic_pool_batch(
         embeds = (torch.randn(images, n, dim) * torch.empty(images, n, 1).uniform_(0.5, 2) for n in counts)
         x, t = (y.to(device) for y in embeds)
     return PoolBatch(x, t, {k: nn.Parameter(v.to(device)) for k, v in pool.named_parameters()}, heads).to(dtype)
-
-
-@dataclass(frozen=True)
-class PoolImplementation:
-    """build(part, batch) imports what it needs and returns the call, or raises Unavailable.
-
-    folds: whether projections are folded to the side of the queries, so that no patch is projected; None: as
-    betaclip's cost model chooses.
-    """
-
-    build: Callable[[str, PoolBatch], Pool]
-    folds: bool | None = False
 
 
 def forward_flop(
@@ -185,18 +173,13 @@ def _betaclip(backend: str, part: str, batch: PoolBatch) -> Pool:
     return bound(TextConditionedPool(batch.patches.shape[-1], batch.heads, MLP_RATIO, backend=backend), part, batch)
 
 
-def pool_implementations() -> dict[str, PoolImplementation]:
-    """By name, in the order of the tables."""
-    ours = {
-        f"betaclip/{backend}": PoolImplementation(partial(_betaclip, backend), backend in FOLDED)
-        for backend in BACKENDS
-        if backend != "reference"
-    }
+def pool_implementations() -> dict[str, Callable[[str, PoolBatch], Pool]]:
+    """Functions that import what they need and return the call, or raise Unavailable; in the order of the tables."""
     return {
-        "published": PoolImplementation(published),
-        "projected sdpa": PoolImplementation(_projected),
-        "projected sdpa, compiled": PoolImplementation(partial(_projected, compiled=True)),
-        "xformers": PoolImplementation(_xformers),
-        "betaclip/auto": PoolImplementation(partial(_betaclip, "auto"), folds=None),
-        **ours,
+        "published": published,
+        "projected sdpa": _projected,
+        "projected sdpa, compiled": partial(_projected, compiled=True),
+        "xformers": _xformers,
+        "betaclip/auto": partial(_betaclip, "auto"),
+        **{f"betaclip/{x}": partial(_betaclip, x) for x in BACKENDS if x != "reference"},
     }

@@ -45,22 +45,18 @@ def test_flop_formulas():
         assert losses.loss_flop(form, "forward+backward", n, dim) == products * 2 * n * n * dim
 
 
-def test_memory_bound_formula():
-    inputs = 2 * 9216 * 512
-    assert losses.memory_bound_bytes("cpu", 9216, 512, 4) == 2 * inputs * 4 + 96 * 2**20
-    assert losses.memory_bound_bytes("cuda", 9216, 512, 2) == 4 * inputs * 2 + 512 * 10**6
-
-
 @pytest.mark.parametrize("form", ["ce", "bce"])
 @pytest.mark.parametrize("name", ["published", "dense"])
 def test_memory_estimates_are_from_above_and_not_wild(name, form):
     """A run is refused by the estimate, so one that is too low would let the machine run out of memory."""
     if harness.with_peak_bytes(lambda: None, CPU)[1] is None:
         pytest.skip("peak memory needs Linux's /proc/self/clear_refs")
-    batch = batches.synthetic_batch(3300, 1, 32, torch.float32, CPU)  # matrices beyond malloc's largest heap block
+    batch = batches.synthetic_batch(2400, 1, 16, torch.float32, CPU)  # matrices beyond malloc's largest heap block
     implementation = losses.implementations()[name]
+    peaks = []
     for phase in rows.PHASES:
         loss = implementation.build(form, batch)
         run = comparison.Call(lambda loss=loss: loss(batch), batch.leaves).run(phase, torch.ones(()))
         _, peak, _ = harness.with_peak_bytes(run, CPU, seconds=0)
-        assert peak <= implementation.estimated_bytes(phase, 3300, 32, 4) <= 4 * peak
+        peaks.append(peak / (4 * 2400**2))
+    assert max(peaks) <= implementation.copies <= 4 * max(peaks)

@@ -62,14 +62,11 @@ def test_all_compute_the_same(part, model, batch):
         for build in steps.step_implementations().values()
     ]
     assert all(bool(gradient.any()) for gradient in values[0][1:])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert (len(values[0]) == 1 + len(trained)) == (part == "step")  # no other part trains everything
     for value in values[1:]:
         for a, b in zip(value, values[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-
-
-def test_every_trained_parameter_is_in_the_step(model, batch):
-    leaves = steps.part_call(steps.OurStep(model), "step", batch).leaves
-    assert {id(p) for p in leaves} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_tokens(model, batch):
