@@ -91,7 +91,6 @@ class LossComparison(Comparison):
         implementation = self.chosen[name]
         loss = implementation.build(self.form, self.batch)
         small = None if implementation.compiles else Call(lambda: loss(self.small), self.small.leaves)
-
         # A GPU only needs to be spared a matrix that cannot exist; the CPU's memory must not run out.
         itemsize = self.batch.image.itemsize if self.device.type == "cuda" else 4 * implementation.copies
         needed = self.n**2 * itemsize if implementation.copies else 0

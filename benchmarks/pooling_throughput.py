@@ -28,15 +28,7 @@ import torch
 from common.comparison import Call, Comparison
 from common.figures import TIME, Figure
 from common.harness import Run
-from common.pools import (
-    PARTS,
-    Pool,
-    PoolBatch,
-    least_flop,
-    pool_implementations,
-    published,
-    synthetic_pool_batch,
-)
+from common.pools import PARTS, Pool, PoolBatch, least_flop, pool_implementations, published, synthetic_pool_batch
 from common.report import in_ms, memory, number
 from common.rows import BOTH, OK, Measurement, Row
 from common.session import Benchmark, Session, at_least

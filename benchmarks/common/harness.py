@@ -23,6 +23,7 @@ from betaclip.kernels.memory import forget
 from common.rows import OK, OUT_OF_MEMORY, percentiles
 
 Run = Callable[[], Any]
+MAX_ROUNDS = 50
 
 
 class Unavailable(Exception):
@@ -82,11 +83,7 @@ def time_ms(run: Run, device: torch.device) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Run],
-    device: torch.device,
-    seconds: float,
-    clock: Callable[[Run, torch.device], float] = time_ms,
-    max_rounds: int = 50,
+    runs: Mapping[str, Run], device: torch.device, seconds: float, clock: Callable[[Run, torch.device], float] = time_ms
 ) -> dict[str, list[float] | str]:
     """Times in ms of each run, taken in rounds of shuffled order; the status instead of times for a run that raised.
 
@@ -107,7 +104,7 @@ def interleave(
                 continue
             spent[name].append(elapsed)
             used, rounds = sum(spent[name]), len(spent[name])
-            if rounds >= max_rounds or (used >= share_ms and (rounds >= 3 or used >= 400 * seconds)):
+            if rounds >= MAX_ROUNDS or (used >= share_ms and (rounds >= 3 or used >= 400 * seconds)):
                 active.remove(name)
     return {name: times.get(name, spent[name]) for name in runs}
 

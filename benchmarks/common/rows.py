@@ -53,15 +53,8 @@ class Measurement:
     def timed(self, times_ms: list[float], flop: float, mm_tflops: float) -> "Measurement":
         """This measurement with the percentiles of ``times_ms`` and their share of the matrix product's rate."""
         p20, p50, p80 = percentiles(times_ms)
-        return replace(
-            self,
-            time_ms_p20=p20,
-            time_ms_p50=p50,
-            time_ms_p80=p80,
-            rounds=len(times_ms),
-            mm_tflops=mm_tflops,
-            share_of_mm=flop / (p50 * 1e9) / mm_tflops,
-        )
+        times: dict[str, Any] = {"time_ms_p20": p20, "time_ms_p50": p50, "time_ms_p80": p80, "rounds": len(times_ms)}
+        return replace(self, **times, mm_tflops=mm_tflops, share_of_mm=flop / (p50 * 1e9) / mm_tflops)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

@@ -81,7 +81,7 @@ class Benchmark:
         if not args.chosen:
             parser.error(f"--implementations: expected some of {', '.join(known)}, got {' '.join(prefixes)}")
         if args.smoke:
-            vars(args).update(smoke, seconds=0.2)
+            vars(args).update(smoke, seconds=0.02)
             args.output = args.output or Path(tempfile.mkdtemp(prefix=f"{self.name}_"))
             if not args.implementations:  # compilation takes longer than everything else together
                 args.chosen = {name: value for name, value in args.chosen.items() if "compiled" not in name}

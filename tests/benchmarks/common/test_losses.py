@@ -59,4 +59,4 @@ def test_memory_estimates_are_from_above_and_not_wild(name, form):
         run = comparison.Call(lambda loss=loss: loss(batch), batch.leaves).run(phase, torch.ones(()))
         _, peak, _ = harness.with_peak_bytes(run, CPU, seconds=0)
         peaks.append(peak / (4 * 2400**2))
-    assert max(peaks) <= implementation.copies <= 4 * max(peaks)
+    assert max(peaks) <= implementation.copies <= 5 * max(peaks)
