@@ -121,7 +121,7 @@ class PoolComparison(Comparison):
     ) -> None:
         (images, patches, dim), k = batch.patches.shape, batch.queries.shape[1]
         dtype, on = batch.patches.dtype, batch.patches.device
-        sizes = {"images": images, "texts": k, "patches": patches, "dim": dim, "heads": batch.heads}
+        sizes = {"images": images, "texts": k, "patches": patches, "dim": dim, "heads": batch.pool.attn.num_heads}
         case = Measurement(BENCHMARK.name, part, str(dtype)[6:], device, sizes=sizes)
         super().__init__(case, chosen, (MATRIX_ROWS[on.type], dim), on)
         self.batch, self.sizes = batch, tuple(sizes.values())

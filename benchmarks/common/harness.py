@@ -6,13 +6,14 @@ becomes a row; nothing is reported that was not measured.
 
 import ctypes
 import gc
+import importlib
 import os
 import random
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,31 @@ MAX_ROUNDS = 50
 
 class Unavailable(Exception):
     """An implementation cannot run here; the message says why."""
+
+
+def peer(module: str, x: Tensor, needs_gpu: bool = False) -> Any:
+    """Another library, imported to work on ``x``."""
+    try:  # siglip_kernel looks for a GPU when imported, and raises RuntimeError if there is none
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise Unavailable(f"{module.split('.')[0]}: {error}") from error
+    if needs_gpu and x.device.type != "cuda":
+        raise Unavailable(f"{module}: needs a GPU")
+    return found
+
+
+def require(backend: str, x: Tensor, reasons: Sequence[str]) -> None:
+    """Refuse a backend of ours that cannot work on ``x``, for the ``reasons`` it gives, or is not meant to."""
+    if backend == "triton" and x.device.type != "cuda":
+        raise Unavailable("needs a GPU (its interpreter is for tests)")
+    if reasons:
+        raise Unavailable("; ".join(reasons))
+
+
+def compiled_afresh(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for static shapes, the fastest code, with no limit of recompilations to run into."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def failure(error: BaseException) -> str:

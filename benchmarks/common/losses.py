@@ -7,11 +7,9 @@ Over ranks each takes its rank's rows; averaged over ranks, loss and gradients a
 batch. Peers are imported when they are asked for, and raise Unavailable with the reason where they cannot run.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +21,7 @@ from betaclip.kernels.similarity.operators import BACKENDS
 from betaclip.losses.across_ranks import TRANSPORTS
 from common.batches import Batch
 from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, within_images
-from common.harness import Unavailable
+from common.harness import Unavailable, compiled_afresh, peer, require
 
 FORMS = ("ce", "bce", "clip", "siglip")
 RANK_FORMS = ("ce", "bce", "clip")
@@ -61,8 +59,7 @@ def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
 def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, compiled: bool = False) -> Loss:
     loss = table["bce" if form in ("bce", "siglip") else "ce"]
     if compiled:
-        torch._dynamo.reset()  # static shapes, the fastest code, and no limit of recompilations to run into
-        loss = torch.compile(loss, dynamic=False)
+        loss = compiled_afresh(loss)
     if form != "siglip":
         return lambda b: loss(b.image, b.text, b.scale, beta=BETA)
     return lambda b: len(b.image) * loss(b.image, b.text, b.scale, beta=BETA, bias=b.bias)
@@ -95,12 +92,8 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
 
 
 def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
-    if backend == "triton" and batch.image.device.type != "cuda":
-        raise Unavailable("needs a GPU (its interpreter is for tests)")
-    reasons = BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1))
-    if reasons:
-        raise Unavailable("; ".join(reasons))
-    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, padding="published", backend=backend)
+    require(backend, batch.image, BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1)))
+    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend)
     if form != "siglip":
         return lambda b: loss(b.image, b.text, b.scale)
     return lambda b: len(b.image) * loss(b.image, b.text, b.scale, logit_bias=b.bias)
@@ -111,16 +104,6 @@ def reference(form: str, batch: Batch) -> Loss:
     return _betaclip("reference", form, batch)
 
 
-def _peer(module: str, batch: Batch, needs_gpu: bool = False) -> Any:
-    try:  # siglip_kernel looks for a GPU when imported, and raises RuntimeError if there is none
-        found = importlib.import_module(module)
-    except Exception as error:
-        raise Unavailable(f"{module.split('.')[0]}: {error}") from error
-    if needs_gpu and batch.image.device.type != "cuda":
-        raise Unavailable(f"{module}: needs a GPU")
-    return found
-
-
 def _units(b: Batch) -> tuple[Tensor, Tensor]:
     """(B, D) normalised, for losses that leave it to the model."""
     return unit(b.image).squeeze(1), unit(b.text).squeeze(1)
@@ -128,11 +111,11 @@ def _units(b: Batch) -> tuple[Tensor, Tensor]:
 
 def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
     """Over ranks its ``--local-loss --gather-with-grad``."""
-    peer = _peer("open_clip.loss", batch)
+    library = peer("open_clip.loss", batch.image)
     ranks = {"local_loss": True, "gather_with_grad": True} if over_ranks else {}
     if over_ranks:
         ranks |= {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-    module = peer.SigLipLoss() if form == "siglip" else peer.ClipLoss(**ranks)
+    module = library.SigLipLoss() if form == "siglip" else library.ClipLoss(**ranks)
     dtype, device = batch.image.dtype, batch.image.device.type
     half = dtype in (torch.bfloat16, torch.float16)
 
@@ -144,21 +127,21 @@ def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
 
 
 def _siglip_kernel(form: str, batch: Batch) -> Loss:
-    peer = _peer("siglip_kernel", batch)
-    return lambda b: peer.fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
+    library = peer("siglip_kernel", batch.image)
+    return lambda b: library.fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
 
 
 def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
     """``cal_flash_loss`` on one device; over ranks ``cal_ring_loss``, its ring in plain PyTorch, and ``cal_inf_loss``,
     the same ring around Triton kernels."""
-    peer = _peer("inf_cl", batch, needs_gpu)
+    library = peer("inf_cl", batch.image, needs_gpu)
     if name != "cal_flash_loss" and dist.get_world_size() == 1:
         raise Unavailable("inf_cl: its ring sends to itself on one rank")
     dim = batch.image.shape[-1]
     head_dim = min(256, dim & -dim)
     if head_dim < 16:
         raise Unavailable(f"inf_cl: needs D divisible by 16, not {dim}")
-    one_way = getattr(peer, name)
+    one_way = getattr(library, name)
 
     def loss(b: Batch) -> Tensor:
         v, t = _units(b)
