@@ -8,9 +8,6 @@ A step is forward and backward of everything: towers, pooling, CLIP's loss and Î
 "pooling" and "losses" alone. The update of the weights is not in it: it is the same for all. Weights are random, texts
 are real captions with their sentences and phrases (common/steps.py).
 
-Prints a table per part and size, appends one CSV row per case to results/<device>-train-step.csv, and draws
-results/<device>-train-step.png from that file.
-
 "speed-up" is against the published form with its checkpointing of texts, in the same rounds. "tokens" are those that
 the text tower's linear layers compute, of the tokens that exist. "of mm" is the least FLOP (common/steps.py) over the
 time, over the rate of torch.mm in the same rounds. Extra memory is the peak above what existed before, gradients
@@ -24,13 +21,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common.budget import Budget
 from common.comparison import Call, Comparison
-from common.figures import Figure
-from common.report import Progress, memory, number
-from common.rows import Case, Measurement
-from common.session import Benchmark, Session, expect_at_least
-from common.steps import PARTS, Step, StepBatch, least_flop, part_call, step_implementations, synthetic_step_batch
+from common.figures import PEAK, TIME, Figure
+from common.report import memory, number
+from common.rows import Measurement, Row
+from common.session import Benchmark, Session, at_least
+from common.steps import PARTS, OurStep, StepBatch, least_flop, part_call, step_implementations, synthetic_step_batch
 from torch import Tensor
 
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
@@ -40,10 +36,9 @@ MATRIX_ROWS = {"cpu": 2304, "cuda": 9216}  # torch.mm's rate is measured with
 BENCHMARK = Benchmark(
     name="train_step",
     suffix="-train-step",
-    each="part, size and phase",
     columns={
         "speed-up": number("speedup", ".2f"),
-        "images/s": number("images_per_s", ".3g"),
+        "images/s": lambda row: f"{int(row['images']) / float(row['time_ms_p50']) * 1e3:.3g}",
         "tokens": lambda r: f"{r['tokens_computed']} of {r['tokens_existing']}" if r.get("tokens_computed") else "",
         "of mm": number("share_of_mm", ".2f"),
         "extra memory": memory("peak_bytes"),
@@ -54,9 +49,8 @@ BENCHMARK = Benchmark(
         panel=lambda row: row["form"],
         x="images",
         x_label="images of a step",
-        quantities=(("time_ms_p50", "forward + backward, ms", 1.0), ("peak_bytes", "peak extra memory, MiB", 2.0**20)),
-        same=("model", "context", "texts", "dtype"),
-        title=lambda row: f"{row['device']}, {row['dtype']}, {row['model']}, {row['texts']} texts per image",
+        quantities=(TIME, PEAK),
+        same=("model", "context", "texts"),
     ),
 )
 
@@ -69,44 +63,33 @@ class StepComparison(Comparison):
     """
 
     def __init__(self, part: str, model: BetaCLIP, batch: StepBatch, chosen: dict[str, Any], device: str) -> None:
-        self.images, k = batch.shape
+        images, k = batch.shape
         dtype, on = batch.images.dtype, batch.images.device
-        sizes = {"model": model.config.name, "context": model.context_length, "images": self.images, "texts": k}
-        case = Case(BENCHMARK.name, part, str(dtype)[6:], device, sizes)
+        sizes = {"model": model.config.name, "context": model.context_length, "images": images, "texts": k}
+        case = Measurement(BENCHMARK.name, part, str(dtype)[6:], device, sizes=sizes)
         super().__init__(case, chosen, (MATRIX_ROWS[on.type], model.embed_dim), on)
-        self.part, self.model, self.batch = part, model, batch
-        self.steps: dict[str, Step] = {name: build(model) for name, build in chosen.items()}
+        self.model, self.batch = model, batch
+        self.steps: dict[str, OurStep] = {name: build(model) for name, build in chosen.items()}
         self.expected: tuple[Tensor, ...] = ()
 
     def flop(self, phase: str) -> float:
-        return least_flop(self.model, self.part, phase, self.batch)
-
-    def heading(self) -> str:
-        model, context, images, k = self.case.sizes.values()
-        return f"{self.part}   {model}, context {context}   {images} images Ã— {k} texts   {self.case.dtype}"
+        return least_flop(self.model, self.form, phase, self.batch)
 
     def prepare(self, name: str) -> Call:
-        return part_call(self.steps[name], self.part, self.batch)
+        return part_call(self.steps[name], self.form, self.batch)
 
     def values(self, name: str, phase: str, outputs: Sequence[Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        if self.part in ("step", "text"):
+        if self.form in ("step", "text"):
             values["tokens_computed"] = self.steps[name].tokens(self.batch)
             values["tokens_existing"] = len(self.batch.texts.tokens)
         if name == self.baseline:
             self.expected = tuple(outputs)
         elif self.expected:
-            loss, *gradients = zip(outputs, self.expected, strict=True)
+            loss, *gradients = zip(outputs, self.expected, strict=False)  # the baseline may have failed in one phase
             values["loss_difference"] = difference([loss])
             values["gradient_difference"] = difference(gradients) if gradients else None
         return values
-
-    def measure(self, phase: str, budget: Budget, progress: Progress) -> list[Measurement]:
-        rows = super().measure(phase, budget, progress)
-        self.expected = ()
-        times = [row.time_ms_p50 for row in rows]
-        rates = [self.images / (time / 1e3) if time else None for time in times]
-        return [row.with_values(images_per_s=rate) for row, rate in zip(rows, rates, strict=True)]
 
 
 def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -123,38 +106,23 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="ViT-B-16", help="an open_clip name, or scenes (default ViT-B-16)")
     add("--context", type=int, default=248, help="longest text in tokens: 77 or 248 (default 248)")
-    add("--images", nargs="+", type=int, metavar="B", help="of a step (default: 4 12, on a GPU 64)")
-    add("--texts", type=int, default=36, metavar="K", help="per image (default 36)")
+    add("--images", nargs="+", type=at_least(1), metavar="B", help="of a step (default: 4 12, on a GPU 64)")
+    add("--texts", type=at_least(2), default=36, metavar="K", help="per image (default 36)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    args = parser.parse_args(argv)
-    BENCHMARK.resolve(parser, args, step_implementations())
-    if args.smoke:
-        args.model, args.context, args.images, args.texts = "scenes", 248, [2], 8
-    args.images = args.images or IMAGES[args.device.type]
-    expect_at_least(1, parser, args, "--images")
-    expect_at_least(2, parser, args, "--texts")
-    return args
+    smoke = {"model": "scenes", "context": 248, "images": [2], "texts": 8}
+    return BENCHMARK.parse(parser, argv, step_implementations(), smoke, {"images": IMAGES})
 
 
-def comparisons(args: argparse.Namespace, device: str) -> dict[str, Callable[[], StepComparison]]:
+def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callable[[], list[Row]]]:
     torch.manual_seed(0)
     model = create_model(ModelConfig(args.model, context_length=args.context)).to(args.device, args.dtype)
     batch = cache(lambda images: synthetic_step_batch(model, images, args.texts, args.dtype))
 
-    def compare(images: int, part: str) -> StepComparison:
-        return StepComparison(part, model, batch(images), args.chosen, device)
+    def compare(images: int, part: str) -> list[Row]:
+        return session.measure(StepComparison(part, model, batch(images), args.chosen, session.device))
 
     return {f"{part}, {images} images": partial(compare, images, part) for images in args.images for part in args.parts}
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = arguments(argv)
-    if args.plot_only:
-        return BENCHMARK.redraw(args.plot_only)
-    session = Session(BENCHMARK, args, argv)
-    return session.run(comparisons(args, session.device))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main(arguments, comparisons))

@@ -13,13 +13,12 @@ SIGLIP_BIAS = -10.0  # where SigLIP's starts
 
 @dataclass(frozen=True)
 class Batch:
-    """image, text: (B, K, D) raw; scale: (); bias: () for the form "siglip"; mask: (B, K), True = valid, or None."""
+    """image, text: (B, K, D) raw; scale: (); bias: () for the form "siglip"."""
 
     image: Tensor
     text: Tensor
     scale: Tensor
     bias: Tensor | None = None
-    mask: Tensor | None = None
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -42,7 +41,6 @@ class Batch:
             leaf(self.text[images], dtype),
             leaf(self.scale, wide),
             None if given is None else leaf(given, wide),
-            None if self.mask is None else self.mask[images],
         )
 
 

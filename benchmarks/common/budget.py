@@ -3,20 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 
 LONG_S = 20.0  # a call that takes longer is not repeated, be there time or not
 FEW_FLOP = 1e9  # a call with fewer is mostly overhead, and says little about larger ones
 RESERVE = 0.05  # of the time, for what no implementation does: starting, drawing
-
-
-@dataclass(frozen=True)
-class _Spent:
-    """flop: of one call. call_s: how long it took. overhead_s: what preceded it, above all compilation."""
-
-    flop: float
-    call_s: float
-    overhead_s: float
 
 
 class Budget:
@@ -25,20 +15,13 @@ class Budget:
     Work that is expected to take more than half of the time left is refused, so all that is accepted fits. Calls that
     take more than a sixtieth of the whole are made once.
 
-    seconds: what the timed rounds of one comparison may take. slowest_call_s: longer calls are refused without a limit
-    too. clock: seconds, from any start.
+    seconds: what the timed rounds of one comparison may take. clock: seconds, from any start.
     """
 
-    def __init__(
-        self,
-        minutes: float = 0,
-        seconds: float = 1.5,
-        slowest_call_s: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.minutes, self._seconds, self._slowest_call_s, self._clock = minutes, seconds, slowest_call_s, clock
+    def __init__(self, minutes: float = 0, seconds: float = 1.5, clock: Callable[[], float] = time.monotonic) -> None:
+        self.minutes, self._seconds, self._clock = minutes, seconds, clock
         self._end = clock() + (minutes * 60 * (1 - RESERVE) or math.inf)
-        self._last: dict[Hashable, _Spent] = {}
+        self._last: dict[Hashable, tuple[float, float, float]] = {}
 
     @property
     def left_s(self) -> float:
@@ -57,13 +40,11 @@ class Budget:
     def record(self, key: Hashable, flop: float, call_s: float, spent_s: float) -> None:
         """A call of ``key`` took ``call_s`` of the ``spent_s`` that it took to prepare and make."""
         if flop >= FEW_FLOP:
-            self._last[key] = _Spent(flop, call_s, max(spent_s - call_s, 0.0))
+            self._last[key] = (flop, call_s, max(spent_s - call_s, 0.0))
 
     def refusal(self, key: Hashable, flop: float) -> str:
         """Why ``key`` is not to be run with so much ``flop``; empty if it is."""
-        call_s, all_s = self._expected(key, flop)
-        if call_s > self._slowest_call_s:
-            return f"about {call_s:.0f} s expected"
+        _, all_s = self._expected(key, flop)
         if self.left_s <= 0 or all_s > self.left_s / 2:
             return f"about {all_s:.1f} s expected, {max(self.left_s, 0):.0f} s of --minutes {self.minutes:g} left"
         return ""
@@ -77,7 +58,8 @@ class Budget:
 
     def _expected(self, key: Hashable, flop: float) -> tuple[float, float]:
         """Seconds of one call, and of all that is made of it: preparation, a call for the memory, a timed one."""
-        if (last := self._last.get(key)) is None:
+        if key not in self._last:
             return 0.0, 0.0
-        call_s = last.call_s * flop / last.flop
-        return call_s, last.overhead_s + call_s * (1 if call_s > self.long_s else 2)
+        last_flop, last_s, overhead_s = self._last[key]  # overhead: above all compilation
+        call_s = last_s * flop / last_flop
+        return call_s, overhead_s + call_s * (1 if call_s > self.long_s else 2)

@@ -2,8 +2,9 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,19 +12,20 @@ from torch import Tensor
 
 from common.budget import Budget
 from common.harness import (
-    ForeignCores,
     Run,
     attempt,
+    foreign_cores,
     free_bytes,
     interleave,
     matrix_products,
     matrix_tflops,
-    nothing,
+    relative_error,
     time_ms,
+    usage,
     with_peak_bytes,
 )
-from common.report import Progress, in_bytes
-from common.rows import FORWARD, OK, OUT_OF_MEMORY, SKIPPED, Case, Measurement, Row
+from common.report import in_bytes
+from common.rows import BOTH, FORWARD, OK, OUT_OF_MEMORY, SKIPPED, Measurement, Row
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,16 @@ class Call:
     """``function()`` is what is measured; gradients are taken with respect to ``leaves``.
 
     warm_up: a smaller call of the same code, by which libraries initialise themselves; by default the call itself.
-    forget: lets go of scratch that the code keeps between calls, for it to be counted.
-    estimated_bytes: peak memory by phase, where a call that exceeds the free memory must not be tried.
+    estimated_bytes: peak memory, where a call that exceeds the free memory must not be tried.
     """
 
     function: Callable[[], Tensor]
     leaves: Sequence[Tensor]
     warm_up: "Call | None" = None
-    forget: Callable[[], None] = nothing
-    estimated_bytes: Callable[[str], float] = lambda phase: 0.0
+    estimated_bytes: float = 0
 
     def run(self, phase: str, grad_output: Tensor) -> Run:
-        """A call that returns (value,) or (value, gradients of ``leaves``)."""
+        """A call that returns (value,) or (value, gradients of those ``leaves`` that it depends on)."""
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -50,7 +50,8 @@ class Call:
 
         def both() -> tuple[Tensor, ...]:
             value = self.function()
-            return value, *torch.autograd.grad(value, self.leaves, grad_output.to(value.dtype))
+            gradients = torch.autograd.grad(value, self.leaves, grad_output.to(value.dtype), allow_unused=True)
+            return value, *(gradient for gradient in gradients if gradient is not None)
 
         return forward if phase == FORWARD else both
 
@@ -58,18 +59,21 @@ class Call:
 class Comparison(ABC):
     """All implementations of one operation at one size.
 
-    case: the size, without implementation and phase. mm: rows and columns of the matrices by which torch.mm's rate is
-    measured in the same rounds. baseline: the implementation that the value "speedup" refers to. clock: times a call.
-    foreign: counts cores that other processes keep busy.
+    case: what all rows have in common. chosen: the implementations, by name. mm: rows and columns of the matrices by
+    which torch.mm's rate is measured in the same rounds. baseline: the implementation that the value "speedup" refers
+    to. error_fields: which fields hold the errors of the value, of the first two leaves' gradients, and of the other
+    leaves'. error: how large one is. clock: times a call. own_s: how long this code has been busy.
     """
 
     baseline = "published"
+    error_fields = ("loss_error", "gradient_error", "scale_error")
+    error: Callable[[Tensor, Tensor], float] = staticmethod(relative_error)
     clock: Callable[[Run, torch.device], float] = staticmethod(time_ms)
-    foreign: Callable[[], ForeignCores] = ForeignCores
+    own_s: Callable[[], float] = staticmethod(time.process_time)
 
-    def __init__(self, case: Case, names: Iterable[str], mm: tuple[int, int], device: torch.device) -> None:
-        self.case, self.names, self.mm, self.device = case, tuple(names), mm, device
-        self.grad_output = torch.ones((), device=device)
+    def __init__(self, case: Measurement, chosen: Mapping[str, Any], mm: tuple[int, int], device: torch.device) -> None:
+        self.case, self.chosen, self.mm, self.device = case, chosen, mm, device
+        self.form, self.grad_output = case.form, torch.ones((), device=device)
         self.calls: dict[str, tuple[Call, str]] = {}
 
     @abstractmethod
@@ -84,26 +88,46 @@ class Comparison(ABC):
     def flop(self, phase: str) -> float:
         """The least FLOP that the operation needs."""
 
-    @abstractmethod
-    def heading(self) -> str:
+    def exact(self) -> Call:
+        """The same in float64, by which errors are measured.
+
+        Raises:
+            Unavailable: that would take too much.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def truth(self) -> tuple[Sequence[Tensor] | None, str]:
+        """The value and its gradients in float64, or None and the reason."""
+        truth, status = attempt(lambda: self.exact().run(BOTH, self.grad_output)())
+        return truth, "" if status == OK else f"float64 truth {status}"
+
+    def heading(self, rows: list[Row]) -> str:
         """What stands above the table."""
+        sizes = (f"{x} = {value:,}" if isinstance(value, int) else value for x, value in self.case.sizes.items())
+        rate = max((float(row["mm_tflops"]) for row in rows if row["mm_tflops"]), default=0.0)
+        return "   ".join((self.case.form, *sizes, self.case.dtype, f"torch.mm {rate:.3g} TFLOP/s"))
 
     def values(self, name: str, phase: str, outputs: Sequence[Tensor]) -> dict[str, Any]:
         """What this benchmark reports of a call beside time and memory; "note" is appended to the row's."""
-        return {}
+        truth, reason = self.truth
+        if truth is None:
+            return {"note": reason}
+        errors = [self.error(x, y) for x, y in zip(outputs, truth, strict=False)]
+        worst = errors[:1] + [max(gradients) for gradients in (errors[1:3], errors[3:]) if gradients]
+        return dict(zip(self.error_fields, worst, strict=False))
 
     def observe(self, call: Call, run: Run) -> tuple[Sequence[Tensor], dict[str, Any], float]:
         """The outputs of one call, fields and values of its row, and how many ms it took."""
-        outputs, peak, elapsed_ms = with_peak_bytes(run, self.device, forget=call.forget)
+        outputs, peak, elapsed_ms = with_peak_bytes(run, self.device)
         return outputs, {"peak_bytes": peak}, elapsed_ms
 
-    def measure(self, phase: str, budget: Budget, progress: Progress) -> list[Measurement]:
+    def measure(self, phase: str, budget: Budget) -> list[Measurement]:
         """One measurement per implementation."""
         rows: dict[str, Measurement] = {}
         runs: dict[str, Run] = {}
         long: dict[str, list[float] | str] = {}
-        for name in budget.order(self.names, lambda name: self._key(name, phase), self.flop(phase)):
-            progress.describe(f"{self.case.form} {' '.join(map(str, self.case.sizes.values()))}, {phase}: {name}")
+        for name in budget.order(self.chosen, lambda name: self._key(name, phase), self.flop(phase)):
             rows[name], run, elapsed_ms = self._first_call(name, phase, budget)
             if run is not None and elapsed_ms > budget.long_s * 1e3:  # this was its only round
                 long[name] = [elapsed_ms]
@@ -111,22 +135,23 @@ class Comparison(ABC):
                 runs[name] = run
         if runs or long:
             products = matrix_products(*self.mm, getattr(torch, self.case.dtype), self.device)
-            with self.foreign() as foreign:
-                times = interleave({**products, **runs}, self.device, budget.seconds, self.clock) | long
+            begin = usage(self.own_s)
+            times = interleave({**products, **runs}, self.device, budget.seconds, self.clock) | long
+            foreign = foreign_cores(begin, usage(self.own_s))
             tflops = matrix_tflops({name: times[name] for name in products}, *self.mm)
             for name in [*runs, *long]:
-                taken, row = times[name], replace(rows[name], foreign_cores=foreign.cores)
+                taken, row = times[name], replace(rows[name], foreign_cores=foreign)
                 failed = isinstance(taken, str)
                 rows[name] = replace(row, status=taken) if failed else row.timed(taken, self.flop(phase), tflops)
-        return self._with_speedups([rows[name] for name in self.names])
+        return self._with_speedups([rows[name] for name in self.chosen])
 
     def _key(self, name: str, phase: str) -> tuple[str, str, str]:
         return self.case.form, name, phase
 
     def _first_call(self, name: str, phase: str, budget: Budget) -> tuple[Measurement, Run | None, float]:
         """The row with everything but times, what to time if it ran, and how many ms the call took."""
-        row, key, flop = replace(self.case, implementation=name, phase=phase), self._key(name, phase), self.flop(phase)
-        measured, begin = Measurement(row), time.perf_counter()
+        measured, begin = replace(self.case, implementation=name, phase=phase), time.perf_counter()
+        key, flop = self._key(name, phase), self.flop(phase)
         if name not in self.calls:
             self.calls[name] = attempt(lambda: self.prepare(name))
         call, status = self.calls[name]
@@ -134,7 +159,7 @@ class Comparison(ABC):
             return replace(measured, status=status), None, 0.0
         if note := budget.refusal(key, flop):
             return replace(measured, status=SKIPPED, note=note), None, 0.0
-        needed, free = call.estimated_bytes(phase), free_bytes(self.device)
+        needed, free = call.estimated_bytes, free_bytes(self.device)
         if free is not None and needed > 0.9 * free:
             note = f"not tried: about {in_bytes(str(needed))}, {in_bytes(str(free))} are free"
             return replace(measured, status=OUT_OF_MEMORY, note=note), None, 0.0
@@ -154,11 +179,6 @@ class Comparison(ABC):
 
     def _with_speedups(self, rows: list[Measurement]) -> list[Measurement]:
         """``rows`` with the time of the baseline over theirs."""
-        base = next((row.time_ms_p50 for row in rows if row.case.implementation == self.baseline), None)
-        return [row.with_values(speedup=base / row.time_ms_p50 if base and row.time_ms_p50 else None) for row in rows]
-
-
-def mm_rate(rows: list[Row]) -> str:
-    """torch.mm's rate, as part of a heading."""
-    rates = [float(row["mm_tflops"]) for row in rows if row["mm_tflops"]]
-    return f"   torch.mm {max(rates):.3g} TFLOP/s" if rates else ""
+        base = next((row.time_ms_p50 for row in rows if row.implementation == self.baseline), None)
+        ratios = (base / row.time_ms_p50 if base and row.time_ms_p50 else None for row in rows)
+        return [replace(row, values={**row.values, "speedup": x}) for row, x in zip(rows, ratios, strict=True)]

@@ -1,12 +1,11 @@
 """β-CAL with its (B·K)² matrix, in two ways: the baselines of the loss benchmarks.
 
-``published_*`` follow the released formula step by step, N × N intermediates included. Its accuracy counters are left
-out, and so is its masking when there is nothing to mask: both in its favour. ``lean_*`` are what a careful user would
-write instead, and the honest baseline: one similarity matrix, plain autograd, and the positives taken from a (B, K, K)
-block. ``torch.compile`` is applied to these.
+``published_*`` follow the released formula step by step, N × N intermediates included. Its accuracy counters and its
+masking are left out, both in its favour. ``lean_*`` are what a careful user would write instead, and the honest
+baseline: one similarity matrix, plain autograd, and the positives taken from a (B, K, K) block. ``torch.compile`` is
+applied to these.
 
-All take raw (B, K, D) embeddings and a () scale, normalise along D, and return one () loss with the released
-code's treatment of padding (``padding="published"`` in betaclip), so that all can be compared.
+All take raw (B, K, D) embeddings and a () scale, normalise along D, and return one () loss. No text is padding.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DenseLoss = Callable[..., Tensor]
-_EXCLUDED = -1e9  # the released code's logit of a padded text
 
 
 def wide(x: Tensor) -> Tensor:
@@ -45,95 +43,54 @@ def _published_pairs(image: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return same_image, torch.eye(images * texts, dtype=logits.dtype, device=image.device)
 
 
-def published_ce(
-    image: Tensor, text: Tensor, scale: Tensor, *, beta: float = 0.5, alpha: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def published_ce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5) -> Tensor:
     """Soft cross-entropy against a dense target distribution, both ways."""
     to_text, to_image = _published_logits(image, text, scale)
     same_image, own = _published_pairs(image, to_text)
-    weights = alpha * own + beta * (same_image * (1 - own))
-    if mask is not None:
-        valid = mask.flatten()
-        weights = weights * (valid[:, None] & valid[None, :])
+    weights = own + beta * (same_image * (1 - own))
     target = weights / weights.sum(1, keepdim=True).clamp_min(1e-8)
-    losses = [-(target * F.log_softmax(logits, 1)).sum(1) for logits in (to_text, to_image)]
-    image_loss, text_loss = (loss.mean() if mask is None else loss[mask.flatten()].mean() for loss in losses)
+    image_loss, text_loss = (-(target * F.log_softmax(logits, 1)).sum(1).mean() for logits in (to_text, to_image))
     return (image_loss + text_loss) / 2
 
 
-def published_bce(
-    image: Tensor, text: Tensor, scale: Tensor, *, beta: float = 0.5, alpha: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def published_bce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5) -> Tensor:
     """Weighted binary cross-entropy against dense targets, both ways (the same matrix, transposed)."""
     to_text, to_image = _published_logits(image, text, scale)
     target, own = _published_pairs(image, to_text)
     weights = torch.ones_like(target).masked_fill(target.bool() & ~own.bool(), beta)
-    weights = weights.masked_fill(own.bool(), alpha)
-    if mask is not None:
-        valid = mask.flatten()
-        both = (valid[:, None] & valid[None, :]).to(target.dtype)
-        target, weights = target * both, weights * both
-        to_text, to_image = (logits.masked_fill(~valid[None, :], _EXCLUDED) for logits in (to_text, to_image))
     losses = [F.binary_cross_entropy_with_logits(s, target, weight=weights) for s in (to_text, to_image)]
     return (losses[0] + losses[1]) / 2
 
 
-def within_images(
-    v: Tensor, t: Tensor, beta: float, alpha: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, K, K) logits within each image, their weights w, and which pairs are valid (None: all)."""
+def within_images(v: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(B, K, K) logits within each image, and (K, K) weights: 1 for a row's own text, ``beta`` for the others."""
     logits = wide(v) @ wide(t).mT
     own = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-    weights = (alpha * own + beta * (1 - own)).expand_as(logits)
-    pairs = None if mask is None else mask.unsqueeze(2) & mask.unsqueeze(1)
-    return logits, weights if pairs is None else weights * pairs, pairs
+    return logits, own + beta * (1 - own)
 
 
 def target_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """(B, K) sum_j q_ij S_ij, from within_images. Text to image has the same mean: w is symmetric, and its rows
-    have one sum per image.
-    """
-    return (weights * logits).sum(2) / weights.sum(2).clamp_min(1e-8)
+    """() mean over rows of sum_j q_ij S_ij, from within_images; text to image too, as the weights are symmetric."""
+    return (weights * logits).sum(2).mean() / weights[0].sum()
 
 
-def mean_over_valid(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """() from (B, K)"""
-    return rows.mean() if mask is None else torch.where(mask, rows, 0).sum() / mask.sum()
-
-
-def lean_ce(
-    image: Tensor, text: Tensor, scale: Tensor, *, beta: float = 0.5, alpha: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def lean_ce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5) -> Tensor:
     """loss_i = logsumexp_j S_ij - sum_j q_ij S_ij, both directions from one S."""
     v, t = unit(image, scale), unit(text)
     logits = wide(v.flatten(0, 1) @ t.flatten(0, 1).T)
-    block, weights, _ = within_images(v, t, beta, alpha, mask)
-    to_text, to_image = (mean_over_valid(logits.logsumexp(dim).view(block.shape[:2]), mask) for dim in (1, 0))
-    return (to_text + to_image) / 2 - mean_over_valid(target_logits(block, weights), mask)
+    to_text, to_image = (logits.logsumexp(dim).mean() for dim in (1, 0))
+    return (to_text + to_image) / 2 - target_logits(*within_images(v, t, beta))
 
 
-def lean_bce(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    *,
-    beta: float = 0.5,
-    alpha: float = 1.0,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def lean_bce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5, bias: Tensor | None = None) -> Tensor:
     """Every pair as a negative, corrected within images: one direction, as the other is the same sum."""
     v, t = unit(image, scale), unit(text)
     logits = wide(v.flatten(0, 1) @ t.flatten(0, 1).T)
-    block, weights, pairs = within_images(v, t, beta, alpha, mask)
+    block, weights = within_images(v, t, beta)
     if bias is not None:
         logits, block = logits.add_(bias), block + bias
-    if mask is not None:
-        valid = mask.flatten()
-        logits = logits.masked_fill(~(valid[:, None] & valid[None, :]), -torch.inf)
     positives = weights * F.softplus(-block)
-    negatives = F.softplus(block) if pairs is None else F.softplus(block) * pairs
-    return (F.softplus(logits).sum() + (positives - negatives).sum()) / logits.numel()
+    return (F.softplus(logits).sum() + (positives - F.softplus(block)).sum()) / logits.numel()
 
 
 PUBLISHED: MappingProxyType[str, DenseLoss] = MappingProxyType({"ce": published_ce, "bce": published_bce})

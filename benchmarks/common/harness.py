@@ -6,30 +6,54 @@ becomes a row; nothing is reported that was not measured.
 
 import ctypes
 import gc
+import importlib
 import os
 import random
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from betaclip.kernels.memory import forget
 from common.rows import OK, OUT_OF_MEMORY, percentiles
 
 Run = Callable[[], Any]
+MAX_ROUNDS = 50
 
 
 class Unavailable(Exception):
     """An implementation cannot run here; the message says why."""
 
 
-def nothing() -> None:
-    """Let go of no scratch, where there is none."""
+def peer(module: str, x: Tensor, needs_gpu: bool = False) -> Any:
+    """Another library, imported to work on ``x``."""
+    try:  # siglip_kernel looks for a GPU when imported, and raises RuntimeError if there is none
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise Unavailable(f"{module.split('.')[0]}: {error}") from error
+    if needs_gpu and x.device.type != "cuda":
+        raise Unavailable(f"{module}: needs a GPU")
+    return found
+
+
+def require(backend: str, x: Tensor, reasons: Sequence[str]) -> None:
+    """Refuse a backend of ours that cannot work on ``x``, for the ``reasons`` it gives, or is not meant to."""
+    if backend == "triton" and x.device.type != "cuda":
+        raise Unavailable("needs a GPU (its interpreter is for tests)")
+    if reasons:
+        raise Unavailable("; ".join(reasons))
+
+
+def compiled_afresh(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for static shapes, the fastest code, with no limit of recompilations to run into."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def failure(error: BaseException) -> str:
@@ -85,11 +109,7 @@ def time_ms(run: Run, device: torch.device) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Run],
-    device: torch.device,
-    seconds: float,
-    clock: Callable[[Run, torch.device], float] = time_ms,
-    max_rounds: int = 50,
+    runs: Mapping[str, Run], device: torch.device, seconds: float, clock: Callable[[Run, torch.device], float] = time_ms
 ) -> dict[str, list[float] | str]:
     """Times in ms of each run, taken in rounds of shuffled order; the status instead of times for a run that raised.
 
@@ -110,7 +130,7 @@ def interleave(
                 continue
             spent[name].append(elapsed)
             used, rounds = sum(spent[name]), len(spent[name])
-            if rounds >= max_rounds or (used >= share_ms and (rounds >= 3 or used >= 400 * seconds)):
+            if rounds >= MAX_ROUNDS or (used >= share_ms and (rounds >= 3 or used >= 400 * seconds)):
                 active.remove(name)
     return {name: times.get(name, spent[name]) for name in runs}
 
@@ -125,40 +145,25 @@ def busy_core_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-class ForeignCores:
-    """``cores``: how many cores other processes kept busy within a ``with`` block; None where that is unknown.
-
-    busy_s, own_s, clock: seconds in which all cores together and this process were busy, and seconds that passed.
-    """
-
-    def __init__(
-        self,
-        busy_s: Callable[[], float | None] = busy_core_seconds,
-        own_s: Callable[[], float] = time.process_time,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.cores: float | None = None
-        self._now = lambda: (clock(), own_s(), busy_s())
-
-    def __enter__(self) -> "ForeignCores":
-        self._begin = self._now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        (begin, own, busy), (end, own_after, busy_after) = self._begin, self._now()
-        if busy is not None and busy_after is not None:
-            self.cores = max(0.0, (busy_after - busy) - (own_after - own)) / max(end - begin, 1e-3)
+def usage(own_s: Callable[[], float] = time.process_time) -> tuple[float, float, float | None]:
+    """Seconds that passed, and in which this process and all cores together were busy."""
+    return time.perf_counter(), own_s(), busy_core_seconds()
 
 
-def with_peak_bytes(
-    run: Run, device: torch.device, seconds: float = 0.4, forget: Callable[[], None] = nothing
-) -> tuple[Any, int | None, float]:
+def foreign_cores(begin: tuple[float, float, float | None], end: tuple[float, float, float | None]) -> float | None:
+    """How many cores other processes kept busy between two usages; None where that is unknown."""
+    if begin[2] is None or end[2] is None:
+        return None
+    return max(0.0, (end[2] - begin[2]) - (end[1] - begin[1])) / max(end[0] - begin[0], 1e-3)
+
+
+def with_peak_bytes(run: Run, device: torch.device, seconds: float = 0.4) -> tuple[Any, int | None, float]:
     """The result, how far memory rose above what was in use before (None where that cannot be measured), and ms.
 
     On the CPU it is resident memory, whose high-water mark Linux lets a process reset: it counts everything
     (libraries' scratch, temporaries, the results), needs no child process, and after ``release`` nothing freed
     earlier hides in it. The same code must have been called before, as what a library allocates once does not count.
-    Scratch that the code under test keeps between calls does count: ``forget`` lets go of it first. The heap's
+    Scratch that betaclip keeps between calls does count: it is let go of first. The heap's
     fragmentation varies, so the peak is the median of three calls if those fit into ``seconds``.
     """
     peaks: list[int | None] = []

@@ -7,11 +7,9 @@ Over ranks each takes its rank's rows; averaged over ranks, loss and gradients a
 batch. Peers are imported when they are asked for, and raise Unavailable with the reason where they cannot run.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip import BetaCALLoss
-from betaclip.kernels.memory import forget
 from betaclip.kernels.similarity.operators import BACKENDS
 from betaclip.losses.across_ranks import TRANSPORTS
 from common.batches import Batch
-from common.dense_losses import LEAN, PUBLISHED, mean_over_valid, target_logits, unit, within_images
-from common.harness import Unavailable, nothing
+from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, within_images
+from common.harness import Unavailable, compiled_afresh, peer, require
 
 FORMS = ("ce", "bce", "clip", "siglip")
 RANK_FORMS = ("ce", "bce", "clip")
@@ -40,22 +37,15 @@ Loss = Callable[[Batch], Tensor]
 class Implementation:
     """build(form, batch) imports what it needs and returns the loss, or raises Unavailable.
 
-    copies: N × N matrices of float32 at least that exist at once in forward and in forward + backward, and chunk: rows
-    of such a matrix; measured, rounded up. By them a run is refused that would exhaust the CPU's memory.
-    compiles: the first call at a size compiles. forget: lets go of scratch kept between calls, for it to be counted.
+    copies: N × N matrices of float32 at least that exist at once, measured, rounded up. By them a run is refused that
+    would exhaust the CPU's memory.
+    compiles: the first call at a size compiles.
     """
 
     forms: tuple[str, ...]
     build: Callable[[str, Batch], Loss]
-    copies: tuple[float, float] = (0, 0)
-    chunk: int = 0
+    copies: int = 0
     compiles: bool = False
-    forget: Callable[[], None] = nothing
-
-    def estimated_bytes(self, phase: str, n: int, dim: int, itemsize: int) -> int:
-        """Peak above the inputs: the matrices, and eight arrays of the inputs' shape."""
-        copies = self.copies[phase != "forward"]
-        return int(copies * n * n + self.chunk * n + 8 * n * dim) * max(itemsize, 4)
 
 
 def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
@@ -66,21 +56,13 @@ def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
     return 2 * products * n * n * dim
 
 
-def memory_bound_bytes(device_type: str, n: int, dim: int, itemsize: int) -> int:
-    """The peak that betaclip stays below: on the CPU twice the inputs and 96 MiB, of which some 20 MiB are scratch that
-    a thread keeps between calls; on GPUs four times the inputs and 512 MB."""
-    inputs = 2 * n * dim * itemsize
-    return 4 * inputs + 512 * 10**6 if device_type == "cuda" else 2 * inputs + 96 * 2**20
-
-
 def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, compiled: bool = False) -> Loss:
     loss = table["bce" if form in ("bce", "siglip") else "ce"]
     if compiled:
-        torch._dynamo.reset()  # static shapes, the fastest code, and no limit of recompilations to run into
-        loss = torch.compile(loss, dynamic=False)
+        loss = compiled_afresh(loss)
     if form != "siglip":
-        return lambda b: loss(b.image, b.text, b.scale, beta=BETA, mask=b.mask)
-    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, beta=BETA, mask=b.mask, bias=b.bias)
+        return lambda b: loss(b.image, b.text, b.scale, beta=BETA)
+    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, beta=BETA, bias=b.bias)
 
 
 def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
@@ -91,53 +73,35 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
 
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK[batch.image.device.type])
     own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
-    if batch.mask is not None:
-        own = torch.where(batch.mask.flatten(), own, -100)  # leaves the row out of the mean
     half = batch.image.dtype in (torch.bfloat16, torch.float16)
 
-    def over_own(x: Tensor, y: Tensor, b: Batch) -> Tensor:
+    def over_own(x: Tensor, y: Tensor) -> Tensor:
         """() mean of logsumexp_j S_ij - S_ii"""
         if not half:
             return F.linear_cross_entropy(x, y, own[: len(x)], options=options)
         # reduction="mean" would round the loss to the inputs' dtype; this forms S once more instead.
-        rows = F.linear_cross_entropy(x, y, own[: len(x)], reduction="none", options=options)
-        return mean_over_valid(rows.float().view(b.image.shape[:2]), b.mask)
+        return F.linear_cross_entropy(x, y, own[: len(x)], reduction="none", options=options).float().mean()
 
     def loss(b: Batch) -> Tensor:
         v, t = unit(b.image, b.scale), unit(b.text)
-        block, weights, _ = within_images(v, t, BETA, 1.0, b.mask)
-        one_way, other = (over_own(x.flatten(0, 1), y.flatten(0, 1), b) for x, y in ((v, t), (t, v)))
-        positives = block.diagonal(dim1=1, dim2=2) - target_logits(block, weights)
-        return (one_way + other) / 2 + mean_over_valid(positives, b.mask)
+        block, weights = within_images(v, t, BETA)
+        one_way, other = (over_own(x.flatten(0, 1), y.flatten(0, 1)) for x, y in ((v, t), (t, v)))
+        return (one_way + other) / 2 + block.diagonal(dim1=1, dim2=2).mean() - target_logits(block, weights)
 
     return loss
 
 
 def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
-    if backend == "triton" and batch.image.device.type != "cuda":
-        raise Unavailable("needs a GPU (its interpreter is for tests)")
-    reasons = BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1))
-    if reasons:
-        raise Unavailable("; ".join(reasons))
-    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, padding="published", backend=backend)
+    require(backend, batch.image, BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1)))
+    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend)
     if form != "siglip":
-        return lambda b: loss(b.image, b.text, b.scale, mask=b.mask)
-    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, mask=b.mask, logit_bias=b.bias)
+        return lambda b: loss(b.image, b.text, b.scale)
+    return lambda b: len(b.image) * loss(b.image, b.text, b.scale, logit_bias=b.bias)
 
 
 def reference(form: str, batch: Batch) -> Loss:
     """The definition of correct: betaclip's dense reference, to be called in float64."""
     return _betaclip("reference", form, batch)
-
-
-def _peer(module: str, batch: Batch, needs_gpu: bool = False) -> Any:
-    try:  # siglip_kernel looks for a GPU when imported, and raises RuntimeError if there is none
-        found = importlib.import_module(module)
-    except Exception as error:
-        raise Unavailable(f"{module.split('.')[0]}: {error}") from error
-    if needs_gpu and batch.image.device.type != "cuda":
-        raise Unavailable(f"{module}: needs a GPU")
-    return found
 
 
 def _units(b: Batch) -> tuple[Tensor, Tensor]:
@@ -147,11 +111,11 @@ def _units(b: Batch) -> tuple[Tensor, Tensor]:
 
 def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
     """Over ranks its ``--local-loss --gather-with-grad``."""
-    peer = _peer("open_clip.loss", batch)
+    library = peer("open_clip.loss", batch.image)
     ranks = {"local_loss": True, "gather_with_grad": True} if over_ranks else {}
     if over_ranks:
         ranks |= {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-    module = peer.SigLipLoss() if form == "siglip" else peer.ClipLoss(**ranks)
+    module = library.SigLipLoss() if form == "siglip" else library.ClipLoss(**ranks)
     dtype, device = batch.image.dtype, batch.image.device.type
     half = dtype in (torch.bfloat16, torch.float16)
 
@@ -163,21 +127,21 @@ def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
 
 
 def _siglip_kernel(form: str, batch: Batch) -> Loss:
-    peer = _peer("siglip_kernel", batch)
-    return lambda b: peer.fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
+    library = peer("siglip_kernel", batch.image)
+    return lambda b: library.fused_siglip_loss(*_units(b), b.scale.log(), b.bias)
 
 
 def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
     """``cal_flash_loss`` on one device; over ranks ``cal_ring_loss``, its ring in plain PyTorch, and ``cal_inf_loss``,
     the same ring around Triton kernels."""
-    peer = _peer("inf_cl", batch, needs_gpu)
+    library = peer("inf_cl", batch.image, needs_gpu)
     if name != "cal_flash_loss" and dist.get_world_size() == 1:
         raise Unavailable("inf_cl: its ring sends to itself on one rank")
     dim = batch.image.shape[-1]
     head_dim = min(256, dim & -dim)
     if head_dim < 16:
         raise Unavailable(f"inf_cl: needs D divisible by 16, not {dim}")
-    one_way = getattr(peer, name)
+    one_way = getattr(library, name)
 
     def loss(b: Batch) -> Tensor:
         v, t = _units(b)
@@ -188,18 +152,15 @@ def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
 
 def implementations() -> dict[str, Implementation]:
     """Losses on one device by name, in the order of the tables."""
-    ours = {
-        f"betaclip/{backend}": Implementation(FORMS, partial(_betaclip, backend), forget=forget)
-        for backend in BACKENDS
-        if backend != "reference"
-    }
+    backends = [x for x in BACKENDS if x != "reference"]
+    ours = {f"betaclip/{x}": Implementation(FORMS, partial(_betaclip, x)) for x in backends}
     return {
-        "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), (10, 13)),
-        "dense": Implementation(FORMS, partial(_dense, LEAN), (4, 7)),
+        "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), 14),
+        "dense": Implementation(FORMS, partial(_dense, LEAN), 8),
         # For K = 1 it would compile the same code again.
-        "compiled": Implementation(("ce", "bce"), partial(_dense, LEAN, compiled=True), (2, 3), compiles=True),
-        "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy, chunk=4 * 4096),
-        "open_clip": Implementation(("clip", "siglip"), _open_clip, (5, 7)),
+        "compiled": Implementation(("ce", "bce"), partial(_dense, LEAN, compiled=True), 3, compiles=True),
+        "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy),
+        "open_clip": Implementation(("clip", "siglip"), _open_clip, 8),
         "siglip_kernel": Implementation(("siglip",), _siglip_kernel),
         "inf_cl": Implementation(("clip",), partial(_inf_cl, "cal_flash_loss")),
         **ours,
@@ -208,15 +169,12 @@ def implementations() -> dict[str, Implementation]:
 
 def beta_cal_over_ranks(gather: bool | str, form: str, batch: Batch, backend: str = "auto") -> Loss:
     module = BetaCALLoss("bce" if form == "bce" else "ce", BETA, backend=backend, gather=gather)
-    return lambda b: module(b.image, b.text, b.scale, mask=b.mask)
+    return lambda b: module(b.image, b.text, b.scale)
 
 
 def rank_implementations() -> dict[str, Implementation]:
     """Losses over the ranks of the default process group by name, in the order of the tables."""
-    ours = {
-        f"betaclip/{way}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, way), forget=forget)
-        for way in TRANSPORTS
-    }
+    ours = {f"betaclip/{x}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, x)) for x in TRANSPORTS}
     return {
         "open_clip": Implementation(("clip",), partial(_open_clip, over_ranks=True)),
         "inf_cl/ring": Implementation(("clip",), partial(_inf_cl, "cal_ring_loss", needs_gpu=False)),

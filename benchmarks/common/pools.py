@@ -6,6 +6,7 @@ on one batch, whose parameters all of them share, and returns the same (B, K, D)
 
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip import TextConditionedPool
-from betaclip.kernels.attention_pool.operators import BACKENDS, FOLDED
+from betaclip.kernels.attention_pool.operators import BACKENDS
 from betaclip.layers import QuickGELU
-from common.harness import Unavailable
+from common.harness import compiled_afresh, peer, require
 
 PARTS = ("attention", "block")
 MLP_RATIO = 4
@@ -28,26 +29,21 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PoolBatch:
-    """patches: (B, P, D) and queries: (B, K, D), raw; parameters: of the block, under their published names."""
+    """patches: (B, P, D) and queries: (B, K, D), raw; pool: the published one, whose parameters all others take."""
 
     patches: Tensor
     queries: Tensor
-    parameters: dict[str, nn.Parameter]
-    heads: int
+    pool: "PublishedPool"
 
     def leaves(self, part: str) -> tuple[Tensor, ...]:
         """The tensors that gradients are taken with respect to: patches, queries, all parameters of the part."""
-        own = (x for name, x in self.parameters.items() if part == "block" or name.startswith("attn."))
-        return self.patches, self.queries, *own
+        own = self.pool if part == "block" else self.pool.attn
+        return self.patches, self.queries, *own.parameters()
 
     def to(self, dtype: torch.dtype) -> "PoolBatch":
         """A copy as new leaves."""
-
-        def leaf(x: Tensor) -> Tensor:
-            return x.detach().to(dtype, copy=True).requires_grad_()
-
-        parameters = {name: nn.Parameter(leaf(x)) for name, x in self.parameters.items()}
-        return PoolBatch(leaf(self.patches), leaf(self.queries), parameters, self.heads)
+        x, t = (y.detach().to(dtype, copy=True).requires_grad_() for y in (self.patches, self.queries))
+        return PoolBatch(x, t, deepcopy(self.pool).to(dtype))
 
 
 def synthetic_pool_batch(
@@ -65,19 +61,7 @@ def synthetic_pool_batch(
         counts = (patches, texts_per_image)
         embeds = (torch.randn(images, n, dim) * torch.empty(images, n, 1).uniform_(0.5, 2) for n in counts)
         x, t = (y.to(device) for y in embeds)
-    return PoolBatch(x, t, {k: nn.Parameter(v.to(device)) for k, v in pool.named_parameters()}, heads).to(dtype)
-
-
-@dataclass(frozen=True)
-class PoolImplementation:
-    """build(part, batch) imports what it needs and returns the call, or raises Unavailable.
-
-    folds: whether projections are folded to the side of the queries, so that no patch is projected; None: as
-    betaclip's cost model chooses.
-    """
-
-    build: Callable[[str, PoolBatch], Pool]
-    folds: bool | None = False
+    return PoolBatch(x, t, pool.to(device)).to(dtype)
 
 
 def forward_flop(
@@ -147,56 +131,42 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def bound(pool: PublishedPool | TextConditionedPool, part: str, batch: PoolBatch, compiled: bool = False) -> Pool:
     """A call of the part on the batch, whose parameters replace the pool's of the same names."""
-    missing, unexpected = pool.to(batch.patches).load_state_dict(batch.parameters, strict=False, assign=True)
+    parameters = dict(batch.pool.named_parameters())
+    missing, unexpected = pool.to(batch.patches).load_state_dict(parameters, strict=False, assign=True)
     if unexpected or set(missing) - {"logit_scale"}:
         raise ValueError(f"parameters disagree: {missing} are missing, {unexpected} are unknown")
     call: Callable[..., Tensor] = pool.attend if part == "attention" else pool.forward
-    if compiled:
-        torch._dynamo.reset()  # static shapes, the fastest code, and no limit of recompilations to run into
-        call = torch.compile(call, dynamic=False)
+    call = compiled_afresh(call) if compiled else call
     return lambda: call(batch.patches, batch.queries)
 
 
 def published(part: str, batch: PoolBatch) -> Pool:
     """In float64 the definition of correct."""
-    return bound(PublishedPool(batch.patches.shape[-1], batch.heads), part, batch)
+    return bound(batch.pool, part, batch)
 
 
 def _projected(part: str, batch: PoolBatch, compiled: bool = False, attention: Attention = _sdpa) -> Pool:
-    return bound(ProjectedPool(batch.patches.shape[-1], batch.heads, attention), part, batch, compiled)
+    return bound(ProjectedPool(batch.pool.attn.embed_dim, batch.pool.attn.num_heads, attention), part, batch, compiled)
 
 
 def _xformers(part: str, batch: PoolBatch) -> Pool:
-    try:
-        from xformers.ops import memory_efficient_attention
-    except Exception as error:
-        raise Unavailable(f"xformers: {error}") from error
-    if batch.patches.device.type != "cuda":
-        raise Unavailable("xformers: needs a GPU")
-    return _projected(part, batch, attention=memory_efficient_attention)
+    return _projected(part, batch, attention=peer("xformers.ops", batch.patches, True).memory_efficient_attention)
 
 
 def _betaclip(backend: str, part: str, batch: PoolBatch) -> Pool:
-    if backend == "triton" and batch.patches.device.type != "cuda":
-        raise Unavailable("needs a GPU (its interpreter is for tests)")
-    reasons = [] if backend == "auto" else BACKENDS[backend](batch.patches, batch.queries)
-    if reasons:
-        raise Unavailable("; ".join(reasons))
-    return bound(TextConditionedPool(batch.patches.shape[-1], batch.heads, MLP_RATIO, backend=backend), part, batch)
+    if backend != "auto":
+        require(backend, batch.patches, BACKENDS[backend](batch.patches, batch.queries))
+    dim, heads = batch.pool.attn.embed_dim, batch.pool.attn.num_heads
+    return bound(TextConditionedPool(dim, heads, MLP_RATIO, backend=backend), part, batch)
 
 
-def pool_implementations() -> dict[str, PoolImplementation]:
-    """By name, in the order of the tables."""
-    ours = {
-        f"betaclip/{backend}": PoolImplementation(partial(_betaclip, backend), backend in FOLDED)
-        for backend in BACKENDS
-        if backend != "reference"
-    }
+def pool_implementations() -> dict[str, Callable[[str, PoolBatch], Pool]]:
+    """Functions that import what they need and return the call, or raise Unavailable; in the order of the tables."""
     return {
-        "published": PoolImplementation(published),
-        "projected sdpa": PoolImplementation(_projected),
-        "projected sdpa, compiled": PoolImplementation(partial(_projected, compiled=True)),
-        "xformers": PoolImplementation(_xformers),
-        "betaclip/auto": PoolImplementation(partial(_betaclip, "auto"), folds=None),
-        **ours,
+        "published": published,
+        "projected sdpa": _projected,
+        "projected sdpa, compiled": partial(_projected, compiled=True),
+        "xformers": _xformers,
+        "betaclip/auto": partial(_betaclip, "auto"),
+        **{f"betaclip/{x}": partial(_betaclip, x) for x in BACKENDS if x != "reference"},
     }

@@ -1,31 +1,10 @@
-"""What the benchmarks print: tables, progress, and a summary, all from CSV rows alone."""
+"""What the benchmarks print: tables and a summary, all from CSV rows alone."""
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from common.rows import BOTH, FORWARD, OK, SKIPPED, Row
 
 Columns = Mapping[str, Callable[[Row], str]]  # heading: what it shows of a row
-
-
-class Progress:
-    """Says on the terminal what is being measured.
-
-    shown: False on ranks that print nothing.
-    """
-
-    def __init__(self, shown: bool = True) -> None:
-        self._shown, self._terminal = shown, shown and sys.stderr.isatty()
-
-    def describe(self, what: str) -> None:
-        if self._terminal:
-            print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-    def print(self, text: str) -> None:
-        """Print ``text`` to stdout, in place of what was described last."""
-        self.describe("")
-        if self._shown:
-            print(text, flush=True)
 
 
 def in_bytes(value: str) -> str:
@@ -57,6 +36,13 @@ def memory(field: str) -> Callable[[Row], str]:
     return lambda row: in_bytes(row.get(field, ""))
 
 
+LOSS_ERRORS = {
+    "error: loss": number("loss_error", ".1e"),
+    "gradients": number("gradient_error", ".1e"),
+    "scale": number("scale_error", ".1e"),
+}
+
+
 def spread(row: Row) -> str:
     """142 (139-151): the median, and the 20th and 80th percentile if there is more than one round."""
     middle, low, high = (in_ms(row[f"time_ms_{p}"]) for p in ("p50", "p20", "p80"))
@@ -64,37 +50,26 @@ def spread(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], columns: Columns) -> str:
-    """One line per implementation of a form at a size, both phases side by side; reasons where there is no time.
+    """One line per implementation of a form at a size, both phases side by side; below, why others have no time.
 
     ``columns`` show the row of forward + backward, or that of forward where it is the only one.
     """
     phases: dict[str, dict[str, Row]] = {}
     for row in rows:
         phases.setdefault(row["implementation"], {})[row["phase"]] = row
-    heading = ("implementation", "forward ms", "forward+backward ms", *columns)
-    lines = [heading, *(_cells(name, by_phase, columns) for name, by_phase in phases.items())]
-    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(heading))]
-    widths[0] = max(len(line[0]) for line in lines)
-    shown = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        if len(line) == 2:  # a name and a reason
-            cells.append(line[1])
+    lines = [("implementation", "forward ms", "forward+backward ms", *columns)]
+    reasons = []
+    for name, by_phase in phases.items():
+        main = by_phase.get(BOTH) or by_phase[FORWARD]
+        if all(row["status"] != OK for row in by_phase.values()):
+            reasons.append(f"  {name}: {main['status']}" + (f" ({main['note']})" if main["note"] else ""))
         else:
-            cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        shown.append("  " + "  ".join(cells).rstrip())
-    shown.insert(1, "  " + "-" * (len(shown[0]) - 2))
-    return "\n".join(shown)
-
-
-def _cells(name: str, by_phase: dict[str, Row], columns: Columns) -> tuple[str, ...]:
-    both, forward = by_phase.get(BOTH), by_phase.get(FORWARD)
-    main = both or forward
-    assert main is not None
-    if all(row["status"] != OK for row in by_phase.values()):
-        return name, main["status"] + (f" ({main['note']})" if main["note"] else "")
-    times = [(spread(row) if row["status"] == OK else row["status"]) if row else "" for row in (forward, both)]
-    return name, *times, *(show(main) for show in columns.values())
+            times = (spread(by_phase[x]) or by_phase[x]["status"] if x in by_phase else "" for x in (FORWARD, BOTH))
+            lines.append((name, *times, *(show(main) for show in columns.values())))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in lines)
+    shown = ["  " + "  ".join(cells).rstrip() for cells in padded]
+    return "\n".join([shown[0], "  " + "-" * (len(shown[0]) - 2), *shown[1:], *reasons])
 
 
 def kept_within(rows: Sequence[Row], minutes: float, size: str, not_begun: Sequence[str]) -> list[str]:

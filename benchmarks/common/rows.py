@@ -1,4 +1,4 @@
-"""Cases, measurements and their provenance, and the CSV files whose rows they become."""
+"""Measurements and their provenance, and the CSV files whose rows they become."""
 
 import csv
 import importlib.metadata
@@ -21,31 +21,23 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One thing to measure: ``form`` and ``implementation`` name the code, ``phase`` is one of ``PHASES``.
+class Measurement:
+    """``form`` and ``implementation`` name the code, ``phase`` is one of ``PHASES``. A result that is None was not
+    measured, and ``note`` says why.
 
     sizes: the columns that say how large the operation is, of each benchmark its own.
+    status: ok, out of memory, skipped, or "unavailable: " or "failed: " with the reason.
+    foreign_cores: how many cores other processes kept busy meanwhile; CPU times mean little unless it is near 0.
+    values: errors and whatever else this benchmark reports.
     """
 
     benchmark: str
     form: str
     dtype: str
     device: str
-    sizes: Mapping[str, int | str] = field(default_factory=dict)
     implementation: str = ""
     phase: str = ""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The result for a case. None means that it was not measured, and ``note`` says why.
-
-    status: ok, out of memory, skipped, or "unavailable: " or "failed: " with the reason.
-    foreign_cores: how many cores other processes kept busy meanwhile; CPU times mean little unless it is near 0.
-    values: errors and whatever else this benchmark reports.
-    """
-
-    case: Case
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
     status: str = OK
     time_ms_p20: float | None = None
     time_ms_p50: float | None = None
@@ -61,18 +53,8 @@ class Measurement:
     def timed(self, times_ms: list[float], flop: float, mm_tflops: float) -> "Measurement":
         """This measurement with the percentiles of ``times_ms`` and their share of the matrix product's rate."""
         p20, p50, p80 = percentiles(times_ms)
-        return replace(
-            self,
-            time_ms_p20=p20,
-            time_ms_p50=p50,
-            time_ms_p80=p80,
-            rounds=len(times_ms),
-            mm_tflops=mm_tflops,
-            share_of_mm=flop / (p50 * 1e9) / mm_tflops,
-        )
-
-    def with_values(self, **values: Any) -> "Measurement":
-        return replace(self, values={**self.values, **values})
+        times: dict[str, Any] = {"time_ms_p20": p20, "time_ms_p50": p50, "time_ms_p80": p80, "rounds": len(times_ms)}
+        return replace(self, **times, mm_tflops=mm_tflops, share_of_mm=flop / (p50 * 1e9) / mm_tflops)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -129,14 +111,12 @@ def provenance(command: str) -> Row:
 
 
 def as_row(measurement: Measurement, source: Row) -> Row:
-    """One CSV row: the case, the measurement, and where it comes from."""
-
-    def flat(x: Case | Measurement, nested: str) -> dict[str, Any]:
-        own = {f.name: getattr(x, f.name) for f in fields(x) if f.name not in (nested, "case")}
-        return {**own, **getattr(x, nested)}
-
-    values = {**flat(measurement.case, "sizes"), **flat(measurement, "values"), **source}
-    return {name: _cell(value) for name, value in values.items()}
+    """One CSV row: the measurement, and where it comes from."""
+    cells: dict[str, Any] = {}
+    for x in fields(measurement):
+        value = getattr(measurement, x.name)
+        cells |= value if isinstance(value, Mapping) else {x.name: value}
+    return {name: _cell(value) for name, value in {**cells, **source}.items()}
 
 
 def _cell(value: Any) -> str:

@@ -1,52 +1,56 @@
-"""What the commands share: options, the run, its end, and the redrawing of figures."""
+"""What the commands share: options, the run, and its end."""
 
 import argparse
 import gc
-import math
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from common.budget import Budget
-from common.comparison import Comparison, mm_rate
+from common.comparison import Comparison
 from common.figures import Figure, draw
 from common.harness import release
-from common.report import Columns, Progress, kept_within, table, untrustworthy
+from common.report import Columns, kept_within, table, untrustworthy
 from common.rows import PHASES, Row, append_rows, as_row, device_name, provenance, slug
 
 RESULTS = Path(__file__).parents[1] / "results"
+Arguments = Callable[[list[str]], argparse.Namespace]
+Comparisons = Callable[[argparse.Namespace, "Session"], Mapping[str, Callable[[], list[Row]]]]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the commands; ``suffix`` ends the names of its results, ``each`` is what --seconds is spent on.
+    """One of the commands; ``suffix`` ends the names of its results.
 
-    minutes: the default of --minutes; None: there is no such option. slowest_call_s: calls that are expected to take
-    longer are not tried, by device. summary: lines below the tables.
+    minutes: the default of --minutes; None: there is no such option. summary: lines below the tables.
     """
 
     name: str
     suffix: str
-    each: str
     columns: Columns
     figure: Figure
     minutes: float | None = None
-    slowest_call_s: Mapping[str, float] | None = None
     summary: Callable[[list[Row]], list[str]] = lambda rows: []
 
     def parser(self, description: str | None) -> argparse.ArgumentParser:
         """With the options that all benchmarks have."""
-        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            description=description,
+            epilog="Prints tables, appends one row per case to <device>*.csv, and draws a figure from that file.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         add = parser.add_argument
         add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: bfloat16 on a GPU")
         add("--implementations", nargs="+", metavar="NAME", help="those whose names begin so (default: all)")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        add("--seconds", type=float, default=1.5, help=f"timed per {self.each}, one round at least (default 1.5)")
+        add("--seconds", type=float, default=1.5, help="timed per table and phase, one round at least (default 1.5)")
         if self.minutes is not None:
             text = f"limit of the whole run, kept by fewer rounds and sizes (default {self.minutes:g}; 0: none)"
             add("--minutes", type=float, default=self.minutes, help=text)
@@ -55,33 +59,57 @@ class Benchmark:
         add("--plot-only", type=Path, metavar="CSV", help="measure nothing: draw the figure of these rows beside them")
         return parser
 
-    def resolve(self, parser: argparse.ArgumentParser, args: argparse.Namespace, known: Mapping[str, Any]) -> None:
-        """Set defaults that depend on the device, and ``args.chosen``: the implementations asked for, of ``known``."""
-        if args.smoke:
-            args.seconds = 0.2
-            args.output = args.output or Path(tempfile.mkdtemp(prefix=f"{self.name}_"))
-        args.output = args.output or RESULTS
+    def parse(
+        self,
+        parser: argparse.ArgumentParser,
+        argv: list[str] | None,
+        known: Mapping[str, Any],
+        smoke: Mapping[str, Any],
+        by_device: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> argparse.Namespace:
+        """The options, with the values of ``smoke`` if that is asked for, and defaults that depend on the device.
+
+        ``chosen`` are the implementations asked for, of ``known``.
+        """
+        args = parser.parse_args(argv)
         args.device = torch.device(args.device)
-        args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
         if args.device.type not in ("cpu", "cuda"):
             parser.error(f"--device: expected cpu or cuda, got {args.device}")
+        args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
         prefixes = tuple(args.implementations or ("",))
         args.chosen = {name: value for name, value in known.items() if name.startswith(prefixes)}
         if not args.chosen:
             parser.error(f"--implementations: expected some of {', '.join(known)}, got {' '.join(prefixes)}")
+        if args.smoke:
+            vars(args).update(smoke, seconds=0.02)
+            args.output = args.output or Path(tempfile.mkdtemp(prefix=f"{self.name}_"))
+            if not args.implementations:  # compilation takes longer than everything else together
+                args.chosen = {name: value for name, value in args.chosen.items() if "compiled" not in name}
+        args.output = args.output or RESULTS
+        for name, default in by_device.items():
+            setattr(args, name, getattr(args, name) or default[args.device.type])
+        return args
 
-    def redraw(self, path: Path) -> int:
-        print(draw(path, self.name, self.figure))
-        return 0
+    def main(self, arguments: Arguments, comparisons: Comparisons, argv: list[str] | None = None) -> int:
+        """Run the command; the exit status."""
+        argv = sys.argv[1:] if argv is None else argv
+        args = arguments(argv)
+        if args.plot_only:
+            print(draw(args.plot_only, self.name, self.figure))
+            return 0
+        session = Session(self, args, argv)
+        return session.run(comparisons(args, session))
 
 
-def expect_at_least(least: int, parser: argparse.ArgumentParser, args: argparse.Namespace, *options: str) -> None:
-    """Refuse smaller values of ``options``, which are numbers or lists of numbers."""
-    for option in options:
-        value = getattr(args, option.removeprefix("--").replace("-", "_"))
-        for size in [value] if isinstance(value, int) else value:
-            if size < least:
-                parser.error(f"{option}: expected at least {least}, got {size}")
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a number, for argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return number
 
 
 def command(benchmark: str, argv: list[str]) -> str:
@@ -94,12 +122,10 @@ def measure(
     comparison: Comparison, benchmark: Benchmark, budget: Budget, source: Row, path: Path, shown: bool = True
 ) -> list[Row]:
     """The rows of both phases, appended to the file at ``path`` and printed, if ``shown``."""
-    progress = Progress(shown)
-    measured = [row for phase in PHASES for row in comparison.measure(phase, budget, progress)]
-    rows = [as_row(row, source) for row in measured]
+    rows = [as_row(row, source) for phase in PHASES for row in comparison.measure(phase, budget)]
     if shown:
         append_rows(path, rows)
-    progress.print(f"\n{comparison.heading()}{mm_rate(rows)}\n{table(rows, benchmark.columns)}")
+        print(f"\n{comparison.heading(rows)}\n{table(rows, benchmark.columns)}", flush=True)
     return rows
 
 
@@ -107,8 +133,7 @@ class Session:
     """One run of a benchmark: says what is measured where, measures, and says where the results are."""
 
     def __init__(self, benchmark: Benchmark, args: argparse.Namespace, argv: list[str]) -> None:
-        slowest = (benchmark.slowest_call_s or {}).get(args.device.type, math.inf)
-        self.budget = Budget(getattr(args, "minutes", 0), args.seconds, slowest)
+        self.budget = Budget(getattr(args, "minutes", 0), args.seconds)
         self.benchmark, self.source = benchmark, provenance(command(benchmark.name, argv))
         name = device_name(args.device)
         self.device = slug(name)
@@ -119,25 +144,19 @@ class Session:
         )
         gc.freeze()  # looking through all that was imported, again and again, takes longer than small cases
 
-    def run(self, comparisons: Mapping[str, Callable[[], Comparison]]) -> int:
-        """Measure what each function makes, by its name; print a table of it and append its rows to the CSV file.
+    def measure(self, comparison: Comparison) -> list[Row]:
+        return measure(comparison, self.benchmark, self.budget, self.source, self.path)
 
-        Then say where everything is and whether to trust it; the exit status.
-        """
+    def run(self, comparisons: Mapping[str, Callable[[], list[Row]]]) -> int:
+        """Call each function, which measures something and is known by its name; then say where everything is and
+        whether to trust it. The exit status."""
         rows: list[Row] = []
-        begun = []
-        for name, make in comparisons.items():
-            if self.budget.left_s <= 0:
-                break
-            rows += measure(make(), self.benchmark, self.budget, self.source, self.path)
-            begun.append(name)
+        left = dict(comparisons)
+        while left and self.budget.left_s > 0:
+            rows += left.pop(next(iter(left)))()
             release()
-        not_begun = [name for name in comparisons if name not in begun]
-        said = kept_within(rows, self.budget.minutes, self.benchmark.figure.x, not_begun) + untrustworthy(rows)
-        print("", *self.benchmark.summary(rows), *said, sep="\n")
-        return self.finish(rows)
-
-    def finish(self, rows: list[Row]) -> int:
-        print(f"rows: {self.path}", draw(self.path, self.benchmark.name, self.benchmark.figure), sep="\n")
+        said = kept_within(rows, self.budget.minutes, self.benchmark.figure.x, list(left)) + untrustworthy(rows)
+        print("", *self.benchmark.summary(rows), *said, f"rows: {self.path}", sep="\n")
+        print(draw(self.path, self.benchmark.name, self.benchmark.figure))
         ours = (row for row in rows if row["implementation"].startswith("betaclip"))
         return int(any(row["status"].startswith("failed") for row in ours))

@@ -23,7 +23,6 @@ from betaclip.data.hierarchy import distinct_phrases
 from betaclip.data.phrases.rules import RuleExtractor
 from betaclip.data.phrases.spans import cut_phrases
 from betaclip.data.sentences import clean, split_sentences
-from betaclip.kernels.memory import forget
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.text_tower import text_modules
 from betaclip.model.texts import RaggedTexts
@@ -99,56 +98,6 @@ def padded(texts: RaggedTexts) -> tuple[Tensor, Tensor]:
     return tuple(rows[block][:, :, :length] for block, length in zip(blocks, longest, strict=True))  # type: ignore[return-value]
 
 
-class PublishedStep:
-    """Padded texts, dense attention over them, an nn.MultiheadAttention over patches, (B·K)² similarities.
-
-    The vision tower is ours: it does the same work. The text tower calls open_clip's own blocks, and computes them
-    again in the backward if ``checkpointed``, as the released code does.
-    """
-
-    def __init__(self, model: BetaCLIP, checkpointed: bool) -> None:
-        self.model, self.checkpointed = model, checkpointed
-        pool = pools.PublishedPool(model.embed_dim, model.config.pool_heads)
-        pool.load_state_dict(dict(model.pool.named_parameters()), strict=False, assign=True)
-        self.pool = pool
-
-    def text(self, batch: StepBatch) -> Tensor:
-        """(B, K, D)"""
-        return torch.cat([self._encode(block.to(batch.images.device)) for block in padded(batch.texts)], 1)
-
-    def _encode(self, tokens: Tensor) -> Tensor:
-        tower, flat = text_modules(self.model.clip), tokens.flatten(0, 1)
-        x = tower.token_embedding(flat) + self.model.clip.positional_embedding[: flat.shape[1]]
-        mask = torch.full((flat.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        for block in tower.transformer.resblocks:
-            run = partial(block, attn_mask=mask)
-            x = checkpoint(run, x, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run(x)
-        x = tower.ln_final(x)[torch.arange(len(flat), device=x.device), flat.argmax(1)]
-        return (x @ tower.text_projection).unflatten(0, tokens.shape[:2])
-
-    def vision(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        return self.model.encode_image(batch.images)
-
-    def pooling(self, patches: Tensor, texts: Tensor) -> Tensor:
-        return cast(Tensor, self.pool(patches, texts))
-
-    def losses(self, cls: Tensor, texts: Tensor, pooled: Tensor) -> Tensor:
-        scales = self.model.logit_scale.exp(), self.model.pool.logit_scale.exp()
-        logits = scales[0] * F.normalize(wide(cls), dim=-1) @ F.normalize(wide(texts[:, 0]), dim=-1).T
-        own = torch.arange(len(cls), device=cls.device)
-        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return contrast + PUBLISHED["ce"](pooled, texts, scales[1])
-
-    def step(self, batch: StepBatch) -> Tensor:
-        texts = self.text(batch)
-        cls, patches = self.vision(batch)
-        return self.losses(cls, texts, self.pooling(patches, texts))
-
-    def tokens(self, batch: StepBatch) -> int:
-        """Rows of the text tower's linear layers."""
-        return sum(block.numel() for block in padded(batch.texts))
-
-
 class OurStep:
     """A step as the trainer makes it."""
 
@@ -179,13 +128,58 @@ class OurStep:
         return cast(Tensor, self.objective(self.model(batch.images, batch.texts))["loss"])
 
     def tokens(self, batch: StepBatch) -> int:
+        """Rows of the text tower's linear layers."""
         return len(batch.texts.packing.tokens)
 
 
-Step = PublishedStep | OurStep
+class PublishedStep(OurStep):
+    """Padded texts, dense attention over them, an nn.MultiheadAttention over patches, (B·K)² similarities.
+
+    The vision tower is ours: it does the same work. The text tower calls open_clip's own blocks, and computes them
+    again in the backward if ``checkpointed``, as the released code does.
+    """
+
+    def __init__(self, model: BetaCLIP, checkpointed: bool) -> None:
+        super().__init__(model)
+        self.checkpointed = checkpointed
+        pool = pools.PublishedPool(model.embed_dim, model.config.pool_heads)
+        pool.load_state_dict(dict(model.pool.named_parameters()), strict=False, assign=True)
+        self.pool = pool
+
+    def text(self, batch: StepBatch) -> Tensor:
+        """(B, K, D)"""
+        return torch.cat([self._encode(block.to(batch.images.device)) for block in padded(batch.texts)], 1)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        tower, flat = text_modules(self.model.clip), tokens.flatten(0, 1)
+        x = tower.token_embedding(flat) + self.model.clip.positional_embedding[: flat.shape[1]]
+        mask = torch.full((flat.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        for block in tower.transformer.resblocks:
+            run = partial(block, attn_mask=mask)
+            x = checkpoint(run, x, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run(x)
+        x = tower.ln_final(x)[torch.arange(len(flat), device=x.device), flat.argmax(1)]
+        return (x @ tower.text_projection).unflatten(0, tokens.shape[:2])
+
+    def pooling(self, patches: Tensor, texts: Tensor) -> Tensor:
+        return cast(Tensor, self.pool(patches, texts))
+
+    def losses(self, cls: Tensor, texts: Tensor, pooled: Tensor) -> Tensor:
+        scales = self.model.logit_scale.exp(), self.model.pool.logit_scale.exp()
+        logits = scales[0] * F.normalize(wide(cls), dim=-1) @ F.normalize(wide(texts[:, 0]), dim=-1).T
+        own = torch.arange(len(cls), device=cls.device)
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return contrast + PUBLISHED["ce"](pooled, texts, scales[1])
+
+    def step(self, batch: StepBatch) -> Tensor:
+        texts = self.text(batch)
+        cls, patches = self.vision(batch)
+        return self.losses(cls, texts, self.pooling(patches, texts))
+
+    def tokens(self, batch: StepBatch) -> int:
+        return sum(block.numel() for block in padded(batch.texts))
 
 
-def step_implementations() -> dict[str, Callable[[BetaCLIP], Step]]:
+def step_implementations() -> dict[str, Callable[[BetaCLIP], OurStep]]:
     """By name, in the order of the tables; the first is the baseline."""
     return {
         "published": partial(PublishedStep, checkpointed=True),
@@ -194,26 +188,17 @@ def step_implementations() -> dict[str, Callable[[BetaCLIP], Step]]:
     }
 
 
-def part_call(step: Step, part: str, batch: StepBatch) -> Call:
-    """A part of the step, with respect to the parameters that it trains and to ``batch.embeds``."""
+def part_call(step: OurStep, part: str, batch: StepBatch) -> Call:
+    """A part of the step, with respect to the parameters that it trains and to those ``batch.embeds`` that it reads."""
     cls, patches, texts, pooled = batch.embeds
-    clip, pool = step.model.clip, step.model.pool
-    vision, scales = trained(clip.visual), [step.model.logit_scale, pool.logit_scale]
-
-    def without(module: nn.Module, others: list[Tensor]) -> list[Tensor]:
-        return [p for p in trained(module) if all(p is not other for other in others)]
-
-    def of_vision() -> Tensor:
-        return torch.stack([x.square().mean() for x in step.vision(batch)]).sum()
-
-    function, leaves = {
-        "step": (lambda: step.step(batch), trained(step.model)),
-        "text": (lambda: step.text(batch).square().mean(), without(clip, vision + scales)),
-        "vision": (of_vision, vision),
-        "pooling": (lambda: step.pooling(patches, texts).square().mean(), [patches, texts, *without(pool, scales)]),
-        "losses": (lambda: step.losses(cls, texts, pooled), [cls, texts, pooled, *scales]),
-    }[part]
-    return Call(function, leaves, forget=forget)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "step": lambda: step.step(batch),
+        "text": lambda: step.text(batch).square().mean(),
+        "vision": lambda: torch.stack([x.square().mean() for x in step.vision(batch)]).sum(),
+        "pooling": lambda: step.pooling(patches, texts).square().mean(),
+        "losses": lambda: step.losses(cls, texts, pooled),
+    }
+    return Call(functions[part], [*batch.embeds, *trained(step.model)])
 
 
 def trained(module: nn.Module) -> list[Tensor]:

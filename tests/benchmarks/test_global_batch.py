@@ -12,14 +12,13 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torc
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ranks", "0"], "--ranks: expected at least 1 and at most the number of GPUs, got 0"),
+        (["--ranks", "0"], "--ranks: expected at least 1, got 0"),
         (["--sizes", "100"], "--sizes: expected multiples of 1 ranks × 36 texts, got 100"),
         (["--sizes", "72", "--ranks", "4"], "--sizes: expected multiples of 4 ranks × 36 texts, got 72"),
         (["--implementations", "nobody"], "expected some of open_clip"),
     ],
 )
-def test_bad_options(argv, message, capsys, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def test_bad_options(argv, message, capsys):
     with pytest.raises(SystemExit):
         global_batch.arguments(["--device", "cpu", *argv])
     assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import train_step
-from common import report, rows, steps
+from common import rows, steps
 from common.budget import Budget
 from support.smoke import assert_drawn, assert_timed, smoke_run
 
@@ -19,9 +19,10 @@ def test_rates_and_differences():
     model = create_model(ModelConfig(context_length=77))
     batch = steps.synthetic_step_batch(model, 2, 3, torch.float32)
     compared = train_step.StepComparison("losses", model, batch, steps.step_implementations(), "cpu")
-    base, _, ours = compared.measure("forward+backward", Budget(seconds=0.01), report.Progress())
+    base, _, ours = compared.measure("forward+backward", Budget(seconds=0.01))
     for row in (base, ours):
-        assert row.values["images_per_s"] == pytest.approx(2 / (row.time_ms_p50 / 1e3))
+        shown = train_step.BENCHMARK.columns["images/s"](rows.as_row(row, {}))
+        assert float(shown) == pytest.approx(2 / (row.time_ms_p50 / 1e3), rel=1e-2)
         assert row.values["speedup"] == pytest.approx(base.time_ms_p50 / row.time_ms_p50)
     assert "loss_difference" not in base.values
     assert ours.values["loss_difference"] < 1e-5 and ours.values["gradient_difference"] < 1e-4
@@ -53,7 +54,7 @@ def test_smoke_run(tmp_path):
     for row in measured:
         assert row["status"] == "ok" and row["implementation"] in shown
         assert_timed(row)
-        assert float(row["images_per_s"]) > 0 < float(row["speedup"])
+        assert float(row["speedup"]) > 0
         if row["implementation"] != "published":
             assert float(row["loss_difference"]) < 1e-5
         if row["form"] in ("step", "text"):

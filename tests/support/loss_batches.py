@@ -1,17 +1,13 @@
 """Small batches for the losses that the benchmarks compare, and their gradients."""
 
-from dataclasses import replace
-
 import torch
 from common import batches
 
 
-def small_batch(form="ce", masked=False, images=5, texts_per_image=4, dim=48):
+def small_batch(form="ce", images=5, texts_per_image=4, dim=48):
     """float64 leaves; K = 1 for the forms of other libraries."""
     k = texts_per_image if form in ("ce", "bce") else 1
     batch = batches.synthetic_batch(images, k, dim, torch.float64, torch.device("cpu"))
-    if masked:
-        batch = replace(batch, mask=torch.arange(k).expand(images, k) < torch.tensor([4, 2, 1, 0, 3])[:, None])
     return batch.to_leaves(bias=-2.0 if form == "siglip" else None)
 
 

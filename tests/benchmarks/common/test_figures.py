@@ -4,7 +4,6 @@ import csv
 
 import pytest
 from common import figures
-from support.paths import ROOT
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 FIGURE = figures.Figure(
@@ -13,9 +12,7 @@ FIGURE = figures.Figure(
     x_label="N",
     quantities=(("time_ms_p50", "ms", 1.0), ("peak_bytes", "MiB", 2.0**20)),
     same=("dim",),
-    title=lambda row: row["device"],
     bound=lambda row: float(row["n"]) * 2**20,
-    bound_label="bound",
 )
 
 
@@ -29,6 +26,7 @@ def row(name, n, status="ok", k=36, time="2.5", peak="5000", dim=64):
         "n": str(n),
         "k": str(k),
         "dim": str(dim),
+        "dtype": "float32",
         "time_ms_p50": time,
         "peak_bytes": peak,
     }
@@ -66,7 +64,7 @@ def test_points_bounds_and_what_ran_out_of_memory(drawn):
     time_axes, memory_axes = drawn(rows).axes
     assert points(time_axes, "dense") == [[72, 2.5]]
     assert points(memory_axes, "dense") == [[72, 5000 / 2**20]]
-    assert points(memory_axes, "bound") == [[72, 72], [144, 144]]
+    assert points(memory_axes, "bound of betaclip") == [[72, 72], [144, 144]]
     (cross,) = [line for line in time_axes.lines if line.get_marker() == "x"]
     assert cross.get_xdata().tolist() == [144]
 
@@ -83,7 +81,7 @@ def test_one_legend_names_everyone_and_ours_is_always_blue(drawn):
     (legend,) = figure.legends
     assert not any(axes.get_legend() for axes in figure.axes)
     names = {text.get_text() for text in legend.get_texts()}
-    assert names == {"betaclip/a", "betaclip/b", "dense", "peer", "bound"}
+    assert names == {"betaclip/a", "betaclip/b", "dense", "peer", "bound of betaclip"}
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     assert lines["betaclip/a"].get_color() == lines["betaclip/b"].get_color() == figures.OUR_COLOUR
     assert lines["betaclip/a"].get_linestyle() != lines["betaclip/b"].get_linestyle()
@@ -101,12 +99,13 @@ def test_ticks_are_plain_and_zeros_are_not_drawn(drawn):
     assert not axes.yaxis.get_minorticklocs().size
 
 
-@pytest.mark.parametrize(("low", "high"), [(1, 1e6), (15, 90), (560, 1130), (86, 185), (1e-4, 3)])
-def test_round_numbers(low, high):
-    found = figures._round_numbers(low, high)
-    assert 3 <= len(found) <= 9
-    assert all(low <= x <= high for x in found)
+def test_few_round_numbers_along_y(drawn):
+    for low, high in ((15, 90), (560, 1130), (86, 185), (1, 1e6)):
+        axes = drawn([row("dense", n, time=str(time)) for n, time in ((72, low), (144, high))]).axes[0]
+        assert 2 <= len([y for y in axes.get_yticks() if low <= y <= high]) <= 9
 
 
-def test_no_rows():
-    assert figures.plot([], ROOT / "none.png", FIGURE) == "there is no row of forward + backward"
+def test_no_rows(tmp_path):
+    path = tmp_path / "none.csv"
+    path.write_text("benchmark\n")
+    assert figures.draw(path, "b", FIGURE) == "no figure: there is no row of forward + backward"

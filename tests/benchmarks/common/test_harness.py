@@ -100,32 +100,12 @@ def test_out_of_memory_is_recognised_as_pytorch_raises_it():
 
 
 def test_foreign_cores_counts_other_processes_only():
-    seconds = iter([100.0, 110.0])  # 10 s pass
-    own_s = iter([5.0, 12.0])  # this process works 7 of them
-    busy_s = iter([1000.0, 1019.0])  # all together 19
-    with harness.ForeignCores(lambda: next(busy_s), lambda: next(own_s), lambda: next(seconds)) as foreign:
-        pass
-    assert foreign.cores == pytest.approx((19 - 7) / 10)
-    with harness.ForeignCores(busy_s=lambda: None) as unknown:
-        pass
-    assert unknown.cores is None
+    """10 s pass, this process works 7 of them, all together 19."""
+    assert harness.foreign_cores((100.0, 5.0, 1000.0), (110.0, 12.0, 1019.0)) == pytest.approx((19 - 7) / 10)
+    assert harness.foreign_cores((0.0, 0.0, None), (1.0, 1.0, None)) is None
+    assert harness.foreign_cores((0.0, 0.0, 0.0), (1.0, 1.0, 0.5)) == 0.0  # the clocks differ in resolution
 
 
-def test_foreign_cores_are_never_negative():
-    """The kernel's ticks are coarser than a process's own time."""
-    own_s, busy_s = iter([0.0, 1.0]), iter([0.0, 0.99])
-    with harness.ForeignCores(lambda: next(busy_s), lambda: next(own_s)) as foreign:
-        pass
-    assert foreign.cores == 0
-
-
-def test_busy_core_seconds_only_grow():
-    before = harness.busy_core_seconds()
-    if before is None:
-        pytest.skip("needs /proc/stat")
-    assert 0 < before <= harness.busy_core_seconds()
-
-
-def test_free_bytes_are_positive_or_unknown():
-    free = harness.free_bytes(CPU)
-    assert free is None or free > 0
+def test_usage_takes_the_given_clock():
+    seconds, own, _ = harness.usage(lambda: 7.0)
+    assert own == 7.0 and seconds > 0

@@ -65,7 +65,7 @@ def test_implementations_compute_the_same(name, part):
         pytest.skip("compiles the code of projected sdpa; test_losses compiles once")
     batch = small_batch()
     try:
-        pool = pools.pool_implementations()[name].build(part, batch)
+        pool = pools.pool_implementations()[name](part, batch)
     except harness.Unavailable as reason:
         pytest.skip(str(reason))
     incoming = torch.randn(IMAGES, TEXTS, DIM, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_parameters_are_shared_and_must_agree():
     batch = small_batch()
     pool = pools.PublishedPool(DIM, HEADS)
     pools.bound(pool, "block", batch)
-    assert all(x is batch.parameters[name] for name, x in pool.named_parameters())
+    assert all(x is y for x, y in zip(pool.parameters(), batch.pool.parameters(), strict=True))
     pool.extra = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"\['extra.weight', 'extra.bias'\] are missing"):
         pools.bound(pool, "block", batch)
@@ -88,7 +88,7 @@ def test_parameters_are_shared_and_must_agree():
 def test_synthetic_weights_make_attention_neither_flat_nor_one_hot(part):
     batch = pools.synthetic_pool_batch(4, 6, 100, 256, 8, torch.float32, CPU)
     x, t = (torch.nn.functional.normalize(y.detach(), dim=-1) for y in (batch.patches, batch.queries))
-    weight = batch.parameters["attn.in_proj_weight"].detach().unflatten(0, (3, 8, 32))
+    weight = batch.pool.attn.in_proj_weight.detach().unflatten(0, (3, 8, 32))
     q, k = (torch.einsum("bnd,hed->bhne", y, w) for y, w in ((t, weight[0]), (x, weight[1])))
     assert 0.5 < (q @ k.mT / 32**0.5).std() < 2
     assert all(leaf.is_leaf and leaf.requires_grad for leaf in batch.leaves(part))

@@ -27,7 +27,7 @@ def test_table():
     heading, _, timed, reason = (line.split("  ") for line in shown.splitlines())
     assert [cell.strip() for cell in heading if cell][-2:] == ["memory", "error"]
     assert [cell.strip() for cell in timed if cell.strip()] == ["dense", "2 (1-3.5)", "1,234", "3 MiB"]
-    assert [cell.strip() for cell in reason if cell.strip()] == ["gone", "out of memory (not tried)"]
+    assert [cell.strip() for cell in reason if cell.strip()] == ["gone: out of memory (not tried)"]
 
 
 def test_what_a_limit_of_time_cost_is_said():

@@ -1,13 +1,11 @@
 """Commands are recorded as typed, figures are redrawn on demand, and a limit of time ends a run."""
 
-import argparse
-
 import pytest
 from common import session
 from common.figures import Figure
 
-FIGURE = Figure(lambda row: "", "n", "N", (("time_ms_p50", "ms", 1.0),), (), lambda row: "title")
-BENCHMARK = session.Benchmark("b", "-b", "size", {}, FIGURE, minutes=3)
+FIGURE = Figure(lambda row: "", "n", "N", (("time_ms_p50", "ms", 1.0),), ())
+BENCHMARK = session.Benchmark("b", "-b", {}, FIGURE, minutes=3)
 
 
 def test_command_holds_no_folder_of_this_machine():
@@ -17,9 +15,9 @@ def test_command_holds_no_folder_of_this_machine():
 
 def resolved(*argv):
     parser = BENCHMARK.parser("")
-    args = parser.parse_args(["--device", "cpu", *argv])
-    BENCHMARK.resolve(parser, args, {"dense": 1, "betaclip/a": 2, "betaclip/b": 3})
-    return args
+    parser.add_argument("--size", type=session.at_least(1))
+    known = {"dense": 1, "compiled": 4, "betaclip/a": 2, "betaclip/b": 3}
+    return BENCHMARK.parse(parser, ["--device", "cpu", *argv], known, {"size": 2}, {"size": {"cpu": 8}})
 
 
 def test_options(tmp_path):
@@ -27,13 +25,16 @@ def test_options(tmp_path):
     assert list(args.chosen) == ["betaclip/a", "betaclip/b"]
     assert (args.minutes, args.seconds, args.output) == (3, 1.5, tmp_path)
     assert resolved().output == session.RESULTS
+    assert (resolved().size, resolved("--size", "3").size, resolved("--smoke").size) == (8, 3, 2)
     assert resolved("--smoke").output != session.RESULTS
+    assert list(resolved("--smoke").chosen) == ["dense", "betaclip/a", "betaclip/b"]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--implementations", "nobody"], "expected some of dense, betaclip/a, betaclip/b, got nobody"),
+        (["--implementations", "nobody"], "expected some of dense, compiled, betaclip/a, betaclip/b, got nobody"),
+        (["--size", "0"], "--size: expected at least 1, got 0"),
         (["--device", "meta"], "--device: expected cpu or cuda, got meta"),
     ],
 )
@@ -41,13 +42,6 @@ def test_bad_options(argv, message, capsys):
     with pytest.raises(SystemExit):
         resolved(*argv)
     assert message in capsys.readouterr().err
-
-
-def test_at_least(capsys):
-    with pytest.raises(SystemExit):
-        args = argparse.Namespace(sizes=[3, 0])
-        session.expect_at_least(1, argparse.ArgumentParser(), args, "--sizes")
-    assert "--sizes: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_nothing_is_begun_after_the_limit(tmp_path, capsys):

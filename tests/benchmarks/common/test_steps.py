@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip.model.beta_clip import ModelConfig, create_model
 
-IMAGES, TEXTS = 3, 9
+IMAGES, TEXTS = 2, 8
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,11 @@ def test_all_compute_the_same(part, model, batch):
         for build in steps.step_implementations().values()
     ]
     assert all(bool(gradient.any()) for gradient in values[0][1:])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert (len(values[0]) == 1 + len(trained)) == (part == "step")  # no other part trains everything
     for value in values[1:]:
         for a, b in zip(value, values[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-
-
-def test_every_trained_parameter_is_in_the_step(model, batch):
-    leaves = steps.part_call(steps.OurStep(model), "step", batch).leaves
-    assert {id(p) for p in leaves} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_tokens(model, batch):
@@ -92,5 +89,5 @@ def test_least_flop_of_a_step_is_that_of_its_parts(model, batch):
     for phase, factor in (("forward", 1), ("forward+backward", 3)):
         parts = [steps.least_flop(model, part, phase, batch) for part in steps.PARTS[1:]]
         assert steps.least_flop(model, "step", phase, batch) == sum(parts)
-        vision = 3 * steps.transformer_flop(128, 4, torch.full((37,), 37))
+        vision = IMAGES * steps.transformer_flop(128, 4, torch.full((37,), 37))
         assert steps.least_flop(model, "vision", phase, batch) == factor * vision
