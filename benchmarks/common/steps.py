@@ -82,7 +82,7 @@ def texts_of_caption(caption: str, texts_per_image: int, rng: random.Random) -> 
     sentences = [parts[i] for i in sorted(rng.sample(range(len(parts)), count))]
     spans = RuleExtractor()(parts)
     phrases = chain.from_iterable(cut_phrases(part, found) for part, found in zip(parts, spans, strict=True))
-    chosen = [". ".join(sentences), *sentences, *distinct_phrases(phrases, texts_per_image - 1 - count)]
+    chosen = [". ".join(sentences), *sentences, *distinct_phrases(phrases)[: texts_per_image - 1 - count]]
     if len(chosen) != texts_per_image:
         raise ValueError(f"texts_per_image: expected at most {len(chosen)}, as a caption has, got {texts_per_image}")
     return chosen
