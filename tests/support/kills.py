@@ -1,4 +1,4 @@
-"""Signals at a certain call of our own code, wherever that is: the same place every time, however loaded the machine."""
+"""Signals at a chosen call of our own code: at the same place every time, however loaded the machine."""
 
 import os
 import sys
