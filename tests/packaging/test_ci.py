@@ -21,9 +21,15 @@ def test_commands_are_those_of_the_readme():
 
 def test_lanes_name_tests_that_exist():
     lanes = dict(re.findall(r"^(\w+)=\((tests/[^)]*)\)", SCRIPT, re.MULTILINE))
-    assert lanes.keys() == {"interpreter", "csrc", "packaging", "benchmarks"}
+    assert lanes.keys() == {"interpreter", "csrc", "packaging", "benchmarks", "faults"}
     paths = [path for paths in lanes.values() for path in paths.split()]
     assert len(paths) == len(set(paths)) and all((ROOT / path).exists() for path in paths)
+
+
+def test_workflow_runs_every_lane_but_minimum():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    lanes = re.search(r"^#   \.ci/run LANE\.\.\. .*: ([a-z ]+)$", SCRIPT, re.MULTILINE)[1].split()
+    assert re.search(r"lane: \[(.*)\]", workflow)[1].split(", ") == [lane for lane in lanes if lane != "minimum"]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
