@@ -1,4 +1,4 @@
-"""What the global batch costs: time, bytes sent and memory of a rank, against the number of ranks. Ours and others.
+"""What the global batch costs a rank: time, bytes sent and memory, against the number of ranks.
 
     python benchmarks/global_batch.py                                # 1, 2 and 4 processes
     python benchmarks/global_batch.py --smoke                        # seconds, tiny sizes, everything once
@@ -111,7 +111,7 @@ class RankComparison(Comparison):
         return [loss, image[self.own], text[self.own], scale], ""
 
     def flop(self, phase: str) -> float:
-        """Of one rank."""
+        """FLOP of one rank."""
         return loss_flop(self.form, phase, self.n, self.batch.image.shape[-1]) / self.ranks
 
     def prepare(self, name: str) -> Call:

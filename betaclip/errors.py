@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a program may end early."""
+"""Errors that a user can fix, and how a program may end early."""
 
 import os
 import signal

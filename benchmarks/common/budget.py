@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable
 
-LONG_S = 20.0  # a call that takes longer is not repeated, be there time or not
+LONG_S = 20.0  # a call that takes longer is not repeated, whether or not time is left
 FEW_FLOP = 1e9  # a call with fewer is mostly overhead, and says little about larger ones
 RESERVE = 0.05  # of the time, for what no implementation does: starting, drawing
 

@@ -8,7 +8,7 @@ owner. Each pair is computed once in the whole group. Columns move in one of two
 * ``"all_gather"``: every rank holds all columns at once, O(N D) memory, from forward to backward; their gradients
   return by a reduce-scatter. On GPUs they come in pieces, one on its way while another is computed.
 * ``"ring"``: shards go round, the next one on its way while this one is computed; statistics and gradients of a shard's
-  columns follow it, one step behind, and are home after the last rank. O(N D / W) memory on each of W ranks.
+  columns follow it, one step behind, and are back on their own rank at the end. O(N D / W) memory on each of W ranks.
 
 Ranks may hold different numbers of rows, or none: shards are filled up to the largest with rows that take no part.
 All ranks must call the same losses in the same order.
@@ -51,7 +51,7 @@ def pieces(ranks: int, max_rows: int, nbytes: int, device_type: str) -> int:
 
 
 class Wanted(NamedTuple):
-    """Which gradients a rank wants: any at all, and that of its texts. The others have to help with the latter."""
+    """Whether a rank needs any gradient, and whether it needs that of its texts, which all ranks compute together."""
 
     any: bool
     text: bool

@@ -38,7 +38,8 @@ class DataSource(Protocol):
 def create_data_source(
     config: TrainingConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
 ) -> DataSource:
-    """
+    """The batches of the data that the settings name.
+
     Raises:
         ConfigError: the data are not there, or settings do not fit each other.
     """

@@ -180,7 +180,7 @@ def test_workspace_sizes(library):
         size = getattr(library, function)
         for multiprocessors in (1, 114, 132):
             for n, m in ((1, 1), (129, 5000), (4096, 4096), (73728, 73728), (589824, 589824)):
-                # Of 132 partial sums a row at most, in float32, and some room for flags.
+                # At most 132 partial sums a row, in float32, and some room for flags.
                 assert 0 <= size(n, m, multiprocessors) <= 8 * 132 * (n + m) + 2**16
         assert size(0, 5, 132) == size(5, -1, 132) == size(2**31, 5, 132) == size(5, 5, 0) == 0
     # The design's bound of scratch memory at the largest size.

@@ -41,7 +41,7 @@ def test_flipped_bits(tmp_path: Path, chosen: random.Random) -> None:
 
 
 def test_last_whole_checkpoint_is_found(tmp_path: Path, chosen: random.Random) -> None:
-    """Of many checkpoints some are cut, grown, emptied or exchanged."""
+    """Some of many checkpoints are cut, grown, emptied or exchanged."""
     steps = range(1, 9)
     for step in steps:
         checkpoints.write(checkpoints.checkpoint_path(tmp_path, step), content(step), keep=len(steps))

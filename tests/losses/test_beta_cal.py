@@ -270,7 +270,7 @@ def test_any_norm(backend, form, dtype, norm):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_similarities_at_the_limit(backend, form, sign):
     """Every logit +100 or -100: the loss is log N (or known in closed form), the gradients finite."""
-    # Of length 2: normalising is exact in every precision.
+    # Rows have length 2: normalising is exact in every precision.
     image = torch.ones(5, 3, 4, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
     text = (sign * image.detach()).requires_grad_()
     scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)

@@ -10,7 +10,7 @@ from betaclip.data.batches import Bad
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Pictures with their captions, and the pairs of which one half is missing.
+    """Pictures with their captions, and the incomplete pairs.
 
     Raises:
         ValueError: there is no pair.
