@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import forkserver
 
 import betaclip
 from betaclip.cli import main
@@ -121,15 +122,15 @@ def test_run_folder_that_cannot_be_written(tiny, tmp_path, capsys):
 def test_signal(tiny, tmp_path):
     """The command saves, says so in one line, and exits with the signal's code, workers and all."""
     options = ["--run.steps", "100000", "--run.log-every", "1", "--run.workers", "1"]
-    command = [sys.executable, "-m", "betaclip", *tiny, *options]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = forkserver.start(tmp_path, main, [*tiny, *options])
     metrics = tmp_path / "a" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
-        assert run.poll() is None
+        assert run.is_alive()
         time.sleep(0.1)
-    run.send_signal(signal.SIGHUP)
-    message = run.communicate()[1]
-    assert run.returncode == 128 + signal.SIGHUP
+    os.kill(run.pid, signal.SIGHUP)
+    run.join(forkserver.HANG_S)
+    message = (tmp_path / "stderr").read_text()
+    assert run.exitcode == 128 + signal.SIGHUP
     assert "betaclip train: stopped by SIGHUP after step" in message and "Traceback" not in message
     assert len(list((tmp_path / "a").glob("checkpoint_*.pt"))) == 1
 
@@ -153,14 +154,20 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"betaclip {betaclip.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["betaclip.env"], ["betaclip", "train", "--help"]])
-def test_reader_that_leaves(arguments):
-    """As in ``betaclip env | head -n 1``: no traceback, also where the reader is gone before anything is written."""
+def without_reader(*arguments: str) -> None:
+    """The command, where the reader is gone before anything is written."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.dup2(write, 1)
     os.close(write)
-    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+    main(list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["train", "--help"]])
+def test_reader_that_leaves(tmp_path, arguments):
+    """As in ``betaclip env | head -n 1``: no traceback."""
+    done = forkserver.run(tmp_path, without_reader, *arguments)
+    assert done.stderr == ""
 
 
 def test_recipe_by_name(tmp_path, monkeypatch, capsys):
