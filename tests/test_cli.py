@@ -55,7 +55,8 @@ def tiny(tmp_path):
 
 
 def test_train_and_what_follows(tiny, tmp_path, capsys):
-    """A file overrides defaults, an option the file; the run, its comparison run, and all their files exist."""
+    """A file overrides defaults, an option the file; the run, its comparison run, and all their files exist, and other
+    commands take its checkpoint."""
     main([*tiny, "--run.steps", "3", "--optimizer.pool.lr", "0.5"])
     out = capsys.readouterr().out
     saved = read(TrainConfig(), tmp_path / "a" / "config.toml")
@@ -71,16 +72,17 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
     assert {"choices/hard", "pointing/mass_in_box"} <= results["β-CLIP"].keys()
     table = out[out.rindex("Choices") :]
     assert "β-CLIP" in table and "global loss only" in table
-
-
-def test_checkpoint_is_for_other_commands(tiny, tmp_path, capsys):
-    main([*tiny, "--run.compare-global", "False"])
-    assert not (tmp_path / "a" / "global_only").exists()
     main(["evaluate", str(tmp_path / "a"), "--scenes", "4", "--no-conditioned"])
     assert "Choices" in capsys.readouterr().out
     picture = str(next((tmp_path / "a" / "attention").glob("*.png")))
     main(["visualize", str(tmp_path / "a"), picture, "a red ring", "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
+
+
+def test_no_comparison(tiny, tmp_path):
+    options = ["--run.compare-global", "False", "--run.steps", "1", "--evaluation.scenes", "0"]
+    main([*tiny, *options, "--optimizer.backbone.warmup", "0", "--optimizer.pool.warmup", "0"])
+    assert not (tmp_path / "a" / "global_only").exists()
 
 
 def test_errors_are_one_line(tiny, tmp_path, capsys):

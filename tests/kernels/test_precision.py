@@ -90,7 +90,7 @@ def test_threads_leave_the_process_as_it_was(setting, threads):
         try:
             own = calls()
             ready.wait()
-            for call in own * 3:
+            for call in own * 2:
                 call()
         except Exception as error:
             failures.append(error)
@@ -132,7 +132,7 @@ def test_a_call_that_fails_leaves_nothing_behind(make, setting):
     mode = FailsInside(0)
     with mode:
         make()()
-    for at in range(1, mode.count, 7):
+    for at in range(1, mode.count, 23):
         with pytest.raises(Fails), FailsInside(at):
             make()()
         assert process_state() == before

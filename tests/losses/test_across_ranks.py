@@ -7,12 +7,14 @@ is the test's.
 import os
 import threading
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.forkserver import HANG_S
 from support.largest import LargestTensor
 from support.ranks import processes, start
 from torch import Tensor, nn
@@ -450,20 +452,22 @@ def one_rank_fails(transport: str, fails: str) -> None:
     loss.backward()
 
 
-@pytest.mark.parametrize("fails", ["dies", "stays away from the backward"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_rank_that_fails_leaves_no_hang(transport, fails, tmp_path):
+def test_rank_that_fails_leaves_no_hang(tmp_path):
     """The others raise, by the lost connection or the group's timeout, and say what they were waiting for."""
-    context = start(3, one_rank_fails, tmp_path, transport, fails)
-    waiting = [context.processes[rank] for rank in (0, 2)]
-    for process in waiting:
-        process.join(600)  # ends only a real hang
-    context.processes[1].kill()
-    assert [process.exitcode for process in waiting] == [1, 1]
-    for rank in (0, 2):
-        message = Path(context.error_files[rank]).read_bytes().decode(errors="replace")
-        expected = f"gather='{transport}', rank {rank} of 3: another rank failed, or did not call the same loss"
-        assert expected in message, message
+    contexts = {}
+    for transport, fails in product(TRANSPORTS, ("dies", "stays away from the backward")):  # they wait side by side
+        (folder := tmp_path / f"{transport} {fails}").mkdir()
+        contexts[transport, fails] = start(3, one_rank_fails, folder, transport, fails)
+    for (transport, fails), context in contexts.items():
+        waiting = [context.processes[rank] for rank in (0, 2)]
+        for process in waiting:
+            process.join(HANG_S)
+        context.processes[1].kill()
+        assert [process.exitcode for process in waiting] == [1, 1], (transport, fails)
+        for rank in (0, 2):
+            message = Path(context.error_files[rank]).read_bytes().decode(errors="replace")
+            expected = f"gather='{transport}', rank {rank} of 3: another rank failed, or did not call the same loss"
+            assert expected in message, message
 
 
 def test_needs_a_process_group():

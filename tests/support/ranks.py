@@ -27,7 +27,9 @@ def processes(count: int, function: Callable[..., None], folder: Path, *args: An
 def start(count: int, function: Callable[..., None], folder: Path, *args: Any) -> Any:
     """The same without waiting: the context of the processes."""
     called = inspect.getsourcefile(function), function.__name__, args
-    return mp.start_processes(_enter, (count, str(folder / "rendezvous"), *called), count, join=False, start_method=CONTEXT.get_start_method())
+    return mp.start_processes(
+        _enter, (count, str(folder / "rendezvous"), *called), count, join=False, start_method=CONTEXT.get_start_method()
+    )
 
 
 def _enter(rank: int, count: int, file: str, source: str, name: str, args: Any) -> None:

@@ -137,7 +137,7 @@ def test_matches_reference_in_half_precision(backend, dtype):
     check(backend, dtype, (3, 5, 37, 64, 8), True, ulps=16 if DEVICE == "cuda" or dtype == torch.bfloat16 else 128)
 
 
-@pytest.mark.parametrize("p, d", [(19, 64), (1024, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
+@pytest.mark.parametrize("p, d", [(19, 64), (300, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
 @pytest.mark.parametrize("backend", FOLDED)
 def test_matches_reference_at_every_width(backend, p, d):
     check(backend, torch.float32, (2, 3, p, d, 8))
@@ -192,7 +192,10 @@ def test_gradcheck(backend):
     leaves = [t.requires_grad_() for t in tensors]
     for given in (None, mask):
         assert torch.autograd.gradcheck(
-            lambda *leaves, given=given: attention_pool(*leaves, 2, given, backend=backend), leaves, nondet_tol=0
+            lambda *leaves, given=given: attention_pool(*leaves, 2, given, backend=backend),
+            leaves,
+            nondet_tol=0,
+            fast_mode=backend == "triton",  # random projections of the Jacobian: its interpreter is slow
         )
 
 

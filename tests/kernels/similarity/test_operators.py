@@ -310,10 +310,12 @@ def test_gradcheck(backend):
         lse_x, lse_y = similarity_logsumexp(x, y, scale, x_group, y_group, backend=small(backend))
         return lse_x[x_group >= 0], lse_y[y_group >= 0]
 
-    assert torch.autograd.gradcheck(finite_logsumexp, (x, y, scale))
+    fast = backend == "triton"  # random projections of the Jacobian: its interpreter is slow
+    assert torch.autograd.gradcheck(finite_logsumexp, (x, y, scale), fast_mode=fast)
     assert torch.autograd.gradcheck(
         lambda x, y, scale, bias: similarity_softplus(x, y, scale, bias, x_group, y_group, backend=small(backend)),
         (x, y, scale, bias),
+        fast_mode=fast,
     )
 
 
