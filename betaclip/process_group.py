@@ -124,7 +124,7 @@ def initialized(device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
     Raises:
         ConfigError: the device does not exist.
     """
-    chosen = _device(device)
+    chosen = local_device(device)
     launched = "WORLD_SIZE" in os.environ and dist.is_available() and not dist.is_initialized()
     if launched:
         if chosen.type == "cuda":
@@ -137,7 +137,8 @@ def initialized(device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def local_device(name: str) -> torch.device:
+    """This process's device: "cpu", "cuda", "cuda:N", or "auto"; as :func:`initialized` takes it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

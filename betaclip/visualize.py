@@ -19,9 +19,10 @@ from torch import Tensor
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.transforms import UnreadableImageError, read_image
 from betaclip.errors import ConfigError, OutputError
-from betaclip.evaluation.encode import Squash, encode_images, encode_slots, evaluating
+from betaclip.evaluation.encode import Squash
 from betaclip.evaluation.regions import Box
 from betaclip.files import reporting, write_atomically
+from betaclip.inference import attention
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import initialized
@@ -85,15 +86,6 @@ def visualize(config: VisualizeConfig) -> None:
     print(f"wrote {out}")
 
 
-def attention(model: BetaCLIP, tokenizer: Tokenizer, image: Image.Image, texts: Sequence[str]) -> Tensor:
-    """The attention of K texts over the grid of patches, (K, height, width), averaged over heads; each sums to 1."""
-    with evaluating(model):
-        _, patches = encode_images(model, [Squash(model.image_size)(image)])
-        queries, _ = encode_slots(model, tokenizer, [texts])
-        weights: Tensor = model.pool(patches, queries, need_weights=True)[1]
-    return weights[0].unflatten(1, model.patch_grid).float().cpu()
-
-
 def attention_figure(
     model: BetaCLIP,
     tokenizer: Tokenizer,
@@ -117,7 +109,7 @@ def attention_figure(
         A figure that needs no window system; ``savefig`` writes it.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    maps = attention(model, tokenizer, picture, texts)
+    maps = attention(model, tokenizer, Squash(model.image_size)(picture), texts)
     maps = maps * maps[0].numel()
     top = max(2.0, float(maps.max()))
     width, height = picture.size

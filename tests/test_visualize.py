@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -14,19 +13,10 @@ from support import colours
 from betaclip import visualize as module
 from betaclip.cli import main
 from betaclip.model.tokenizer import Tokenizer
-from betaclip.visualize import attention, attention_figure
+from betaclip.visualize import attention_figure
 
 LONG = "the very small checkered red square " * 8
 TEXTS = ["a red square", "on the left of $5 _{", LONG, "blue", "red", LONG.replace(" ", "")]
-
-
-def test_attention():
-    """It lies where the colour is and sums to 1; a text without a colour attends to all patches alike."""
-    picture = Image.fromarray(colours.picture({(0, 1): "red", (2, 3): "green"}, 160, 64))
-    maps = attention(colours.ColourModel().train(), Tokenizer(), picture, ["a red square", "green", "nothing"])
-    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))
-    assert maps[0, 0, 1] > 0.99 and maps[1, 2, 3] > 0.99
-    torch.testing.assert_close(maps[2], torch.full((4, 4), 1 / 16))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (160, 64), (60, 400), (3000, 2000), (1200, 100)])
