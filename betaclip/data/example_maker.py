@@ -4,16 +4,18 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from betaclip.data.batches import PHRASE, Bad, Example
 from betaclip.data.dataset_options import DatasetOptions, at_least
-from betaclip.data.hierarchy import hierarchy
+from betaclip.data.hierarchy import SentenceOrder, hierarchy
 from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
 from betaclip.data.phrases.extraction import ExtractorName
 from betaclip.data.phrases.spans import Phrase, PhraseStyle
-from betaclip.data.transforms import TrainingTransform, UnreadableImageError, read_image
-from betaclip.model.tokenizer import Tokenizer
+from betaclip.data.transforms import Interpolation, TrainingTransform, UnreadableImageError, read_image
+from betaclip.model.tokenizer import SOT, Tokenizer
+
+LongPhrases = Literal["drop", "published"]
 
 
 class ExampleMaker:
@@ -25,6 +27,10 @@ class ExampleMaker:
         max_phrases: how many phrases an example has at most.
         max_phrase_tokens: longer phrases are left out; start and end tokens do not count.
         phrase_style: that of ``phrases``; it decides which of them come first.
+        long_phrases: "drop" leaves longer phrases out. "published" cuts them as the released code does: without their
+            end token their embedding is that of the start token, whatever they say.
+        sentence_order: of the sampled sentences, in the caption too (:func:`betaclip.data.hierarchy.hierarchy`).
+        interpolation: of the random crop.
     """
 
     def __init__(
@@ -37,12 +43,16 @@ class ExampleMaker:
         max_phrases: int = 30,
         max_phrase_tokens: int = 30,
         phrase_style: PhraseStyle = "longest",
+        long_phrases: LongPhrases = "drop",
+        sentence_order: SentenceOrder = "caption",
+        interpolation: Interpolation = "bicubic",
     ) -> None:
-        self.transform = TrainingTransform(image_size)
+        self.transform = TrainingTransform(image_size, interpolation)
         self.tokenizer = Tokenizer(context_length)
         self.phrases = phrases
         self.sentences, self.max_phrases, self.max_phrase_tokens = sentences, max_phrases, max_phrase_tokens
         self.phrase_style: PhraseStyle = phrase_style
+        self.long_phrases, self.sentence_order = long_phrases, sentence_order
 
     def __call__(self, source: Path | IO[bytes], path: str, caption: str, seed: int) -> Example | Bad:
         """The example of the picture in ``source``, or a Bad if it is broken or its caption has no words or no phrases.
@@ -56,8 +66,9 @@ class ExampleMaker:
                 random.Random(seed),
                 sentences=self.sentences,
                 max_phrases=self.max_phrases,
-                fits=lambda phrase: len(self.tokenizer(phrase)) - 2 <= self.max_phrase_tokens,
+                fits=lambda phrase: self.long_phrases == "published" or not self._is_long(self.tokenizer(phrase)),
                 phrase_style=self.phrase_style,
+                sentence_order=self.sentence_order,
             )
         except UnknownSentenceError as error:
             return Bad(path, f"{error}: the file was prepared from other captions; run betaclip prepare on these")
@@ -70,7 +81,13 @@ class ExampleMaker:
         except UnreadableImageError as error:
             return Bad(path, str(error))
         tokens = [self.tokenizer(text) for text in texts]
+        tokens = [
+            [SOT] if level == PHRASE and self._is_long(ids) else ids for ids, level in zip(tokens, levels, strict=True)
+        ]
         return Example(self.transform(image, seed), texts, tokens, levels, path)
+
+    def _is_long(self, phrase: list[int]) -> bool:
+        return len(phrase) - 2 > self.max_phrase_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +105,15 @@ class CaptionOptions(DatasetOptions):
     max_phrases: int = at_least(0, 30)
     """sharegpt4v, shards: phrases of an image at most."""
     max_phrase_tokens: int = at_least(1, 30)
-    """sharegpt4v, shards: longer phrases are left out."""
+    """sharegpt4v, shards: the tokens of a phrase at most; long_phrases says what becomes of longer ones."""
+    long_phrases: LongPhrases = "drop"
+    """sharegpt4v, shards: drop leaves them out. published cuts them as the released code does: with their end token
+    they lose their meaning, and all have the same embedding."""
+    sentence_order: SentenceOrder = "caption"
+    """sharegpt4v, shards: sampled sentences, and the caption that is made of them, are in the caption's order or, as in
+    the released code, in random order."""
+    interpolation: Interpolation = "bicubic"
+    """sharegpt4v, shards: of the random crop of pictures; the released code's is bilinear."""
 
     def example_maker(self, image_size: int, context_length: int) -> ExampleMaker:
         return ExampleMaker(
@@ -99,4 +124,7 @@ class CaptionOptions(DatasetOptions):
             max_phrases=self.max_phrases,
             max_phrase_tokens=self.max_phrase_tokens,
             phrase_style=self.phrase_style,
+            long_phrases=self.long_phrases,
+            sentence_order=self.sentence_order,
+            interpolation=self.interpolation,
         )

@@ -2,10 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE
 from betaclip.data.phrases.spans import NOUN, SPATIAL, Phrase, PhraseStyle
 from betaclip.data.sentences import clean, join_sentences, split_sentences
+
+SentenceOrder = Literal["caption", "random"]
 
 
 def hierarchy(
@@ -17,11 +20,12 @@ def hierarchy(
     max_phrases: int = 30,
     fits: Callable[[str], bool] = lambda phrase: True,
     phrase_style: PhraseStyle = "longest",
+    sentence_order: SentenceOrder = "caption",
 ) -> tuple[list[str], list[int]]:
     """The texts of a caption and their levels, CAPTION, SENTENCE or PHRASE.
 
-    Sentences are sampled without replacement and keep their order; if there are too few, all are taken. The first text
-    is these sentences, joined; the phrases are those of these sentences.
+    Sentences are sampled without replacement; if there are too few, all are taken. The first text is these sentences,
+    joined; the phrases are those of these sentences.
 
     Args:
         phrases: gives the phrases of a sentence.
@@ -30,12 +34,15 @@ def hierarchy(
         max_phrases: how many phrases to keep at most.
         fits: whether a phrase is short enough.
         phrase_style: which phrases count as equal, and which come first.
+        sentence_order: "caption", the order that they have there; or "random", as in the released code.
 
     Returns:
         At most 1 + sentences + max_phrases texts, and none if the caption has no words.
     """
     parts = split_sentences(clean(caption))
-    if len(parts) > sentences:
+    if sentence_order == "random":
+        parts = rng.sample(parts, min(len(parts), sentences))
+    elif len(parts) > sentences:
         parts = [parts[i] for i in sorted(rng.sample(range(len(parts)), sentences))]
     if not parts:
         return [], []

@@ -1,7 +1,7 @@
-"""Reads images, and turns them into tensors as published: a random crop to train, a central square to evaluate."""
+"""Reads images, and turns them into tensors: a random crop to train, a central square to evaluate."""
 
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 
 _MEAN, _STD = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 _FACTOR, _SHIFT = 1 / (255 * _STD), _MEAN / _STD
+
+Interpolation = Literal["bicubic", "bilinear"]
 
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _TURNS = {  # by EXIF orientation
@@ -85,13 +87,13 @@ def normalize(image: Image.Image | npt.NDArray[np.uint8]) -> Tensor:
 
 
 class TrainingTransform:
-    """A random part of the image, resized to a square: 50 to 100 % of its area, no longer than 4:3, bicubic.
+    """A random part of the image, resized to a square: 50 to 100 % of its area, no longer than 4:3.
 
-    The part is a function of ``seed``.
+    The part is a function of ``seed``. The released code resizes it by bilinear interpolation, torchvision's default.
     """
 
-    def __init__(self, size: int) -> None:
-        self.crop = RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC)
+    def __init__(self, size: int, interpolation: Interpolation = "bicubic") -> None:
+        self.crop = RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=InterpolationMode(interpolation))
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         # torch.manual_seed would also set the states of CUDA's generators, which this fork_rng does not restore.
