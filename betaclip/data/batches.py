@@ -15,6 +15,7 @@ from torch import Tensor
 from betaclip.model.texts import RaggedTexts
 
 CAPTION, SENTENCE, PHRASE = range(3)  # the levels of an example's texts
+PADDING = -1  # the level of a text that only fills a slot (``betaclip.data.padding``)
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def collate(examples: Sequence[Example | Bad]) -> Batch:
     good = [example for example in examples if isinstance(example, Example)]
     return Batch(
         torch.stack([example.image for example in good]) if good else torch.empty(0, 3, 0, 0, device="cpu"),
-        RaggedTexts.of(example.tokens for example in good),
+        RaggedTexts.of((example.tokens for example in good), (example.levels for example in good)),
         [example.path for example in good],
         [example for example in examples if isinstance(example, Bad)],
     )

@@ -27,6 +27,7 @@ from betaclip.model.text_tower import (
     prepare_text,
     stretch_positions,
     stretched,
+    text_modules,
     text_not_supported_reasons,
 )
 from betaclip.model.texts import RaggedTexts
@@ -125,6 +126,11 @@ class BetaCLIP(nn.Module):
         return self.clip.context_length
 
     @property
+    def end_token(self) -> int:
+        """The token by which the text tower finds the end of a padded text: the largest of the vocabulary."""
+        return text_modules(self.clip).token_embedding.num_embeddings - 1
+
+    @property
     def logit_scale(self) -> nn.Parameter:
         """() logarithm of the inverse temperature between images and captions.
 
@@ -179,7 +185,8 @@ class BetaCLIP(nn.Module):
             - ``image_embeds`` (B, D), of CLS.
             - ``text_embeds`` (B, K, D), the captions at [:, 0].
             - ``pooled_embeds`` (B, K, D), the image as each text pools it.
-            - ``mask`` (B, K) bool, True where there is a text; elsewhere both embeddings are 0.
+            - ``mask`` (B, K) bool, True where there is a text. Elsewhere both embeddings are 0, unless ``texts`` have a
+              padding text there, which is encoded and pooled like others.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
             - ``logit_bias`` (), if the towers have one.
 
@@ -191,11 +198,11 @@ class BetaCLIP(nn.Module):
             image_embeds, patches = self.encode_image(images)
         with _range("text tower"):
             distinct = self._encode_distinct(texts)
-            index, mask = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
+            index, filled, mask = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
             # Empty slots take the appended row of zeros.
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1)))
         with _range("pooling"):
-            pooled_embeds = self.pool(patches, text_embeds, query_mask=mask)
+            pooled_embeds = self.pool(patches, text_embeds, query_mask=filled)
         out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
@@ -234,12 +241,16 @@ class BetaCLIP(nn.Module):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _slots(texts: RaggedTexts, texts_per_image: int | None) -> tuple[Tensor, Tensor]:
-    """(B, K) index of the distinct text in each slot, U in empty slots, and (B, K) bool, True where there is a text."""
-    slots, valid = texts.slots(texts_per_image)
-    index = torch.full_like(slots, len(texts.packing.ends))
-    index[valid] = texts.packing.distinct[slots[valid]]
-    return index, valid
+def _slots(texts: RaggedTexts, texts_per_image: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, K) index of the distinct text in each slot, U in empty slots; (B, K) bool, True where a text fills the slot;
+    and the same where that is no padding."""
+    slots, filled = texts.slots(texts_per_image)
+    index, mask = torch.full_like(slots, len(texts.packing.ends)), filled
+    index[filled] = texts.packing.distinct[slots[filled]]
+    if texts.levels is not None:
+        mask = torch.zeros_like(filled)
+        mask[filled] = texts.levels[slots[filled]] >= 0
+    return index, filled, mask
 
 
 def create_model(config: ModelConfig) -> BetaCLIP:

@@ -22,6 +22,8 @@ class RaggedTexts:
         lengths: (N,) int64 tokens of each text, at least 1.
         image_index: (N,) int64 image of each text, sorted. An image's first text is its caption.
         num_images: B; an image may have no text.
+        levels: (N,) int64 level of each text in its image's hierarchy (``betaclip.data.batches``), below 0 for a text
+            that only fills a slot, where the mask of ``BetaCLIP.forward`` is False. None: not known, and no text does.
 
     Raises:
         ValueError: the tensors are malformed or disagree; the message names the one.
@@ -37,10 +39,13 @@ class RaggedTexts:
     lengths: Tensor
     image_index: Tensor
     num_images: int
+    levels: Tensor | None = None
 
     @classmethod
-    def of(cls, texts: Iterable[Sequence[Sequence[int] | Tensor]]) -> "RaggedTexts":
-        """Make them from the token sequences of each image's texts."""
+    def of(
+        cls, texts: Iterable[Sequence[Sequence[int] | Tensor]], levels: Iterable[Sequence[int]] | None = None
+    ) -> "RaggedTexts":
+        """Make them from the token sequences of each image's texts and, if they are known, the levels of these."""
         per_image = [[torch.as_tensor(t, dtype=torch.int64, device="cpu") for t in image] for image in texts]
         flat = [t for image in per_image for t in image]
         counts = torch.tensor([len(image) for image in per_image], dtype=torch.int64, device="cpu")
@@ -49,17 +54,23 @@ class RaggedTexts:
             torch.tensor([len(t) for t in flat], dtype=torch.int64, device="cpu"),
             torch.arange(len(per_image), device="cpu").repeat_interleave(counts),
             len(per_image),
+            None
+            if levels is None
+            else torch.tensor([i for image in levels for i in image], dtype=torch.int64, device="cpu"),
         )
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "lengths", "image_index"):
+        for name in ("tokens", "lengths", "image_index", "levels"):
             tensor = getattr(self, name)
+            if tensor is None:
+                continue
             if tensor.dim() != 1 or tensor.dtype != torch.int64 or tensor.device.type != "cpu":
                 got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
                 raise ValueError(f"{name}: expected one dimension of int64 on the CPU, got {got}")
-        if len(self.lengths) != len(self.image_index):
-            raise ValueError(f"image_index: expected shape {tuple(self.lengths.shape)} as lengths, "
-                             f"got {tuple(self.image_index.shape)}")  # fmt: skip
+        for name, tensor in (("image_index", self.image_index), ("levels", self.levels)):
+            if tensor is not None and len(self.lengths) != len(tensor):
+                raise ValueError(f"{name}: expected shape {tuple(self.lengths.shape)} as lengths, "
+                                 f"got {tuple(tensor.shape)}")  # fmt: skip
         if len(self.lengths) and int(self.lengths.min()) < 1:
             raise ValueError(f"lengths: expected at least 1, got {int(self.lengths.min())}")
         if int(self.lengths.sum()) != len(self.tokens):
@@ -107,4 +118,5 @@ class RaggedTexts:
             self.lengths[first:last],
             self.image_index[first:last] - begin,
             end - begin,
+            None if self.levels is None else self.levels[first:last],
         )

@@ -26,9 +26,16 @@ class LossConfig:
     """Weight of β-CAL; 0 leaves it out, with all texts but the captions, and freezes the pooling block."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of further loss terms, by name."""
+    padding: Literal["ignore", "published"] = "ignore"
+    """Images may have different numbers of texts. ignore: β-CAL contrasts the texts that there are. published: each
+    image gets as many sentences and phrases as the richest one by padding texts, which are encoded, stay in the softmax
+    denominators and count in the sigmoid form's divisor, as in the released code."""
     gather: Literal["auto", "all_gather", "ring", "false"] = "auto"
     """How to contrast with the images of all ranks; auto takes the default way. false: β-CAL sees the rank's own images
     alone, and only the global loss those of all ranks, as in the published code."""
+    gather_global: Literal["auto", "published"] = "auto"
+    """How the global loss contrasts over several ranks; auto: as gather says, with the gradients of the whole batch.
+    published: each rank takes what the others send as constants, so that gradients have about half their norm."""
     backend: str = "auto"
     """Backend of the losses."""
 
@@ -62,6 +69,9 @@ class OptimizerConfig:
     """The pooling block and its scale."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
+    schedule: Literal["exact", "published"] = "exact"
+    """exact: the warm-up reaches lr in update ``warmup``, the fall final_lr in the last update. published: the warm-up
+    reaches lr one update earlier, and the fall would reach final_lr one update after the last."""
     weight_decay: float = 0.01
     """Applied to parameters with more than one dimension: not to biases, norms and scales."""
 

@@ -6,6 +6,8 @@ from typing import Protocol
 from torch import Tensor
 
 from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.losses.detached import detached_clip_loss
+from betaclip.process_group import ProcessGroup
 from betaclip.training.config import LossConfig
 
 _GATHER: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
@@ -33,8 +35,14 @@ class GlobalLoss:
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
         self.backend = config.backend
         self.gather = several_ranks and (_GATHER[config.gather] or True)
+        self.detached = several_ranks and config.gather_global == "published"
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        if self.detached:
+            return detached_clip_loss(
+                out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"], ProcessGroup.of(),
+                mask=out["mask"][:, 0], backend=self.backend,
+            )  # fmt: skip
         # K = 1 with a mask, which ClipLoss does not take: an image may have no text at all.
         return beta_cal_ce_loss(
             out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
@@ -52,7 +60,9 @@ class BetaCALTerm:
         outputs = {"pooled_embeds", "text_embeds", "mask", "pool_logit_scale"}
         # In the softmax form a bias cancels.
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
-        self.loss = BetaCALLoss(config.form, config.beta, config.alpha, backend=config.backend, gather=gather)
+        self.loss = BetaCALLoss(
+            config.form, config.beta, config.alpha, config.padding, backend=config.backend, gather=gather
+        )
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.loss(

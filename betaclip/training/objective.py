@@ -53,4 +53,5 @@ def captions(texts: RaggedTexts) -> RaggedTexts:
     """The first text of each image."""
     first = texts.image_index.diff(prepend=texts.image_index.new_tensor([-1])) > 0
     tokens = texts.tokens[first.repeat_interleave(texts.lengths)]
-    return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.num_images)
+    levels = None if texts.levels is None else texts.levels[first]
+    return RaggedTexts(tokens, texts.lengths[first], texts.image_index[first], texts.num_images, levels)

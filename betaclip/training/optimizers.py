@@ -42,18 +42,23 @@ def part_of(name: str) -> str:
     return "pool" if name.startswith("pool.") else "backbone"
 
 
-def learning_rate(step: int, steps: int, config: GroupConfig) -> float:
+def learning_rate(step: int, steps: int, config: GroupConfig, schedule: str = "exact") -> float:
     """The rate of update ``step`` = 0 ... steps - 1. It rises linearly from ``initial_lr`` to ``lr``, which it reaches
-    in update ``warmup``, and falls by half a cosine to ``final_lr``, which it reaches in the last update."""
+    in update ``warmup``, and falls by half a cosine to ``final_lr``, which it reaches in the last update.
+
+    In the "published" schedule it reaches ``lr`` one update earlier, where it stays for two updates, and the fall ends
+    one update later, after the last.
+    """
+    shift = int(schedule == "published")
     if step < config.warmup:
-        return config.initial_lr + (config.lr - config.initial_lr) * step / config.warmup
-    done = (step - config.warmup) / max(1, steps - 1 - config.warmup)
+        return config.initial_lr + (config.lr - config.initial_lr) * step / max(1, config.warmup - shift)
+    done = (step - config.warmup) / max(1, steps - 1 - config.warmup + shift)
     return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimizerConfig) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, getattr(config, group["part"]))
+        group["lr"] = learning_rate(step, steps, getattr(config, group["part"]), config.schedule)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> dict[str, Tensor]:

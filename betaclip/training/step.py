@@ -1,6 +1,7 @@
 """One update: forward and backward of a batch in micro-batches, gradient norms, AdamW, scales."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from betaclip.data.batches import Batch
+from betaclip.data.padding import pad_as_published
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainingConfig
@@ -92,15 +94,21 @@ class TrainStep:
             size = self.model.image_size
             batch = Batch(batch.images.new_empty(0, 3, size, size), batch.texts, [], [])
         if self.objective.captions_only:
-            batch = Batch(batch.images, captions(batch.texts), batch.paths, batch.bad)
+            batch = replace(batch, texts=captions(batch.texts))
+        # Images that one loss contrasts have the same number of slots: those of the share, or of a micro-batch.
+        cached = self.config.run.accumulation == "grad_cache"
+        if cached:
+            batch = self._padded(batch)
         micro_batches = self._micro_batches(batch, images)
-        width = max(1, batch.texts.max_texts_per_image)
+        if not cached:
+            micro_batches = [self._padded(micro_batch) for micro_batch in micro_batches]
         losses: list[Tensor] = []
 
         def forward(micro_batch: Batch) -> dict[str, Tensor]:
+            slots = max(1, (batch if cached else micro_batch).texts.max_texts_per_image)
             # Autocast ends before the next pass: while it lasts, it keeps the weights that it has cast.
             with self._autocast():
-                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, width)
+                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, slots)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -108,7 +116,7 @@ class TrainStep:
             losses.append(torch.stack([found[name].detach().float() for name in self.objective.names]))
             return self.scaler.scale(found["loss"])
 
-        if self.config.run.accumulation == "grad_cache":
+        if cached:
             with _range("forward and backward"):
                 cached_backward(forward, micro_batches, loss, no_sync=partial(no_sync, self.wrapped))
             return losses[0]
@@ -118,6 +126,11 @@ class TrainStep:
         with _range("forward and backward"):
             (loss(forward(micro_batches[-1])) / len(micro_batches)).backward()
         return torch.stack(losses).mean(0)
+
+    def _padded(self, batch: Batch) -> Batch:
+        if self.config.loss.padding == "ignore":
+            return batch
+        return replace(batch, texts=pad_as_published(batch.texts, self.model.end_token))
 
     def _micro_batches(self, batch: Batch, images: int) -> list[Batch]:
         """Parts with about the same number of images. Each may be a collective, so that all ranks have the same number

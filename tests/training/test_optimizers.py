@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.paths import GOLDEN
 from torch import nn
 
 from betaclip.training.config import GroupConfig, OptimizerConfig
@@ -61,6 +63,26 @@ def test_learning_rates():
     optimizer = create_optimizer(Model(), CONFIG)
     set_learning_rates(optimizer, 7, 11, CONFIG)
     assert {g["part"]: g["lr"] for g in optimizer.param_groups} == {"backbone": backbone[7], "pool": pool[7]}
+
+
+@pytest.mark.parametrize(
+    ("part", "config"),
+    [("backbone", GroupConfig(1e-3, 1e-5, initial_lr=1e-6, warmup=3)), ("pool", GroupConfig(1e-3, 1e-4))],
+)
+def test_published_schedule(part, config):
+    """The released code's rates, of which the third and the fourth are the highest."""
+    rates = [learning_rate(step, 8, config, "published") for step in range(8)]
+    assert rates == pytest.approx(
+        load_file(GOLDEN / "published_training.safetensors")[f"lr.{part}"].tolist(), rel=1e-12
+    )
+
+
+def test_published_schedule_of_one_update_of_warmup():
+    config = replace(CONFIG, schedule="published", backbone=replace(CONFIG.backbone, warmup=1))
+    optimizer = create_optimizer(Model(), config)
+    for step, rate in ((0, 1e-9), (1, 1e-3)):
+        set_learning_rates(optimizer, step, 5, config)
+        assert {g["lr"] for g in optimizer.param_groups if g["part"] == "backbone"} == {rate}
 
 
 def test_clips_each_part_by_its_own_norm():
