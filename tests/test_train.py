@@ -14,6 +14,9 @@ from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator
 from betaclip.training.config import GroupConfig, OptimizerConfig
 
 CONFIGS = ROOT / "configs"
+DATA_OF_THE_RELEASED_CODE = {
+    "phrase_style": "published", "long_phrases": "published", "sentence_order": "random", "interpolation": "bilinear",
+}  # fmt: skip
 
 
 def test_scenes_are_the_defaults():
@@ -28,8 +31,15 @@ def test_published_recipes(form, tmp_path):
     assert (config.loss.form, config.loss.beta, config.loss.alpha) == (form, 0.5, 1.0)
     assert config.data.kind == "sharegpt4v" and (config.data.sentences, config.data.max_phrases) == (5, 30)
     assert config.optimizer == OptimizerConfig(
-        backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6), pool=GroupConfig(1e-3, 1e-4)
+        backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6),
+        pool=GroupConfig(1e-3, 1e-4),
+        schedule="published",
     )
+    chosen = (config.loss, ("padding", "gather_global", "gather")), (config.data, DATA_OF_THE_RELEASED_CODE)
+    assert [[getattr(part, name) for name in names] for part, names in chosen] == [
+        ["published", "published", "false"],
+        list(DATA_OF_THE_RELEASED_CODE.values()),
+    ]
     assert (config.run.batch_size, config.run.micro_batch_size, config.run.epochs) == (2048, 64, 10)
     assert config.run.accumulation == "mean"
     (tmp_path / "config.toml").write_text(to_toml(config))
