@@ -13,7 +13,7 @@ SEED = 7
 
 def _example(index: int, texts: int) -> Example:
     tokens = [[1, *range(10 * index, 10 * index + k + 1), 9] for k in range(texts)]
-    return Example(torch.full((3, 4, 4), float(index)), ["a"] * texts, tokens, [0] * texts, f"{index}.png")
+    return Example(torch.full((3, 4, 4), float(index)), ["a"] * texts, tokens, list(range(texts)), f"{index}.png")
 
 
 class _Pictures(Dataset):
@@ -30,6 +30,7 @@ def test_collate():
     assert batch.texts.tokens.tolist() == [1, 0, 9, 1, 0, 1, 9, 1, 20, 9]
     assert batch.texts.lengths.tolist() == [3, 4, 3]
     assert batch.texts.image_index.tolist() == [0, 0, 1] and batch.texts.num_images == 2
+    assert batch.texts.levels.tolist() == [0, 1, 0]
     assert batch.paths == ["0.png", "2.png"] and batch.bad == [Bad("1.png", "broken")]
 
 
@@ -44,7 +45,7 @@ def test_parts():
     examples = [_example(i, i) for i in (1, 2, 3, 4)]
     part, truth = collate([*examples, Bad("x", "broken")]).of_images(1, 3), collate(examples[1:3])
     assert torch.equal(part.images, truth.images) and part.paths == truth.paths and part.bad == []
-    for name in ("tokens", "lengths", "image_index"):
+    for name in ("tokens", "lengths", "image_index", "levels"):
         assert torch.equal(getattr(part.texts, name), getattr(truth.texts, name)), name
 
 

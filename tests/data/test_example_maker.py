@@ -12,7 +12,7 @@ from betaclip.data.batches import Bad, Example
 from betaclip.data.example_maker import ExampleMaker
 from betaclip.data.phrases.cache import UnknownSentenceError
 from betaclip.data.phrases.spans import NOUN, Phrase
-from betaclip.model.tokenizer import Tokenizer
+from betaclip.model.tokenizer import SOT, Tokenizer
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 CAPTION = " ".join(f"Sentence {word} has words." for word in NUMBERS)
@@ -61,6 +61,17 @@ def test_limits():
     assert [len(tokens) for tokens in example.tokens] == [9, 6, 6, 3]  # the caption is cut
     make = ExampleMaker(16, 77, lambda sentence: [Phrase("a b c", NOUN), Phrase("d e", NOUN)], max_phrase_tokens=2)
     assert make(io.BytesIO(picture()), "a.jpg", CAPTION, 0).texts[6:] == ["d e"]
+
+
+def test_long_phrases_of_the_released_code():
+    """They stay, without their end token; a sentence of as many tokens is whole."""
+    make = ExampleMaker(
+        16, 77, lambda sentence: [Phrase("a b c", NOUN), Phrase("d e", NOUN)], max_phrase_tokens=2,
+        long_phrases="published",
+    )  # fmt: skip
+    example = make(io.BytesIO(picture()), "a.jpg", CAPTION, 0)
+    assert example.texts[6:] == ["a b c", "d e"]
+    assert example.tokens[6:] == [[SOT], Tokenizer()("d e")] and example.tokens[1] == Tokenizer()(example.texts[1])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])

@@ -41,6 +41,19 @@ def test_sampling():
     assert all(110 < count < 175 for count in counts.values()), counts  # 200 · 5 / 7 = 143, σ = 6.4
 
 
+def test_random_order():
+    everything, orders = split_sentences(CAPTION), set()
+    for seed in range(40):
+        texts, levels = hierarchy(CAPTION, last_word, random.Random(seed), sentence_order="random")
+        order = [everything.index(sentence) for sentence in texts[1:6]]
+        assert len(set(order)) == 5 and levels.count(1) == 5 and texts[0] == ". ".join(texts[1:6])
+        assert texts[6] == texts[1].rsplit(" ", 1)[0]  # phrases follow the sentences
+        orders.add(tuple(order))
+    assert len(orders) > 35 and len({order[0] for order in orders}) == 7
+    texts = [hierarchy("A cat. A dog.", lambda _: [], random.Random(s), sentence_order="random")[0] for s in range(20)]
+    assert {text for text, *_ in texts} == {"A cat. A dog", "A dog. A cat"}
+
+
 def test_fewer_sentences_than_wanted():
     texts, levels = hierarchy("A cat. A dog.", lambda sentence: [], random.Random(0))
     assert (texts, levels) == (["A cat. A dog", "A cat", "A dog"], [0, 1, 1])

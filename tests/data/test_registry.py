@@ -57,6 +57,14 @@ def test_sharegpt4v(sharegpt4v):
     assert isinstance(bad, Bad) and bad.path.endswith("b.png")
 
 
+def test_settings_of_the_released_code(sharegpt4v):
+    """They reach what makes the examples."""
+    config = replace(sharegpt4v, interpolation="bilinear", long_phrases="published", sentence_order="random")
+    make = config.create(24, 20).make
+    assert (make.long_phrases, make.sentence_order) == ("published", "random")
+    assert make.transform.crop.interpolation.value == "bilinear"
+
+
 def test_without_a_spacy_model(sharegpt4v, monkeypatch):
     """Coarser phrases are used only if asked for; rendered scenes need no parser."""
     monkeypatch.setattr(extraction, "SPACY_MODELS", ())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torchvision.transforms import RandomResizedCrop
 
 from betaclip.data.transforms import EvaluationTransform, TrainingTransform, UnreadableImageError, normalize, read_image
 
@@ -148,6 +149,15 @@ def test_training_transform():
     first, again, other = (transform(image, seed) for seed in (3, 3, 4))
     assert first.shape == (3, 24, 24)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_interpolation_of_the_training_transform():
+    """The same part of the image, in the released code as torchvision resizes by default."""
+    image = _picture(400, 300)
+    bicubic, bilinear = (TrainingTransform(24, name)(image, 3) for name in ("bicubic", "bilinear"))
+    torch.manual_seed(3)
+    assert torch.equal(bilinear, normalize(RandomResizedCrop(24, scale=(0.5, 1.0))(image)))
+    assert 0 < (bicubic - bilinear).abs().mean() < 0.2
 
 
 def test_training_transform_crops_the_published_share():

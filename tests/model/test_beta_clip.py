@@ -4,7 +4,7 @@ import copy
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import open_clip
 import pytest
@@ -80,6 +80,18 @@ def test_forward(texts):
 def test_encode_text_is_in_the_texts_order(texts):
     beta_clip = model()
     torch.testing.assert_close(beta_clip.encode_text(texts), beta_clip.clip.encode_text(padded(texts, 77)))
+
+
+def test_padding_texts(texts):
+    """They are encoded and pooled as other texts, but are not in the mask."""
+    beta_clip = model()
+    levels = torch.arange(len(texts.lengths)) % 4 - 1
+    plain, out = (beta_clip(pictures(), t) for t in (texts, replace(texts, levels=levels)))
+    for name in ("image_embeds", "text_embeds", "pooled_embeds"):
+        assert torch.equal(out[name], plain[name])
+    slots, filled = texts.slots()
+    assert torch.equal(out["mask"], filled & (levels[slots] >= 0)) and 0 < out["mask"].sum() < filled.sum()
+    assert beta_clip.end_token == 91
 
 
 def test_texts_per_image(texts):

@@ -9,6 +9,7 @@ from betaclip.model.texts import RaggedTexts
 from betaclip.training.objective import captions
 
 TEXTS = [[[1, 5, 9], [1, 9]], [], [[1, 6, 7, 9]]]
+LEVELS = [[0, 2], [], [0]]
 
 
 def test_of_lists():
@@ -29,9 +30,12 @@ def test_slots():
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 3), (1, 2), (1, 3), (2, 3), (3, 3)])
 def test_of_images(begin, end):
-    part, truth = RaggedTexts.of(TEXTS).of_images(begin, end), RaggedTexts.of(TEXTS[begin:end])
-    assert part.num_images == truth.num_images
-    for name in ("tokens", "lengths", "image_index"):
+    part, truth = (
+        RaggedTexts.of(TEXTS, LEVELS).of_images(begin, end),
+        RaggedTexts.of(TEXTS[begin:end], LEVELS[begin:end]),
+    )
+    assert part.num_images == truth.num_images and RaggedTexts.of(TEXTS).of_images(begin, end).levels is None
+    for name in ("tokens", "lengths", "image_index", "levels"):
         assert torch.equal(getattr(part, name), getattr(truth, name)), name
 
 
@@ -58,7 +62,8 @@ def test_any_default_device(default_device):
     assert texts.packing.lengths.tolist() == [2, 3, 4]
     for rows in (texts.packing.padded_rows, texts.packing.flat_rows):
         assert rows.node.device.type == "cpu"
-    assert captions(texts).tokens.tolist() == [1, 5, 9, 1, 6, 7, 9]
+    assert captions(texts).tokens.tolist() == [1, 5, 9, 1, 6, 7, 9] and captions(texts).levels is None
+    assert captions(RaggedTexts.of(TEXTS, LEVELS)).levels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,8 @@ def test_any_default_device(default_device):
         ({"lengths": torch.tensor([3, 2, 5])}, "lengths: expected a sum of 9 as there are tokens, got 10"),
         ({"image_index": torch.tensor([0, 2, 1])}, "image_index: expected sorted numbers below 3"),
         ({"image_index": torch.tensor([0, 2, 3])}, "image_index: expected sorted numbers below 3"),
+        ({"levels": torch.tensor([0, 2])}, r"levels: expected shape \(3,\) as lengths, got \(2,\)"),
+        ({"levels": torch.zeros(3)}, "levels: expected one dimension of int64 on the CPU, got torch.float32"),
     ],
 )
 def test_rejects(change, message):

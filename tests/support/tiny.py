@@ -37,11 +37,12 @@ def tiny_model(seed: int = 0, **options: Any) -> BetaCLIP:
 
 
 def tiny_batch(images: int, seed: int = 0) -> Batch:
-    """Image i has 1 + i % 3 texts."""
+    """Image i has 1 + i % 3 texts: a caption, a sentence, a phrase."""
     torch.manual_seed(seed)
     texts = [[torch.randint(1, WORDS, (2 + (i + j) % 5,)) for j in range(1 + i % 3)] for i in range(images)]
+    levels = [list(range(len(image))) for image in texts]
     paths = [f"picture {i}" for i in range(images)]
-    return Batch(torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE), RaggedTexts.of(texts), paths, [])
+    return Batch(torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE), RaggedTexts.of(texts, levels), paths, [])
 
 
 class TinyDataset(Dataset[Example | Bad]):

@@ -1,15 +1,17 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import needs_gloo, processes
 from support.steps import OPTIMIZER, assert_same, config, create_step, double, parameters
-from support.tiny import tiny_batch, tiny_model
+from support.tiny import WORDS, tiny_batch, tiny_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from betaclip import BetaCALLoss
 from betaclip.data.batches import Batch
+from betaclip.data.padding import pad_as_published
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.training import parallel
@@ -50,6 +52,31 @@ def test_accumulation_is_the_mean_of_losses():
     assert row[0].item() == pytest.approx(sum(losses) / 2)
     norm = torch.stack([p.grad.norm() for n, p in other.named_parameters() if not n.startswith("pool.")]).norm()
     assert row[5].item() == pytest.approx(norm.item())
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+@pytest.mark.parametrize(("accumulation", "bounds"), [("mean", [0, 2, 4, 6]), ("grad_cache", [0, 6])])
+def test_published_padding(form, accumulation, bounds):
+    """Texts are padded to those of the images that one loss contrasts: of a micro-batch, or of all."""
+    batch, losses = double(tiny_batch(6)), []
+    other = tiny_model().double()
+    for begin, end in pairwise(bounds):
+        part = batch.of_images(begin, end)
+        out = other(part.images, pad_as_published(part.texts, WORDS - 1))
+        assert not out["mask"].all() and out["text_embeds"].any(-1).all()
+        embeds = out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"]
+        losses.append(BetaCALLoss(form, padding="published")(*embeds, mask=out["mask"]))
+    torch.stack(losses).mean().backward()
+    settings = config(micro_batch_size=2, accumulation=accumulation)
+    loss = LossConfig(form, global_weight=0.0, padding="published")
+    rows = []
+    for one in (loss, replace(loss, padding="ignore")):
+        train_step = create_step(tiny_model().double(), replace(settings, loss=one))
+        rows.append(dict(zip(train_step.columns, train_step(batch, 0, 6).tolist(), strict=True)))
+    assert rows[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    norm = torch.stack([p.grad.norm() for name, p in other.named_parameters() if name.startswith("pool.")]).norm()
+    assert rows[0]["norm_pool"] == pytest.approx(norm.item(), rel=1e-6)
+    assert rows[1]["loss"] != pytest.approx(rows[0]["loss"], rel=0.01)
 
 
 def test_global_loss_alone():
@@ -203,9 +230,18 @@ def losses_of_each_rank_are_averaged() -> None:
     of_parts = [alone(one(part.images, part.texts))["beta_cal_loss"].item() for part in parts]
     assert row["beta_cal_loss"] == pytest.approx(sum(of_parts) / 2)
     assert row["global_loss"] == pytest.approx(alone(one(whole.images, whole.texts))["global_loss"].item())
+    settings = replace(settings, loss=replace(settings.loss, gather_global="published", beta_cal_weight=0.0))
+    rows = []
+    for loss in (settings.loss, replace(settings.loss, gather_global="auto")):
+        train_step = create_step_of_rank(tiny_model().double(), replace(settings, loss=loss))
+        rows.append(
+            dict(zip(train_step.columns, train_step(parts[ProcessGroup.of().rank], 0, 7).tolist(), strict=True))
+        )
+    assert rows[0]["global_loss"] == pytest.approx(rows[1]["global_loss"], rel=1e-6)
+    assert 0.1 < rows[0]["norm_backbone"] / rows[1]["norm_backbone"] < 0.8
 
 
 @needs_gloo
 def test_losses_of_each_rank_are_averaged(tmp_path):
-    """β-CAL of the rank's own images as published, while the global loss is of all."""
+    """β-CAL of the rank's own images as published, while the global loss is of all, in one of two ways."""
     processes(2, losses_of_each_rank_are_averaged, tmp_path)
