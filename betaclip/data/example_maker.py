@@ -13,7 +13,7 @@ from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
 from betaclip.data.phrases.extraction import ExtractorName
 from betaclip.data.phrases.spans import Phrase, PhraseStyle
 from betaclip.data.transforms import Interpolation, TrainingTransform, UnreadableImageError, read_image
-from betaclip.model.tokenizer import SOT, Tokenizer
+from betaclip.model.tokenizer import Tokenizer
 
 LongPhrases = Literal["drop", "published"]
 
@@ -48,7 +48,9 @@ class ExampleMaker:
         interpolation: Interpolation = "bicubic",
     ) -> None:
         self.transform = TrainingTransform(image_size, interpolation)
-        self.tokenizer = Tokenizer(context_length)
+        self.tokenizer = self.phrase_tokenizer = Tokenizer(context_length)
+        if long_phrases == "published":
+            self.phrase_tokenizer = Tokenizer(min(context_length, max_phrase_tokens + 2), keep_end=False)
         self.phrases = phrases
         self.sentences, self.max_phrases, self.max_phrase_tokens = sentences, max_phrases, max_phrase_tokens
         self.phrase_style: PhraseStyle = phrase_style
@@ -66,7 +68,7 @@ class ExampleMaker:
                 random.Random(seed),
                 sentences=self.sentences,
                 max_phrases=self.max_phrases,
-                fits=lambda phrase: self.long_phrases == "published" or not self._is_long(self.tokenizer(phrase)),
+                fits=self._fits,
                 phrase_style=self.phrase_style,
                 sentence_order=self.sentence_order,
             )
@@ -80,14 +82,14 @@ class ExampleMaker:
             image = read_image(source)
         except UnreadableImageError as error:
             return Bad(path, str(error))
-        tokens = [self.tokenizer(text) for text in texts]
         tokens = [
-            [SOT] if level == PHRASE and self._is_long(ids) else ids for ids, level in zip(tokens, levels, strict=True)
+            (self.phrase_tokenizer if level == PHRASE else self.tokenizer)(text)
+            for text, level in zip(texts, levels, strict=True)
         ]
         return Example(self.transform(image, seed), texts, tokens, levels, path)
 
-    def _is_long(self, phrase: list[int]) -> bool:
-        return len(phrase) - 2 > self.max_phrase_tokens
+    def _fits(self, phrase: str) -> bool:
+        return self.long_phrases == "published" or len(self.tokenizer(phrase)) - 2 <= self.max_phrase_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

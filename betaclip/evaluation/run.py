@@ -104,7 +104,8 @@ class Evaluator:
         Raises:
             ConfigError: none of a set's pictures can be read.
         """
-        tokenizer, conditioned = Tokenizer(model.context_length), self.config.conditioned
+        tokenizer = Tokenizer(model.context_length, keep_end=self.config.long_texts == "keep_end")
+        conditioned = self.config.conditioned
         options: Any = {"batch_size": self.config.batch_size, "process_group": process_group}
         results: dict[str, dict[str, float]] = {}
         if self.scenes:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from betaclip.data.batches import Bad
 from betaclip.data.multiple_choice import ChoiceSet
@@ -23,6 +24,9 @@ class EvaluationConfig(RetrievalConfig):
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
     conditioned: bool = True
     """Also evaluate text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
+    long_texts: Literal["keep_end", "published"] = "keep_end"
+    """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
+    the same embedding."""
     batch_size: int = 64
     """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0

@@ -17,6 +17,8 @@ class Tokenizer:
 
     Args:
         context_length: the largest number of ids, at least 3.
+        keep_end: False is for the numbers of the released code, which cuts the end token off too. Its text tower then
+            reads the text at the start token, the largest that is left, so only that is returned.
 
     Raises:
         ValueError: ``context_length`` is below 3.
@@ -28,6 +30,7 @@ class Tokenizer:
     """
 
     context_length: int = 77
+    keep_end: bool = True
 
     def __post_init__(self) -> None:
         if self.context_length < 3:
@@ -37,6 +40,8 @@ class Tokenizer:
         ids = [i for word in _BPE.pat.findall(_clean(text)) for i in _ids(word)]
         if EOT in ids:  # the text spells the end token out, and ends there for open_clip's text tower
             ids = ids[: ids.index(EOT)]
+        if len(ids) > self.context_length - 2 and not self.keep_end:
+            return [SOT]
         return [SOT, *ids[: self.context_length - 2], EOT]
 
 

@@ -15,12 +15,21 @@ from betaclip.cli import main
 from betaclip.errors import ConfigError
 from betaclip.evaluation import run
 from betaclip.evaluation.run import EvaluateConfig, evaluate
+from betaclip.evaluation.sets import EvaluationConfig
 from betaclip.evaluation.tasks.scenes import evaluate_scenes
 from betaclip.model.beta_clip import ModelConfig, create_model
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.published import save_published
 
 COLOURS = ("red", "green", "blue")
+
+
+@pytest.mark.parametrize("long_texts", ["keep_end", "published"])
+def test_long_texts(long_texts, monkeypatch):
+    used = []
+    monkeypatch.setattr(run, "evaluate_scenes", lambda model, tokenizer, **_: used.append(tokenizer) or {})
+    run.Evaluator(EvaluationConfig(scenes=1, long_texts=long_texts))(colours.ColourModel())
+    assert used == [Tokenizer(colours.ColourModel().context_length, keep_end=long_texts == "keep_end")]
 
 
 @pytest.fixture

@@ -36,6 +36,14 @@ def test_too_long(context_length):
     assert ids[:-1] == Tokenizer(10_000)(text)[: context_length - 1]
 
 
+def test_too_long_without_its_end():
+    """The start token is then the largest, at which open_clip's text tower and the released one read the text."""
+    cut = Tokenizer(5, keep_end=False)
+    assert cut("a red cat") == Tokenizer()("a red cat")  # as long as may be
+    assert cut("a red fat cat") == [SOT]
+    assert max(Tokenizer()("a red fat cat")[:5]) == SOT
+
+
 def test_calls_are_independent():
     tokenizer = Tokenizer()
     tokenizer("a cat").append(0)
