@@ -61,7 +61,7 @@ class BetaCALTerm:
         # In the softmax form a bias cancels.
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
         self.loss = BetaCALLoss(
-            config.form, config.beta, config.alpha, config.padding, backend=config.backend, gather=gather
+            config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather
         )
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
