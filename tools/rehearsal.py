@@ -1,7 +1,7 @@
 """A dress rehearsal of the published recipe: all commands of a real run, on a set that is made up in the same layouts.
 
-    python tools/rehearsal.py                       # ViT-B/16 as in configs/; docs/published_run.md says how long
-    python tools/rehearsal.py --tower small         # the same in half a minute
+    python tools/rehearsal.py                       # ViT-B/16, as the recipes have it: minutes
+    python tools/rehearsal.py --tower small         # two small layers: seconds
 
 Annotations with the 1000 test rows, pictures, OpenAI's layout of weights with random numbers, Urban1K, DCI and FG-OVD
 are written into a folder. After betaclip prepare, each form of the loss is trained for two updates, killed, resumed,
