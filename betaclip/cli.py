@@ -1,4 +1,4 @@
-"""The command `betaclip`: train, evaluate, visualize, prepare, env. A command imports only what it needs."""
+"""The command `betaclip`: train, evaluate, visualize, prepare, export, env. A command imports only what it needs."""
 
 import difflib
 import importlib
@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": Command("betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions and pointing"),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
+    "export": Command("betaclip.export", "ExportConfig", "export", "write a model in the published layout"),
     "env": Command("betaclip.env", None, "main", "versions, devices and backends, for a bug report"),
 }
 

@@ -1,8 +1,10 @@
 """Makes the open_clip model that a BetaCLIP is built on."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import open_clip
@@ -56,7 +58,22 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
     tags = open_clip.list_pretrained_tags_by_model(known)
     if tag is not None and tag not in tags:
         raise ValueError(f"pretrained: expected a file, or one of {', '.join(tags)} for {name}; got {tag!r}")
-    return open_clip.create_model(known, pretrained=tag, force_quick_gelu=quick_gelu)
+    with _without_alarm():
+        return open_clip.create_model(known, pretrained=tag, force_quick_gelu=quick_gelu)
+
+
+@contextmanager
+def _without_alarm() -> Iterator[None]:
+    """Drop open_clip's warning that the weights are random: they are meant to be, or a file's are loaded next."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    logging.getLogger().addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(keep)
 
 
 def needs_quick_gelu(name: str, tag: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -263,6 +264,22 @@ def test_checkpoint_of_a_model_with_openais_weights():
     beta_clip = create_model(ModelConfig(name=TINY, pool_heads=4, quick_gelu=True))
     assert all(isinstance(block.mlp.gelu, QuickGELU) for block in beta_clip.clip.transformer.resblocks)
     assert beta_clip.config.quick_gelu
+
+
+def test_no_alarm_of_random_weights(monkeypatch, caplog):
+    """open_clip's would also come where the weights of a file are loaded next; its other warnings stay."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", json.loads(TINY))
+    create = open_clip.create_model
+
+    def create_and_warn(*args: object, **options: object) -> nn.Module:
+        logging.warning("another one")
+        return create(*args, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", create_and_warn)
+    create_model(ModelConfig(name="tiny", pool_heads=4))
+    assert [record.getMessage() for record in caplog.records] == ["another one"]
+    logging.warning("initialized randomly")
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize("stretch", [False, True])

@@ -1,0 +1,31 @@
+"""The figures behind the cost of a run are those of known cases."""
+
+import torch
+import training_cost
+from torch import nn
+
+
+def test_kept_bytes() -> None:
+    """The input of the product and the output of the ReLU, each once; not the weights."""
+    module = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    x = torch.randn(5, 8, requires_grad=True)
+    assert training_cost.kept_bytes(lambda: module(x), module) == 4 * (5 * 8 + 5 * 4)
+    assert training_cost.kept_bytes(lambda: (module(x), module(x)), module) == 4 * (5 * 8 + 2 * 5 * 4)
+
+
+def test_extrapolated() -> None:
+    def count(layers: int, images: int) -> int:
+        return 5 + 3 * images + layers * (7 + 2 * images)
+
+    assert training_cost.extrapolated(count, 12) == (3 + 12 * 2, 5 + 12 * 7)
+
+
+def test_read() -> None:
+    seen: list[str] = []
+
+    def phrases(sentence: str) -> list[training_cost.Phrase]:
+        seen.append(sentence)
+        return [training_cost.Phrase("a red mug", 0)]
+
+    assert training_cost.read_s(["A red mug stands here. It is full."], phrases, (64, 48)) > 0
+    assert len(seen) == 2 * training_cost.ROUNDS
