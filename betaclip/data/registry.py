@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 from betaclip.data.batches import Bad, Example
 from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.readers.dci import DCIOptions
+from betaclip.data.readers.pairs import PairsOptions, PairsRetrievalOptions
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet
 from betaclip.data.readers.shards import ShardOptions
-from betaclip.data.readers.sharegpt4v import ShareGPT4V1kOptions, ShareGPT4VOptions
+from betaclip.data.readers.sharegpt4v import ShareGPT4V1kOptions, ShareGPT4V10kOptions, ShareGPT4VOptions
 from betaclip.data.readers.urban1k import Urban1KOptions
 from betaclip.data.scenes.dataset import SceneOptions
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 DATASETS: dict[str, type[DatasetOptions]] = {
     "scenes": SceneOptions,
     "sharegpt4v": ShareGPT4VOptions,
+    "pairs": PairsOptions,
     "shards": ShardOptions,
 }
 
@@ -29,7 +31,9 @@ DATASETS: dict[str, type[DatasetOptions]] = {
 RETRIEVAL_SETS: dict[str, type[RetrievalOptions]] = {
     "urban1k": Urban1KOptions,
     "sharegpt4v": ShareGPT4V1kOptions,
+    "sharegpt4v_10k": ShareGPT4V10kOptions,
     "dci": DCIOptions,
+    "pairs": PairsRetrievalOptions,
 }
 
 if TYPE_CHECKING:
@@ -41,7 +45,7 @@ else:
 @dataclass(frozen=True, kw_only=True)
 class _AnyKind:
     kind: Kind = "scenes"
-    """Rendered scenes, pictures in files with ShareGPT4V's annotations, or pictures and captions in tar shards."""
+    """Rendered scenes, ShareGPT4V, pictures of your own with captions in files, or tar shards of both."""
     bad_limit: int = at_least(0, 100)
     """Number of images or captions that may be unusable, each counted once; the run stops at more."""
 
@@ -67,7 +71,8 @@ class DataConfig(*reversed(DATASETS.values()), _AnyKind):  # type: ignore[misc]
             given = setting.default is None and getattr(self, setting.name) is not None
             if given and setting.name not in own:
                 users = [kind for kind, other in DATASETS.items() if setting.name in {f.name for f in fields(other)}]
-                raise ValueError(f"{setting.name}: kind {self.kind!r} does not use it, only {' and '.join(users)}")
+                listed = " and ".join(filter(None, (", ".join(users[:-1]), users[-1])))
+                raise ValueError(f"{setting.name}: kind {self.kind!r} does not use it, only {listed}")
         return _part(self, options).create(image_size, context_length, seed=seed, rank=rank, ranks=ranks)
 
 

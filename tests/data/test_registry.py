@@ -11,8 +11,8 @@ from support.shards import write_shard
 
 from betaclip.data.batches import Bad, Draw
 from betaclip.data.phrases import extraction
+from betaclip.data.readers.pairs import PairsDataset
 from betaclip.data.readers.shards import ShardDataset
-from betaclip.data.readers.sharegpt4v import ShareGPT4V
 from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
@@ -36,8 +36,9 @@ def sharegpt4v(tmp_path, picture):
     rows = [{"image": "missing.png", **row}] * 1000 + [{"image": "a.png", **row}, {"image": "b.png", **row}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     return DataConfig(
-        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2, phrase_extractor="rules"
-    )
+        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", test_rows=1000, max_phrases=2,
+        phrase_extractor="rules",
+    )  # fmt: skip
 
 
 def test_scenes():
@@ -50,7 +51,7 @@ def test_scenes():
 
 def test_sharegpt4v(sharegpt4v):
     dataset = sharegpt4v.create(24, 20)
-    assert isinstance(dataset, ShareGPT4V) and len(dataset) == 2
+    assert isinstance(dataset, PairsDataset) and len(dataset) == 2
     example, bad = (dataset[Draw(i, 1)] for i in (0, 1))
     assert example.image.shape == (3, 24, 24) and example.path.endswith("a.png")
     assert example.levels == [0, 1, 1, 1, 1, 1, 2, 2] and len(example.tokens[0]) == 20
@@ -86,11 +87,12 @@ def test_shards(tmp_path, picture):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v"),
+        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v and pairs"),
         ({"shards": "x.tar"}, "shards: kind 'scenes' does not use it, only shards"),
-        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v and shards"),
-        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs the folder"),
-        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs the file"),
+        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v, pairs and shards"),
+        ({"csv_img_key": "x"}, "csv_img_key: kind 'scenes' does not use it, only pairs"),
+        ({"kind": "sharegpt4v"}, "annotations: kind 'sharegpt4v' needs the file"),
+        ({"kind": "pairs"}, "annotations: kind 'pairs' needs the file"),
         (
             {"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"},
             "shards: kind 'sharegpt4v' does not use it",

@@ -1,7 +1,7 @@
 """Pictures and captions in tar shards, read in sequence with the webdataset library, for storage that seeks slowly.
 
-A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.json`` with a "caption" or
-with ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
+A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its captions: ``KEY.json`` with a "caption",
+a list of "captions" or ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
 """
 
 import io
@@ -26,8 +26,8 @@ from webdataset.tariterators import group_by_keys
 
 from betaclip.data.batches import Bad, Batch, Example, collate
 from betaclip.data.dataset_options import at_least
-from betaclip.data.example_maker import CaptionOptions, ExampleMaker
-from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
+from betaclip.data.example_maker import CaptionOptions, ExampleMaker, draw_caption
+from betaclip.data.readers.annotations import BadRowError, captions_of, checked_caption, parse_json
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _MAX_FILE = 1 << 27  # bytes of a picture or a caption; a worker holds hundreds of samples
@@ -165,15 +165,15 @@ class ShardDataset(IterableDataset[Example | Bad]):
         path = f"{sample['__url__']}/{sample['__key__']}"
         picture = next((sample[suffix] for suffix in _PICTURES if suffix in sample), None)
         if picture is None:
-            endings = ", ".join(name for name in sample if not name.startswith("__"))
-            return Bad(path, f"no picture ({', '.join(_PICTURES)}); after the first dot the files end in {endings}")
+            return Bad(path, f"no picture ({', '.join(_PICTURES)}); {_endings(sample)}")
         try:
-            picture, caption = _content(picture), _caption(sample)
+            picture, captions = _content(picture), _captions(sample)
         except BadRowError as error:
             return Bad(path, str(error))
         name = path[len(sample["__url__"].rpartition("/")[0]) :]  # does not depend on the folder
         digest = blake2b(f"{self.seed} {epoch} {name} {turn}".encode(), digest_size=8).digest()
-        return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
+        drawn = int.from_bytes(digest, "little") >> 1
+        return self.make(io.BytesIO(picture), path, draw_caption(captions, drawn), drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +206,14 @@ class ShardOptions(CaptionOptions):
 
 
 def captions_of_shard(shard: str) -> Iterator[str | None]:
-    """The caption of each sample, or None if it has none or cannot be read."""
+    """The captions of each sample, or None for one that has none or cannot be read."""
     for sample in _read(shard, only=(".json", ".txt")):
         if isinstance(sample, Bad):
             _log.warning("%s: %s", sample.path, sample.reason)
             yield None
             continue
         try:
-            yield _caption(sample)
+            yield from _captions(sample)
         except BadRowError:
             yield None
 
@@ -316,21 +316,23 @@ def _content(file: bytes | BadRowError) -> bytes:
     return file
 
 
-def _caption(sample: dict[str, Any]) -> str:
-    """The caption in KEY.json or, if that has none, in KEY.txt.
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """The captions in KEY.json or, if that has none, the one in KEY.txt.
 
     Raises:
         BadRowError: neither has one.
     """
-    fault = BadRowError("no caption (json, txt)")
+    fault = BadRowError(f"no caption (json, txt); {_endings(sample)}")
     if "json" in sample:
         try:
-            row = parse_json(_content(sample["json"]))
-            if isinstance(row, dict) and "caption" in row:
-                return checked_caption(row["caption"])
-            return caption_of(row)
+            return captions_of(parse_json(_content(sample["json"])))
         except BadRowError as error:
             fault = error
     if "txt" in sample:
-        return checked_caption(_content(sample["txt"]).decode("utf-8-sig", errors="replace"))
+        return [checked_caption(_content(sample["txt"]).decode("utf-8-sig", errors="replace"))]
     raise fault
+
+
+def _endings(sample: dict[str, Any]) -> str:
+    endings = ", ".join(name for name in sample if not name.startswith("__"))
+    return f"a key ends at its first dot, after which this one has {endings}"
