@@ -10,6 +10,9 @@ from torch.utils.data import Dataset
 from betaclip.data.batches import Bad, Example
 from betaclip.data.dataset_options import DatasetOptions, at_least
 from betaclip.data.readers.dci import DCIOptions
+from betaclip.data.readers.docci import DOCCIOptions
+from betaclip.data.readers.iiw import IIWOptions
+from betaclip.data.readers.karpathy import COCOOptions, Flickr30kOptions
 from betaclip.data.readers.pairs import PairsOptions, PairsRetrievalOptions
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet
 from betaclip.data.readers.shards import ShardOptions
@@ -29,6 +32,10 @@ DATASETS: dict[str, type[DatasetOptions]] = {
 
 # Sets for retrieval. A name is an option of betaclip evaluate, as are the fields of the class.
 RETRIEVAL_SETS: dict[str, type[RetrievalOptions]] = {
+    "coco": COCOOptions,
+    "flickr30k": Flickr30kOptions,
+    "docci": DOCCIOptions,
+    "iiw": IIWOptions,
     "urban1k": Urban1KOptions,
     "sharegpt4v": ShareGPT4V1kOptions,
     "sharegpt4v_10k": ShareGPT4V10kOptions,
