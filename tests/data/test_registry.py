@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,10 +11,11 @@ from support.files import touch
 from support.shards import write_shard
 
 from betaclip.data.batches import Bad, Draw
+from betaclip.data.mixture import MixtureDataset
 from betaclip.data.phrases import extraction
 from betaclip.data.readers.pairs import PairsDataset
 from betaclip.data.readers.shards import ShardDataset
-from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
+from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, MixtureSet, RetrievalConfig, SetConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
 CAPTION = (
@@ -106,9 +108,40 @@ def test_rejects_settings_of_another_kind(settings, message):
         DataConfig(**settings).create(24, 77)
 
 
+def mixture(**sets):
+    return DataConfig(kind="mixture", mixture=sets)
+
+
+def test_mixture(sharegpt4v):
+    own = MixtureSet(**{f.name: getattr(sharegpt4v, f.name) for f in fields(SetConfig)}, weight=2)
+    data = mixture(own=own, scenes=MixtureSet(scenes=7)).create(24, 20, seed=3)
+    assert isinstance(data, MixtureDataset) and [part.name for part in data.parts] == ["own", "scenes"]
+    assert [part.count for part in data.parts] == [6, 3] and data.permutations[0].seed == 3
+    assert {data[Draw(i, 0)].path.rpartition("/")[2] for i in range(6)} == {"a.png", "b.png"}
+    assert data[Draw(8, 0)].path.startswith("scenes/train/0/")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (mixture(), "mixture: expected one set or more"),
+        (DataConfig(mixture={"a": MixtureSet()}), "mixture: kind 'scenes' does not use it, only mixture"),
+        (replace(mixture(a=MixtureSet()), sentences=3), "sentences: kind 'mixture' does not use it; give it"),
+        (replace(mixture(a=MixtureSet()), root="x"), "root: kind 'mixture' does not use it; give it to its sets"),
+        (mixture(a=MixtureSet(kind="pairs")), "mixture.a: annotations: kind 'pairs' needs the file"),
+        (mixture(a=MixtureSet(root="x")), "mixture.a: root: kind 'scenes' does not use it"),
+        (mixture(a=MixtureSet(kind="pairs", annotations=Path("nowhere"))), "mixture.a: annotations: nowhere is"),
+        (mixture(a=MixtureSet(weight=0)), "mixture.a.weight: expected a number above 0, got 0"),
+    ],
+)  # fmt: skip
+def test_rejects_mixtures(config, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        config.create(24, 77)
+
+
 def test_settings_of_one_name_mean_one_thing():
     """Two kinds share an option only if they have it from the same class."""
-    for setting in fields(DataConfig):
+    for setting in fields(SetConfig):
         owners = {
             next(c for c in reversed(options.__mro__) if setting.name in vars(c).get("__annotations__", {}))
             for options in DATASETS.values()
