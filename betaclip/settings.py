@@ -7,6 +7,7 @@ true not passing for 1.
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -23,6 +24,8 @@ else:
 from betaclip.errors import ConfigError
 
 T = TypeVar("T")
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
 
 
 def read(default: T, path: Path) -> T:
@@ -146,6 +149,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
     if origin is Mapping:
+        if isinstance(value, Mapping) and is_dataclass(args[1]):
+            return {str(k): _table(args[1], str(k), v, where) for k, v in value.items()}
         if isinstance(value, Mapping):
             return {str(k): _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
         raise ConfigError(f"{where}: expected a table, got {value!r}")
@@ -161,9 +166,21 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
 
 
+def _table(kind: Any, name: str, value: Any, where: str) -> Any:
+    """The dataclass that a mapping holds under a name, from a table, or ConfigError."""
+    if not _BARE_KEY.fullmatch(name):
+        raise ConfigError(f"{where}.{name}: expected a name of letters, digits, - and _")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}.{name}: expected a table, got {value!r}")
+    prefix = f"{where}.{name}."
+    return _build(kind(), value, prefix, list(keys(kind, prefix)))
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value

@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from support import forkserver
 
 import betaclip
+from betaclip import checkpoint, train
 from betaclip.cli import main
 from betaclip.files import lock_folder
 from betaclip.settings import config_path, read
@@ -79,6 +82,59 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
     assert (tmp_path / "x.png").exists()
 
 
+@pytest.fixture
+def twenty(tmp_path):
+    """Twenty pictures in a folder, each with a text file beside it, and JSON lines about them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for i in range(20):
+        Image.new("RGB", (40, 30), (12 * i, 90, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"A cat sits on {i} mats. A dog sleeps.")
+        rows.append({"image": f"pictures/{i}.png", "captions": [f"A cat sits on {i} mats.", f"A dog has {i} balls."]})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_twenty_pictures_train(tiny, twenty, capsys, monkeypatch):
+    monkeypatch.setattr(train, "write_curves", lambda *_: None)  # slow, and tested above
+    data = ["--data.kind", "pairs", "--data.annotations", str(twenty / "pictures"), "--data.test-rows", "5"]
+    evaluation = ["--evaluation.pairs", str(twenty / "pictures"), "--evaluation.pairs-rows", "5"]
+    main([*tiny, *data, "--data.phrase-extractor", "rules", *evaluation, "--run.no-tensorboard"])
+    results = json.loads((twenty / "a" / "results.json").read_text())
+    assert results["pairs, β-CLIP"]["retrieval/images"] == 5
+    rest = ["--run.name", "b", "--data.kind", "pairs", "--data.annotations", "nowhere.csv"]
+    message = fails(capsys, *tiny, *rest)
+    assert message == "betaclip train: data: annotations: nowhere.csv is not a file\n"
+
+
+def test_a_mixture_trains_and_goes_on(tiny, twenty, capsys, monkeypatch):
+    """The sets are in the file, an option changes one of them; the resumed run is the uninterrupted one."""
+    monkeypatch.setattr(train, "write_curves", lambda *_: None)
+    common = 'kind = "pairs"\nphrase_extractor = "rules"\n'
+    mixture = f"""
+[data]
+kind = "mixture"
+[data.mixture.folder]
+{common}annotations = "{twenty}/pictures"
+[data.mixture.lines]
+{common}annotations = "{twenty}/captions.jsonl"
+"""
+    file = twenty / "tiny.toml"
+    file.write_text(file.read_text().replace("[data]\nscenes = 12\n", mixture).replace("scenes = 4", ""))
+    run = [*tiny, "--run.steps", "3", "--run.checkpoint-every", "1", "--run.keep", "9", "--run.no-tensorboard"]
+    weight = ["--data.mixture.lines.weight", "3"]
+    main([*run, *weight])
+    assert read(TrainConfig(), twenty / "a" / "config.toml").data.mixture["lines"].weight == 3
+    last = twenty / "a" / "checkpoint_00000003.pt"
+    whole = checkpoint.read(last)
+    last.unlink()
+    message = fails(capsys, *run, "--run.resume")
+    assert "run.resume: data.mixture.lines.weight: 3.0 -> 1.0 since the checkpoint, which makes it another" in message
+    main([*run, *weight, "--run.resume"])
+    assert all(torch.equal(whole["model"][name], value) for name, value in checkpoint.read(last)["model"].items())
+
+
 def test_no_comparison(tiny, tmp_path):
     options = ["--run.compare-global", "False", "--run.steps", "1", "--evaluation.scenes", "0"]
     main([*tiny, *options, "--optimizer.backbone.warmup", "0", "--optimizer.pool.warmup", "0"])
@@ -93,7 +149,7 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     message = fails(capsys, "train", f"--config={tmp_path / 'odd.toml'}")
     assert message.endswith("odd.toml: unknown key 'run.batchsize'; the nearest is 'run.batch_size'\n")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v")
-    assert message == "betaclip train: data: root: kind 'sharegpt4v' needs the folder of the pictures\n"
+    assert message == "betaclip train: data: annotations: kind 'sharegpt4v' needs the file of the captions\n"
     folder, file = str(tmp_path / "no"), str(tmp_path / "no.json")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
     assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1

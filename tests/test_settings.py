@@ -31,6 +31,7 @@ class Whole:
     weights: Mapping[str, float] = field(default_factory=dict)
     first: Part = field(default_factory=Part)
     second: Part = field(default_factory=lambda: Part(rate=1e-9))
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 def of_text(tmp_path, text: str) -> Whole:
@@ -51,10 +52,34 @@ def test_toml_returns(tmp_path):
             {"a": 0.5, "b_c": 2.0},
             Part(1 / 3, 7, 1e22),
             Part(2),
+            {"a": Part(3), "b-2_c": Part(limit=4)},
         ),
     ):
         assert of_text(tmp_path, to_toml(config)) == config
         assert from_dict(Whole(), to_dict(config)) == config
+
+
+def test_tables_of_a_mapping(tmp_path):
+    """Each has the defaults of its class; wrong keys, values and names are named in full."""
+    config = of_text(tmp_path, "[parts.a]\nsteps = 5\n[parts.b]\n")
+    assert config.parts == {"a": Part(steps=5), "b": Part()}
+    changed = of_text(tmp_path, "[parts.a]\nsteps = 5\nlimit = 2.0\n[parts.c]\n")
+    assert list(differences(to_dict(config), to_dict(changed))) == [
+        "parts.a.limit: None -> 2.0", "parts.b: {'rate': 0.1, 'steps': 3} -> None",
+        "parts.c: None -> {'rate': 0.1, 'steps': 3}",
+    ]  # fmt: skip
+    for text, message in (
+        ("[parts.a]\nstep = 5", "unknown key 'parts.a.step'; the nearest is 'parts.a.steps'"),
+        ("[parts.a]\nsteps = 0", "parts.a: steps: expected at least 1, got 0"),
+        ("[parts.a]\nsteps = true", "parts.a.steps: expected int, got True"),
+        ("[parts.a]\nbound = 1.0", "'parts.a.bound' has been renamed to 'parts.a.limit'"),
+        ("[parts]\na = 5", "parts.a: expected a table, got 5"),
+        ("parts = 5", "parts: expected a table, got 5"),
+        ('[parts."my set"]', "parts.my set: expected a name of letters, digits, - and _"),
+        ('[parts."a.b"]', "parts.a.b: expected a name of letters, digits, - and _"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            of_text(tmp_path, text)
 
 
 def test_file_overrides_default_field_by_field(tmp_path):

@@ -25,10 +25,13 @@ class Draw:
     """What a sampler yields: the number of an example, and the seed of everything random in it.
 
     An example therefore does not depend on the number of workers or their order.
+
+    epoch: the pass over the data, from 0; a mixture's examples depend on it.
     """
 
     index: int
     seed: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Makes an example of a picture and its caption, the same for files and for shards."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -16,6 +16,11 @@ from betaclip.data.transforms import Interpolation, TrainingTransform, Unreadabl
 from betaclip.model.tokenizer import Tokenizer
 
 LongPhrases = Literal["drop", "published"]
+
+
+def draw_caption(captions: Sequence[str], seed: int) -> str:
+    """One of the captions of a picture, each as often as the others over the seeds of draws, which are uniform."""
+    return captions[seed % len(captions)]
 
 
 class ExampleMaker:
@@ -97,25 +102,25 @@ class CaptionOptions(DatasetOptions):
     """The settings that data sets of pictures with captions share."""
 
     phrases: Path | None = None
-    """sharegpt4v, shards: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
+    """all but scenes: what `betaclip prepare` wrote; without it, phrases are extracted anew in every epoch."""
     phrase_extractor: ExtractorName = "spacy"
-    """sharegpt4v, shards: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
+    """all but scenes: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
     phrase_style: PhraseStyle = "longest"
-    """sharegpt4v, shards: the longest of overlapping phrases, or those that the published code finds with spaCy."""
+    """all but scenes: the longest of overlapping phrases, or those that the published code finds with spaCy."""
     sentences: int = at_least(1, 5)
-    """sharegpt4v, shards: sentences sampled from a caption."""
+    """all but scenes: sentences sampled from a caption."""
     max_phrases: int = at_least(0, 30)
-    """sharegpt4v, shards: phrases of an image at most."""
+    """all but scenes: phrases of an image at most."""
     max_phrase_tokens: int = at_least(1, 30)
-    """sharegpt4v, shards: the tokens of a phrase at most; long_phrases says what becomes of longer ones."""
+    """all but scenes: the tokens of a phrase at most; long_phrases says what becomes of longer ones."""
     long_phrases: LongPhrases = "drop"
-    """sharegpt4v, shards: drop leaves them out. published cuts them as the released code does: with their end token
+    """all but scenes: drop leaves them out. published cuts them as the released code does: with their end token
     they lose their meaning, and all have the same embedding."""
     sentence_order: SentenceOrder = "caption"
-    """sharegpt4v, shards: sampled sentences, and the caption that is made of them, are in the caption's order or, as in
+    """all but scenes: sampled sentences, and the caption that is made of them, are in the caption's order or, as in
     the released code, in random order."""
     interpolation: Interpolation = "bicubic"
-    """sharegpt4v, shards: of the random crop of pictures; the released code's is bilinear."""
+    """all but scenes: of the random crop of pictures; the released code's is bilinear."""
 
     def example_maker(self, image_size: int, context_length: int) -> ExampleMaker:
         return ExampleMaker(

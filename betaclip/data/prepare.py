@@ -16,19 +16,22 @@ from tqdm import tqdm
 from betaclip.data.phrases.cache import VERSION, pack, write_cache
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
 from betaclip.data.phrases.spans import Extractor, PhraseStyle
-from betaclip.data.readers.annotations import Annotations, BadRowError
+from betaclip.data.readers.annotations import BadRowError
+from betaclip.data.readers.pairs import open_rows
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
+from betaclip.data.readers.table import TableOptions
 from betaclip.data.sentences import clean, split_sentences
 from betaclip.errors import ConfigError
 from betaclip.files import lock_folder, write_atomically
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(TableOptions):
     """The captions to extract phrases from, and how."""
 
     annotations: str
-    """ShareGPT4V's JSON or JSON lines, or tar shards ("shards-{0000..0099}.tar")."""
+    """What data.annotations or data.shards name: JSON or JSON lines, a table, a folder with a text file beside each
+    picture, or tar shards ("shards-{0000..0099}.tar")."""
     out: Path
     """The file to write; data.phrases of a training run."""
     phrase_extractor: ExtractorName = "spacy"
@@ -77,24 +80,23 @@ class _Work:
     def __init__(self, config: PrepareConfig) -> None:
         self.parts: list[Any]
         if config.annotations.endswith(".tar"):
-            self.annotations = None
+            self.rows = None
             self.parts = expand_shards(config.annotations, allow_commands=config.allow_commands)
             self.identity: list[Any] = list(self.parts)
         else:
-            self.annotations = Annotations(config.annotations)
-            rows = range(len(self.annotations))
+            self.rows = open_rows(config.annotations, config)
+            rows = range(len(self.rows))
             self.parts = [rows[i : i + config.part_rows] for i in range(0, len(rows), config.part_rows)]
-            stat = self.annotations.path.stat()
-            self.identity = [str(self.annotations.path.resolve()), stat.st_size, stat.st_mtime_ns]
+            self.identity = list(self.rows.identity())
 
     def captions(self, number: int) -> Iterator[str | None]:
         """The captions of a part, with None for each unusable row."""
-        if self.annotations is None:
+        if self.rows is None:
             yield from captions_of_shard(self.parts[number])
             return
         for row in self.parts[number]:
             try:
-                yield self.annotations[row][1]
+                yield from self.rows[row][1]
             except BadRowError:
                 yield None
 

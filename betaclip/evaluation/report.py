@@ -20,6 +20,7 @@ def table(results: Results) -> str:
     tables = (
         ("Retrieval, %", _retrieval_rows(results)),
         ("Choices, % right", _choice_rows(results)),
+        ("Zero-shot classification, %", _zero_shot_rows(results)),
         ("Pointing, % of the attention of a phrase that is in its box", _pointing_rows(results)),
     )
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in tables if len(rows) > 1)
@@ -45,6 +46,14 @@ def _choice_rows(results: Results) -> list[list[str]]:
             counts = [_count(values[f"{kind}_{key}"]) for key in ("questions", "left_out")]
             shares = [_percent(values[key]) for key in (kind, f"{kind}_conditioned", f"{kind}_chance")]
             rows.append([name, kind, *counts, *shares])
+    return rows
+
+
+def _zero_shot_rows(results: Results) -> list[list[str]]:
+    rows = [["set", "classes", "images", "left out", "top 1", "top 5", "top 1, mean of the classes", "chance"]]
+    for name, values in _of_task(results, "zero_shot"):
+        counts = [_count(values[key]) for key in ("classes", "images", "left_out")]
+        rows.append([name, *counts, *(_percent(values[key]) for key in ("top1", "top5", "mean_per_class", "chance"))])
     return rows
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from betaclip.checkpoint import load_checkpoint
 from betaclip.data.readers import fg_ovd
+from betaclip.data.readers.class_folders import ClassFolders
 from betaclip.data.registry import RETRIEVAL_SETS
 from betaclip.data.transforms import EvaluationTransform
 from betaclip.errors import ConfigError
@@ -18,6 +19,7 @@ from betaclip.evaluation.sets import EvaluationConfig, read_sets
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
 from betaclip.evaluation.tasks.scenes import evaluate_scenes
+from betaclip.evaluation.tasks.zero_shot import TEMPLATES, zero_shot_accuracy
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup, initialized
@@ -50,8 +52,9 @@ def evaluate(config: EvaluateConfig) -> Results:
     with initialized(config.device) as (process_group, device):
         evaluator = Evaluator(config)
         if evaluator.is_empty:
-            options = ", ".join(f"--{name}" for name in ("scenes", *RETRIEVAL_SETS))
-            raise ConfigError(f"nothing to evaluate: give {options} or --fg-ovd")
+            names = ("scenes", *RETRIEVAL_SETS, "fg_ovd")
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise ConfigError(f"nothing to evaluate: give {options} or --zero-shot")
         try:
             if config.output is not None:  # fails before hours of work, if it fails
                 config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ class Evaluator:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.scenes or self.sets.retrieval or self.sets.choices)
+        return not (self.scenes or self.sets.retrieval or self.sets.choices or self.sets.classes)
 
     def log_unusable(self) -> None:
         """Log the samples that cannot be used, and missing files of FG-OVD."""
@@ -122,7 +125,19 @@ class Evaluator:
             results[one.name] = {f"retrieval/{name}": value for name, value in values.items()}
         if self.sets.choices:
             results["fg_ovd"] = self._choices(model, tokenizer, options)
+        if self.sets.classes is not None:
+            results["zero_shot"] = self._classes(self.sets.classes, model, tokenizer, options)
         return results
+
+    def _classes(self, classes: ClassFolders, model: BetaCLIP, tokenizer: Tokenizer, options: Any) -> dict[str, float]:
+        templates, transform = TEMPLATES[self.config.zero_shot_templates], EvaluationTransform(model.image_size)
+        try:
+            values = zero_shot_accuracy(
+                model, tokenizer, classes.pictures, classes.names, templates, transform, **options
+            )
+        except NoPicturesError as error:
+            raise ConfigError(f"zero_shot: {error}") from error
+        return {f"zero_shot/{name}": value for name, value in values.items()}
 
     def _choices(self, model: BetaCLIP, tokenizer: Tokenizer, options: Any) -> dict[str, float]:
         questions = [(subset, choice) for subset, found in self.sets.choices.items() for choice in found]

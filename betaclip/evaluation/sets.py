@@ -7,9 +7,11 @@ from typing import Literal
 from betaclip.data.batches import Bad
 from betaclip.data.multiple_choice import ChoiceSet
 from betaclip.data.readers import fg_ovd
+from betaclip.data.readers.class_folders import ClassFolders, class_folders
 from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RetrievalConfig
 from betaclip.errors import ConfigError
+from betaclip.evaluation.tasks.zero_shot import TemplatesName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,13 @@ class EvaluationConfig(RetrievalConfig):
     """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
     fg_ovd_images: Path | None = None
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
+    zero_shot: Path | None = None
+    """Folder with one folder of pictures for each class: zero-shot classification."""
+    zero_shot_names: Path | None = None
+    """JSON file with the names of the classes by the names of their folders; by default the folders' own, and
+    open_clip's for ImageNet."""
+    zero_shot_templates: TemplatesName = "openai"
+    """open_clip's templates that make texts of a class's name: the 80 of CLIP's paper, or 7 simple ones."""
     conditioned: bool = True
     """Also evaluate text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
@@ -35,10 +44,11 @@ class EvaluationConfig(RetrievalConfig):
 
 @dataclass(frozen=True)
 class Sets:
-    """Retrieval sets, and choices by subset."""
+    """Retrieval sets, choices by subset, and classes."""
 
     retrieval: list[RetrievalSet]
     choices: dict[str, ChoiceSet]
+    classes: ClassFolders | None
 
     @property
     def unusable(self) -> list[list[Bad]]:
@@ -53,7 +63,11 @@ def read_sets(config: EvaluationConfig) -> Sets:
         ConfigError: a set does not exist, or nothing in it can be used.
     """
     try:
-        return Sets(config.read_retrieval_sets(), {} if config.fg_ovd is None else _choices(config, config.fg_ovd))
+        return Sets(
+            config.read_retrieval_sets(),
+            {} if config.fg_ovd is None else _choices(config, config.fg_ovd),
+            None if config.zero_shot is None else class_folders(config.zero_shot, config.zero_shot_names),
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -176,6 +176,13 @@ FIXED_SETTINGS = (
 )  # fmt: skip
 
 
+def is_fixed(setting: str) -> bool:
+    """Whether a resumed run must have a setting as it was: one of FIXED_SETTINGS, or its like in a mixture's set."""
+    if setting.startswith("data.mixture."):
+        return setting.endswith((".kind", ".scenes_seed", ".shuffle", ".weight"))
+    return setting in FIXED_SETTINGS
+
+
 def check_resume(run: RunConfig) -> None:
     """Raise ConfigError for a folder with a run's files, unless the run is resumed."""
     assert run.name is not None

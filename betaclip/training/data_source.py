@@ -60,7 +60,8 @@ class ExampleSource:
     def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         self._dataset, self._workers, self._device = dataset, config.run.workers, device
         self._process_group = process_group
-        self.order = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
+        self._permutation = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
+        self.order = self._permutation | _order_of(dataset)
         self.steps_per_epoch = self._sampler(0, 0).steps_per_epoch
 
     def images(self, step: int) -> int:
@@ -72,7 +73,7 @@ class ExampleSource:
 
     def _sampler(self, first: int, last: int) -> BatchSampler:
         ranks = self._process_group
-        return BatchSampler(**self.order, first=first, last=last, rank=ranks.rank, ranks=ranks.size)
+        return BatchSampler(**self._permutation, first=first, last=last, rank=ranks.rank, ranks=ranks.size)
 
 
 class ShardSource:
@@ -93,7 +94,7 @@ class ShardSource:
         self.order = {
             "epoch_samples": dataset.epoch_samples, "batch_size": size, "seed": config.run.seed,
             "ranks": ranks, "workers": workers,
-        }  # fmt: skip
+        } | _order_of(dataset)  # fmt: skip
 
     def images(self, step: int) -> int:
         return self._share * self._ranks
@@ -101,6 +102,11 @@ class ShardSource:
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         options = loader_options(self._device)
         return islice(self._dataset.batches(self._share, self._workers, first, **options), last - first)
+
+
+def _order_of(dataset: Any) -> dict[str, int]:
+    """What besides the settings of the run determines which samples a step takes; a mixture says so."""
+    return getattr(dataset, "order", {})
 
 
 def loader_options(device: torch.device) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class BatchSampler(Sampler[list[Draw]]):
             begin = step % self.steps_per_epoch * self.batch_size
             size = self.images(step)
             share = order[begin + size * self.rank // self.ranks : begin + size * (self.rank + 1) // self.ranks]
-            yield [Draw(index, mix(self.seed, epoch, index)) for index in share.tolist()]
+            yield [Draw(index, mix(self.seed, epoch, index), epoch) for index in share.tolist()]
 
 
 def mix(*numbers: int) -> int:

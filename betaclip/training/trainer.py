@@ -21,7 +21,7 @@ from betaclip.published import read_training_state
 from betaclip.settings import differences, from_dict, to_dict, to_toml
 from betaclip.signals import StopSignals, stop_signals
 from betaclip.training import parallel
-from betaclip.training.config import FIXED_SETTINGS, TrainingConfig, check_resume, check_schedules
+from betaclip.training.config import TrainingConfig, check_resume, check_schedules, is_fixed
 from betaclip.training.data_source import create_data_source
 from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.objective import Objective
@@ -204,7 +204,7 @@ class Trainer:
         fixed = [
             change
             for change in differences(content["config"], to_dict(self.config))
-            if change.partition(":")[0] in FIXED_SETTINGS
+            if is_fixed(change.partition(":")[0])
         ]
         if fixed:
             raise ConfigError(

@@ -1,10 +1,12 @@
 """``betaclip prepare``: the file has every sentence of every caption, and an interrupted run continues."""
 
+import csv
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.files import touch
 
 from betaclip.data import prepare
 from betaclip.data.phrases import extraction
@@ -49,6 +51,24 @@ def test_processes(annotations, tmp_path):
     prepare.prepare(config(annotations, tmp_path / "one"))
     prepare.prepare(config(annotations, tmp_path / "two", workers=2, part_rows=12))
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_all_captions_in_every_form(tmp_path, capsys):
+    """Pairs with several captions each, a table and a folder; a row with a bad caption is unusable."""
+    rows = [{"image": "a.jpg", "captions": CAPTIONS[i : i + 3]} for i in range(0, 21, 3)]
+    rows += [{"image": "a.jpg", "caption": CAPTIONS[21]}, {"image": "a.jpg", "caption": CAPTIONS[22]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "a.jpg", "captions": ["a", ""]}])))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "text"), *(("a.jpg", caption) for caption in CAPTIONS), ("a.jpg", "")])
+    for i, caption in enumerate([*CAPTIONS, ""]):
+        touch(tmp_path / "pictures" / f"{i}.jpg")
+        touch(tmp_path / "pictures" / f"{i}.txt", caption.encode())
+    table = {"csv_img_key": "file", "csv_caption_key": "text"}
+    for name, options in (("a.jsonl", {}), ("a.csv", table), ("pictures", {})):
+        out = tmp_path / f"{name}.bin"
+        prepare.prepare(config(tmp_path / name, out, part_rows=5, **options))
+        check(out)
+        assert capsys.readouterr().out == f"{out}: 47 sentences of 23 captions, 1 rows unusable\n"
 
 
 def test_goes_on(annotations, tmp_path, monkeypatch):

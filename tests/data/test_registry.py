@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,10 +11,11 @@ from support.files import touch
 from support.shards import write_shard
 
 from betaclip.data.batches import Bad, Draw
+from betaclip.data.mixture import MixtureDataset
 from betaclip.data.phrases import extraction
+from betaclip.data.readers.pairs import PairsDataset
 from betaclip.data.readers.shards import ShardDataset
-from betaclip.data.readers.sharegpt4v import ShareGPT4V
-from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, RetrievalConfig
+from betaclip.data.registry import DATASETS, RETRIEVAL_SETS, DataConfig, MixtureSet, RetrievalConfig, SetConfig
 from betaclip.data.scenes.dataset import ScenesDataset
 
 CAPTION = (
@@ -36,8 +38,9 @@ def sharegpt4v(tmp_path, picture):
     rows = [{"image": "missing.png", **row}] * 1000 + [{"image": "a.png", **row}, {"image": "b.png", **row}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     return DataConfig(
-        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", max_phrases=2, phrase_extractor="rules"
-    )
+        kind="sharegpt4v", root=tmp_path, annotations=tmp_path / "rows.json", test_rows=1000, max_phrases=2,
+        phrase_extractor="rules",
+    )  # fmt: skip
 
 
 def test_scenes():
@@ -50,7 +53,7 @@ def test_scenes():
 
 def test_sharegpt4v(sharegpt4v):
     dataset = sharegpt4v.create(24, 20)
-    assert isinstance(dataset, ShareGPT4V) and len(dataset) == 2
+    assert isinstance(dataset, PairsDataset) and len(dataset) == 2
     example, bad = (dataset[Draw(i, 1)] for i in (0, 1))
     assert example.image.shape == (3, 24, 24) and example.path.endswith("a.png")
     assert example.levels == [0, 1, 1, 1, 1, 1, 2, 2] and len(example.tokens[0]) == 20
@@ -94,11 +97,12 @@ def test_shards(tmp_path, picture):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v"),
+        ({"root": "x"}, "root: kind 'scenes' does not use it, only sharegpt4v and pairs"),
         ({"shards": "x.tar"}, "shards: kind 'scenes' does not use it, only shards"),
-        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v and shards"),
-        ({"kind": "sharegpt4v"}, "root: kind 'sharegpt4v' needs the folder"),
-        ({"kind": "sharegpt4v", "root": "x"}, "annotations: kind 'sharegpt4v' needs the file"),
+        ({"phrases": "x"}, "phrases: kind 'scenes' does not use it, only sharegpt4v, pairs and shards"),
+        ({"csv_img_key": "x"}, "csv_img_key: kind 'scenes' does not use it, only pairs"),
+        ({"kind": "sharegpt4v"}, "annotations: kind 'sharegpt4v' needs the file"),
+        ({"kind": "pairs"}, "annotations: kind 'pairs' needs the file"),
         (
             {"kind": "sharegpt4v", "root": "x", "annotations": "y", "shards": "z"},
             "shards: kind 'sharegpt4v' does not use it",
@@ -112,9 +116,40 @@ def test_rejects_settings_of_another_kind(settings, message):
         DataConfig(**settings).create(24, 77)
 
 
+def mixture(**sets):
+    return DataConfig(kind="mixture", mixture=sets)
+
+
+def test_mixture(sharegpt4v):
+    own = MixtureSet(**{f.name: getattr(sharegpt4v, f.name) for f in fields(SetConfig)}, weight=2)
+    data = mixture(own=own, scenes=MixtureSet(scenes=7)).create(24, 20, seed=3)
+    assert isinstance(data, MixtureDataset) and [part.name for part in data.parts] == ["own", "scenes"]
+    assert [part.count for part in data.parts] == [6, 3] and data.permutations[0].seed == 3
+    assert {data[Draw(i, 0)].path.rpartition("/")[2] for i in range(6)} == {"a.png", "b.png"}
+    assert data[Draw(8, 0)].path.startswith("scenes/train/0/")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (mixture(), "mixture: expected one set or more"),
+        (DataConfig(mixture={"a": MixtureSet()}), "mixture: kind 'scenes' does not use it, only mixture"),
+        (replace(mixture(a=MixtureSet()), sentences=3), "sentences: kind 'mixture' does not use it; give it"),
+        (replace(mixture(a=MixtureSet()), root="x"), "root: kind 'mixture' does not use it; give it to its sets"),
+        (mixture(a=MixtureSet(kind="pairs")), "mixture.a: annotations: kind 'pairs' needs the file"),
+        (mixture(a=MixtureSet(root="x")), "mixture.a: root: kind 'scenes' does not use it"),
+        (mixture(a=MixtureSet(kind="pairs", annotations=Path("nowhere"))), "mixture.a: annotations: nowhere is"),
+        (mixture(a=MixtureSet(weight=0)), "mixture.a.weight: expected a number above 0, got 0"),
+    ],
+)  # fmt: skip
+def test_rejects_mixtures(config, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        config.create(24, 77)
+
+
 def test_settings_of_one_name_mean_one_thing():
     """Two kinds share an option only if they have it from the same class."""
-    for setting in fields(DataConfig):
+    for setting in fields(SetConfig):
         owners = {
             next(c for c in reversed(options.__mro__) if setting.name in vars(c).get("__annotations__", {}))
             for options in DATASETS.values()

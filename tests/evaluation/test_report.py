@@ -29,6 +29,15 @@ RESULTS = {
         "retrieval/left_out": 3.0,
         **{f"retrieval/{name}": 0.5 for name in RECALLS},
     },
+    "zero_shot": {
+        "zero_shot/top1": 0.683,
+        "zero_shot/top5": 0.919,
+        "zero_shot/mean_per_class": 0.68,
+        "zero_shot/chance": 0.001,
+        "zero_shot/classes": 1000.0,
+        "zero_shot/images": 49999.0,
+        "zero_shot/left_out": 1.0,
+    },
 }
 
 TABLE = """\
@@ -41,6 +50,10 @@ urban1k  CLS                  997    998         3               50.0  50.0   50
 Choices, % right
 set     questions of  number  left out  by region  text-conditioned  chance
 scenes  hard             200         0       30.5              25.0     9.1
+
+Zero-shot classification, %
+set        classes  images  left out  top 1  top 5  top 1, mean of the classes  chance
+zero_shot     1000   49999         1   68.3   91.9                        68.0     0.1
 
 Pointing, % of the attention of a phrase that is in its box
 set     phrases  in the box  box's share of the picture  ratio

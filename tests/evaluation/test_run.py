@@ -101,6 +101,14 @@ def fg_ovd(root: Path) -> Path:
     return root
 
 
+def classes(root: Path) -> Path:
+    """Two red squares of which one lies in the folder of green ones, and a broken picture."""
+    for folder, i, name in (("red", 1, "red"), ("green", 1, "red"), ("green", 2, "green")):
+        colours.save(root / folder / f"{i}.png", colours.picture({(1, 1): name}))
+    colours.save_broken(root / "green" / "3.png")
+    return root
+
+
 def test_all_sets(tmp_path, known, capsys, caplog):
     output = tmp_path / "results" / "all.json"
     results = evaluate(
@@ -113,12 +121,16 @@ def test_all_sets(tmp_path, known, capsys, caplog):
             dci=dci(tmp_path / "dci"),
             fg_ovd=fg_ovd(tmp_path / "fg_ovd"),
             fg_ovd_images=tmp_path / "fg_ovd" / "coco",
+            pairs=sharegpt4v(tmp_path / "own"),
+            pairs_images=tmp_path / "own" / "pictures",
+            zero_shot=classes(tmp_path / "classes"),
+            zero_shot_templates="simple",
             output=output,
             batch_size=2,
             device="cpu",
         )
     )
-    assert set(results) == {"scenes", "urban1k", "sharegpt4v_1k", "dci", "fg_ovd"}
+    assert set(results) == {"scenes", "urban1k", "sharegpt4v_1k", "dci", "pairs", "fg_ovd", "zero_shot"}
     found = results["urban1k"]
     assert (found["retrieval/images"], found["retrieval/texts"], found["retrieval/left_out"]) == (3, 3, 2)
     assert found["retrieval/t2i_r1"] == found["retrieval/conditioned_i2t_r1"] == 1
@@ -131,9 +143,14 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     assert (found["choices/trivial"], found["choices/trivial_chance"]) == (1, pytest.approx(1 / 3))
     assert found["choices/material_questions"] == 1
     assert "choices/medium" not in found and "left out the medium choices" in caplog.text
+    assert results["pairs"] == results["sharegpt4v_1k"]
+    found = results["zero_shot"]
+    assert (found["zero_shot/top1"], found["zero_shot/images"]) == (pytest.approx(2 / 3), 3)
+    assert (found["zero_shot/mean_per_class"], found["zero_shot/left_out"]) == (0.75, 1)
     assert json.loads(output.read_text()) == results
     printed = capsys.readouterr().out
     assert "urban1k        CLS" in printed and "fg_ovd  hard" in printed and "Pointing" in printed
+    assert "zero_shot 2 3 1 66.7 100.0 75.0 50.0" in [" ".join(line.split()) for line in printed.splitlines()]
     # Samples that are left out are named, each with its reason.
     for name in ("5.png: OSError", "4.png: a picture without a caption", "none.png", "annotation 3: image: "):
         assert name in caplog.text
@@ -154,6 +171,8 @@ def test_command(tmp_path, known, capsys):
         (["--dci", "nowhere"], "nowhere/annotations is not a folder"),
         (["--fg-ovd", "nowhere"], "no file of any subset"),
         (["--sharegpt4v", "nowhere"], "nowhere"),
+        (["--zero-shot", "nowhere"], "zero_shot: nowhere is not a folder"),
+        (["--coco", "nowhere"], "coco: nowhere is not a file"),
         (["--scenes", "-1"], "scenes >= 0"),
         (["--scenes", "1", "--batch-size", "0"], "batch_size >= 1"),
         (["--scenes", "1"], "checkpoint: no such file"),

@@ -5,7 +5,15 @@ import pytest
 
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
-from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig, check, check_schedules
+from betaclip.training.config import (
+    GroupConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    check,
+    check_schedules,
+    is_fixed,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +43,15 @@ def test_weights_from_two_files():
 def test_check_schedules():
     with pytest.raises(ConfigError, match=r"optimizer.pool.warmup: expected 0 to 4, .* of 5 updates, got 5"):
         check_schedules(OptimizerConfig(GroupConfig(1, 1), GroupConfig(1, 1, warmup=5)), 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "fixed"),
+    [
+        ("data.kind", True), ("data.root", False), ("run.steps", False), ("loss.weights.weight", False),
+        ("data.mixture.a.kind", True), ("data.mixture.a.weight", True), ("data.mixture.a.shuffle", True),
+        ("data.mixture.a.root", False), ("data.mixture.kind", True),
+    ],
+)  # fmt: skip
+def test_what_a_resumed_run_must_have(setting, fixed):
+    assert is_fixed(setting) is fixed

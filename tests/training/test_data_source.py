@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,13 +7,14 @@ import torch
 from support.shards import sample, write_shard
 from support.tiny import TinyDataset
 
-from betaclip.data.registry import DataConfig
+from betaclip.data.registry import DataConfig, MixtureSet, SetConfig
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import RunConfig, TrainingConfig
 from betaclip.training.data_source import DataSource, create_data_source
 
 MODEL: Any = SimpleNamespace(image_size=8, context_length=77)
+SCENES: Any = SimpleNamespace(image_size=40, context_length=77)
 
 
 def alone(rank: int = 0, ranks: int = 1) -> tuple[ProcessGroup, torch.device]:
@@ -57,6 +58,35 @@ def test_shards(shards):
     other = create_data_source(shards, MODEL, *alone(1, 2))
     assert other.steps_per_epoch == 4 and other.images(0) == 4 and len(paths(other, 0, 1)[0]) == 2
     assert other.order == some.order | {"ranks": 2}
+
+
+@pytest.fixture
+def mixture():
+    sets = {"a": MixtureSet(scenes=7, weight=2), "b": MixtureSet(scenes=4, scenes_seed=1)}
+    return TrainingConfig(data=DataConfig(kind="mixture", mixture=sets), run=RunConfig(batch_size=4, workers=0))
+
+
+def test_mixture(mixture):
+    """An epoch of 11 has 7 and 4; the same examples from any step and on any number of ranks."""
+    some = create_data_source(mixture, SCENES, *alone())
+    assert some.steps_per_epoch == 3 and some.order["mixture.a.count"] == 7
+    whole = paths(some, 0, 9)
+    epochs = [[path for batch in whole[i : i + 3] for path in batch] for i in (0, 3, 6)]
+    assert [sum(path.startswith("scenes/train/0") for path in epoch) for epoch in epochs] == [7, 7, 7]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert paths(create_data_source(mixture, SCENES, *alone()), 5, 9) == whole[5:]
+    parts = [paths(create_data_source(mixture, SCENES, *alone(rank, 3)), 0, 9) for rank in range(3)]
+    assert [[path for part in parts for path in part[step]] for step in range(9)] == whole
+
+
+def test_mixture_with_shards(mixture, shards):
+    sets = mixture.data.mixture | {"c": MixtureSet(**{f.name: getattr(shards.data, f.name) for f in fields(SetConfig)})}
+    mixture = replace(mixture, data=replace(mixture.data, mixture=sets))
+    some = create_data_source(mixture, SCENES, *alone())
+    assert some.steps_per_epoch == (7 + 4 + 16) // 4 and some.order["mixture.c.length"] == 16
+    whole = paths(some, 0, 9)
+    assert sum(path.startswith("scenes/") for batch in whole for path in batch) == 27
+    assert paths(create_data_source(mixture, SCENES, *alone()), 7, 9) == whole[7:]
 
 
 def test_rejects(shards):

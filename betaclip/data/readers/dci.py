@@ -1,12 +1,12 @@
 """Densely Captioned Images, for retrieval."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from betaclip.data.batches import Bad
 from betaclip.data.readers.annotations import BadRowError, parse_json
-from betaclip.data.readers.paths import picture_path, read_file
-from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, check_folder
+from betaclip.data.readers.paths import read_file
+from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, check_folder, collect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +32,15 @@ def dci(root: str | Path, *, allow_outside_root: bool = False) -> RetrievalSet:
         ValueError: there is no picture with a caption.
     """
     annotations, photos = (check_folder(Path(root) / name, "dci") for name in ("annotations", "photos"))
-    pairs, missing = [], []
-    for file in sorted(annotations.glob("*.json")):
-        try:
-            row = parse_json(read_file(file))
-        except BadRowError as error:
-            missing.append(Bad(str(file), str(error)))
-            continue
-        fields = ("image", "short_caption", "extra_caption")
-        image, short, extra = (row.get(name) if isinstance(row, dict) else None for name in fields)
-        caption = "\n".join(text.strip() for text in (short, extra) if isinstance(text, str) and text.strip())
-        if not isinstance(image, str) or not caption:
-            missing.append(Bad(str(file), 'no "image", or neither "short_caption" nor "extra_caption"'))
-            continue
-        try:
-            path = picture_path(photos, image, allow_outside_root)
-        except BadRowError as error:
-            missing.append(Bad(str(file), str(error)))
-            continue
-        if path.is_file():
-            pairs.append((path, caption))
-        else:
-            missing.append(Bad(str(path), "a caption without a picture"))
-    return RetrievalSet("dci", pairs, missing)
+    rows = ((str(file), partial(_row, file)) for file in sorted(annotations.glob("*.json")))
+    return collect("dci", rows, photos, allow_outside_root=allow_outside_root)
+
+
+def _row(file: Path) -> tuple[str, list[str]]:
+    row = parse_json(read_file(file))
+    fields = ("image", "short_caption", "extra_caption")
+    image, short, extra = (row.get(name) if isinstance(row, dict) else None for name in fields)
+    caption = "\n".join(text.strip() for text in (short, extra) if isinstance(text, str) and text.strip())
+    if not isinstance(image, str) or not caption:
+        raise BadRowError('no "image", or neither "short_caption" nor "extra_caption"')
+    return image, [caption]

@@ -1,7 +1,7 @@
 """Pictures and captions in tar shards, read in sequence with the webdataset library, for storage that seeks slowly.
 
-A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its caption: ``KEY.json`` with a "caption" or
-with ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
+A sample is a picture (``KEY.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its captions: ``KEY.json`` with a "caption",
+a list of "captions" or ShareGPT4V's "conversations", or else ``KEY.txt``. A key ends at the first dot of a file's name.
 """
 
 import io
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-from betaclip.data.batches import Bad, Batch, Example, collate
+from betaclip.data.batches import Bad, Example
 from betaclip.data.dataset_options import at_least
-from betaclip.data.example_maker import CaptionOptions, ExampleMaker
-from betaclip.data.readers.annotations import BadRowError, caption_of, checked_caption, parse_json
+from betaclip.data.example_maker import CaptionOptions, ExampleMaker, draw_caption
+from betaclip.data.readers.annotations import BadRowError, captions_of, checked_caption, parse_json
+from betaclip.data.stream import Stream
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _MAX_FILE = 1 << 27  # bytes of a picture or a caption; a worker holds hundreds of samples
@@ -61,7 +60,7 @@ def expand_shards(shards: str, *, allow_commands: bool = False) -> list[str]:
     return found
 
 
-class ShardDataset(IterableDataset[Example | Bad]):
+class ShardDataset(Stream):
     """The samples of all shards, in an order that the seed and the epoch decide, split over ranks and their workers.
 
     Without ``epoch_samples`` an epoch is one pass: the shards are permuted and dealt out, and every sample is seen once
@@ -97,53 +96,12 @@ class ShardDataset(IterableDataset[Example | Bad]):
     ) -> None:
         if len(shards) < (ranks if epoch_samples is None else 1):
             raise ValueError(f"shards: expected at least one for each of {ranks} ranks, got {len(shards)}")
-        self.shards, self.make = list(shards), make
-        self.seed, self.shuffle, self.epoch_samples = seed, shuffle, epoch_samples
-        self.rank, self.ranks = rank, ranks
-        # The epoch, and how many batches of which size this rank has had of it; shared with persistent workers.
-        self.position = torch.zeros(3, dtype=torch.int64, device="cpu").share_memory_()
+        super().__init__(seed=seed, epoch_samples=epoch_samples, rank=rank, ranks=ranks)
+        self.shards, self.make, self.shuffle = list(shards), make, shuffle
 
-    def set_epoch(self, epoch: int, batches: int = 0, batch_size: int = 0) -> None:
-        """Start an epoch at the next iteration; with ``batches``, continue after that many batches of ``batch_size``.
-
-        Their samples are read again, but not decoded. The rest is the same as without the interruption if the numbers
-        of ranks and workers and the batch size are, and if no worker had come to its end.
-        """
-        self.position.copy_(self.position.new_tensor((epoch, batches, batch_size)))
-
-    def batches_per_epoch(self, batch_size: int, workers: int) -> int:
-        """How many whole batches a rank has in an epoch of ``epoch_samples``."""
-        if self.epoch_samples is None:
-            raise ValueError(
-                "epoch_samples: expected a number, got None; the samples of a pass are not counted beforehand"
-            )
-        workers = max(workers, 1)
-        return self.epoch_samples // (self.ranks * workers) // batch_size * workers
-
-    def batches(self, batch_size: int, workers: int, first: int = 0, **options: Any) -> Iterator[Batch]:
-        """This rank's batches, epoch after epoch without end, from number ``first`` on; needs ``epoch_samples``.
-
-        options: more arguments of the DataLoader.
-        """
-        epoch, had = divmod(first, self.batches_per_epoch(batch_size, workers))
-        loader = DataLoader(
-            self, batch_size, num_workers=workers, collate_fn=collate, drop_last=True,
-            persistent_workers=workers > 0, **options,
-        )  # fmt: skip
-        while True:
-            self.set_epoch(epoch, had, batch_size)
-            yield from loader
-            epoch, had = epoch + 1, 0
-
-    def __iter__(self) -> Iterator[Example | Bad]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch, batches, batch_size = self.position.tolist()
-        # The loader asks its first worker first, so that one takes the place of the worker whose turn it was.
-        worker = (worker + batches) % workers
-        had = (batches - worker + workers - 1) // workers * batch_size
-        end = None if self.epoch_samples is None else self.epoch_samples // (self.ranks * workers)
-        for number, sample in enumerate(islice(self._samples(epoch, worker, workers), had, end), had):
+    def examples(self, epoch: int, worker: int, workers: int, first: int = 0) -> Iterator[Example | Bad]:
+        """A worker's examples of an epoch; those before ``first`` are read, but not decoded."""
+        for number, sample in enumerate(islice(self._samples(epoch, worker, workers), first, None), first):
             turn = "" if self.epoch_samples is None else f"{self.rank} {worker} {number}"
             yield sample if isinstance(sample, Bad) else self._example(sample, epoch, turn)
 
@@ -165,15 +123,15 @@ class ShardDataset(IterableDataset[Example | Bad]):
         path = f"{sample['__url__']}/{sample['__key__']}"
         picture = next((sample[suffix] for suffix in _PICTURES if suffix in sample), None)
         if picture is None:
-            endings = ", ".join(name for name in sample if not name.startswith("__"))
-            return Bad(path, f"no picture ({', '.join(_PICTURES)}); after the first dot the files end in {endings}")
+            return Bad(path, f"no picture ({', '.join(_PICTURES)}); {_endings(sample)}")
         try:
-            picture, caption = _content(picture), _caption(sample)
+            picture, captions = _content(picture), _captions(sample)
         except BadRowError as error:
             return Bad(path, str(error))
         name = path[len(sample["__url__"].rpartition("/")[0]) :]  # does not depend on the folder
         digest = blake2b(f"{self.seed} {epoch} {name} {turn}".encode(), digest_size=8).digest()
-        return self.make(io.BytesIO(picture), path, caption, int.from_bytes(digest, "little") >> 1)
+        drawn = int.from_bytes(digest, "little") >> 1
+        return self.make(io.BytesIO(picture), path, draw_caption(captions, drawn), drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +164,14 @@ class ShardOptions(CaptionOptions):
 
 
 def captions_of_shard(shard: str) -> Iterator[str | None]:
-    """The caption of each sample, or None if it has none or cannot be read."""
+    """The captions of each sample, or None for one that has none or cannot be read."""
     for sample in _read(shard, only=(".json", ".txt")):
         if isinstance(sample, Bad):
             _log.warning("%s: %s", sample.path, sample.reason)
             yield None
             continue
         try:
-            yield _caption(sample)
+            yield from _captions(sample)
         except BadRowError:
             yield None
 
@@ -316,21 +274,23 @@ def _content(file: bytes | BadRowError) -> bytes:
     return file
 
 
-def _caption(sample: dict[str, Any]) -> str:
-    """The caption in KEY.json or, if that has none, in KEY.txt.
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """The captions in KEY.json or, if that has none, the one in KEY.txt.
 
     Raises:
         BadRowError: neither has one.
     """
-    fault = BadRowError("no caption (json, txt)")
+    fault = BadRowError(f"no caption (json, txt); {_endings(sample)}")
     if "json" in sample:
         try:
-            row = parse_json(_content(sample["json"]))
-            if isinstance(row, dict) and "caption" in row:
-                return checked_caption(row["caption"])
-            return caption_of(row)
+            return captions_of(parse_json(_content(sample["json"])))
         except BadRowError as error:
             fault = error
     if "txt" in sample:
-        return checked_caption(_content(sample["txt"]).decode("utf-8-sig", errors="replace"))
+        return [checked_caption(_content(sample["txt"]).decode("utf-8-sig", errors="replace"))]
     raise fault
+
+
+def _endings(sample: dict[str, Any]) -> str:
+    endings = ", ".join(name for name in sample if not name.startswith("__"))
+    return f"a key ends at its first dot, after which this one has {endings}"

@@ -1,123 +1,80 @@
 """ShareGPT4V: pictures in files and captions in one JSON file, to train on and, its first rows, for retrieval."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from torch.utils.data import Dataset
-
-from betaclip.data.batches import Bad, Draw, Example
-from betaclip.data.example_maker import CaptionOptions, ExampleMaker
-from betaclip.data.readers.annotations import Annotations, BadRowError
-from betaclip.data.readers.paths import picture_path
-from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet
+from betaclip.data.readers.annotations import Annotations
+from betaclip.data.readers.pairs import FileOptions, PairsDataset
+from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, pairs_of_rows
 
 TEST_ROWS = 1000  # the first rows are the test set SV-1k
+_PUBLISHED_NAME = "share-captioner"  # share-captioner_coco_lcs_sam_1246k_1107.json, and parts of it
+_PUBLISHED_ROWS = 1_200_000  # filtered, the file still has 1 242 828
+
+_log = logging.getLogger(__name__)
 
 
-class ShareGPT4V(Dataset[Example | Bad]):
-    """The training or the test rows of annotations, whose pictures are ``root / row["image"]``.
-
-    Raises:
-        ValueError: the split has no rows.
-    """
-
-    def __init__(
-        self,
-        annotations: Annotations,
-        root: str | Path,
-        make: ExampleMaker,
-        *,
-        split: Literal["train", "test"] = "train",
-        test_rows: int = TEST_ROWS,
-        allow_outside_root: bool = False,
-    ) -> None:
-        self.annotations, self.root, self.make = annotations, Path(root), make
-        self.allow_outside_root = allow_outside_root
-        rows = range(len(annotations))
-        self.rows = rows[test_rows:] if split == "train" else rows[:test_rows]
-        if not self.rows:
-            raise ValueError(
-                f"annotations: {annotations.path} has no rows to {split} on: it has {len(annotations)} rows, and the "
-                f"first {test_rows} are for testing"
-            )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, draw: Draw) -> Example | Bad:
-        row = self.rows[draw.index]
-        try:
-            image, caption = self.annotations[row]
-            path = picture_path(self.root, image, self.allow_outside_root)
-        except BadRowError as error:
-            return Bad(self.annotations.where(row), str(error))
-        return self.make(path, str(path), caption, draw.seed)
+def is_published(annotations: Annotations) -> bool:
+    """Whether a file is the published one, by its name or its number of rows."""
+    return _PUBLISHED_NAME in annotations.path.name or len(annotations) >= _PUBLISHED_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShareGPT4VOptions(CaptionOptions):
+class ShareGPT4VOptions(FileOptions):
     """Settings of ShareGPT4V's training rows."""
-
-    root: Path | None = None
-    """sharegpt4v: the folder that the annotations' image paths start from."""
-    annotations: Path | None = None
-    """sharegpt4v: the JSON or JSON lines; the first 1000 rows are for testing and left out."""
-    allow_outside_root: bool = False
-    """sharegpt4v: also read pictures whose paths are absolute or leave root."""
 
     def create(
         self, image_size: int, context_length: int, *, seed: int = 0, rank: int = 0, ranks: int = 1
-    ) -> ShareGPT4V:
-        if self.root is None:
-            raise ValueError("root: kind 'sharegpt4v' needs the folder of the pictures")
+    ) -> PairsDataset:
         if self.annotations is None:
             raise ValueError("annotations: kind 'sharegpt4v' needs the file of the captions")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"root: {self.root} is not a folder")
-        make = self.example_maker(image_size, context_length)
-        return ShareGPT4V(Annotations(self.annotations), self.root, make, allow_outside_root=self.allow_outside_root)
+        annotations = Annotations(self.annotations)
+        test_rows = TEST_ROWS if is_published(annotations) else 0
+        if self.test_rows is None and test_rows and rank == 0:
+            _log.warning(
+                "annotations: the first %d of %d rows are the test set SV-1k and are left out; test_rows changes that",
+                test_rows, len(annotations),
+            )  # fmt: skip
+        return self.dataset_of(annotations, self.example_maker(image_size, context_length), test_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShareGPT4V1kOptions(RetrievalOptions):
-    """Settings of ShareGPT4V-1k."""
-
-    sharegpt4v: Path | None = None
-    """Annotations of ShareGPT4V, of which the first 1000 rows are taken: retrieval."""
+class _ShareGPT4VRetrievalOptions(RetrievalOptions):
     sharegpt4v_images: Path | None = None
-    """Folder in which they name pictures; by default that of the annotations."""
+    """Folder in which ShareGPT4V's annotations name pictures; by default that of the annotations."""
 
-    def read(self) -> RetrievalSet | None:
-        if self.sharegpt4v is None:
+    def rows(self, annotations: Path | None, count: int) -> RetrievalSet | None:
+        """The first rows, or None without annotations."""
+        if annotations is None:
             return None
-        return sharegpt4v_1k(
-            self.sharegpt4v,
-            self.sharegpt4v_images or self.sharegpt4v.parent,
+        return pairs_of_rows(
+            f"sharegpt4v_{count // 1000}k",
+            Annotations(annotations),
+            self.sharegpt4v_images or annotations.parent,
+            count,
             allow_outside_root=self.allow_outside_root,
         )
 
 
-def sharegpt4v_1k(
-    annotations: str | Path, root: str | Path, rows: int = TEST_ROWS, *, allow_outside_root: bool = False
-) -> RetrievalSet:
-    """ShareGPT4V-1k: the first rows of the published annotations, whose pictures are ``root / row["image"]``.
+@dataclass(frozen=True, kw_only=True)
+class ShareGPT4V1kOptions(_ShareGPT4VRetrievalOptions):
+    """Settings of ShareGPT4V-1k."""
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no row has a caption and a picture.
-    """
-    source = Annotations(annotations)
-    pairs, missing = [], []
-    for row in range(min(rows, len(source))):
-        try:
-            image, caption = source[row]
-            path = picture_path(Path(root), image, allow_outside_root)
-        except BadRowError as error:
-            missing.append(Bad(source.where(row), str(error)))
-            continue
-        if path.is_file():
-            pairs.append((path, caption))
-        else:
-            missing.append(Bad(str(path), "a caption without a picture"))
-    return RetrievalSet("sharegpt4v_1k", pairs, missing)
+    sharegpt4v: Path | None = None
+    """Annotations of ShareGPT4V, of which the first 1000 rows are taken (SV-1k): retrieval."""
+
+    def read(self) -> RetrievalSet | None:
+        return self.rows(self.sharegpt4v, TEST_ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareGPT4V10kOptions(_ShareGPT4VRetrievalOptions):
+    """Settings of ShareGPT4V-10k."""
+
+    sharegpt4v_10k: Path | None = None
+    """The same file, of which the first 10000 rows are taken (SV-10k): retrieval. By default nine in ten of them are
+    training rows; data.test_rows 10000 leaves them out."""
+
+    def read(self) -> RetrievalSet | None:
+        return self.rows(self.sharegpt4v_10k, 10 * TEST_ROWS)

@@ -38,12 +38,12 @@ def test_array(tmp_path, chunk, ascii_only, indent):
     captions = TRICKY + ["".join(rng.choices('\\"[]{},: xé', k=rng.randrange(1, 20))) + "x" for _ in range(60)]
     rows = [row(i, caption) for i, caption in enumerate(captions)]
     source = Annotations(write(tmp_path / "a.json", rows, ensure_ascii=ascii_only, indent=indent), chunk=chunk)
-    assert [source[i] for i in range(len(source))] == [(f"images/{i}.jpg", c) for i, c in enumerate(captions)]
+    assert [source[i] for i in range(len(source))] == [(f"images/{i}.jpg", [c]) for i, c in enumerate(captions)]
 
 
 def test_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", [row(i, caption) for i, caption in enumerate(TRICKY)])
-    truth = [(f"images/{i}.jpg", caption) for i, caption in enumerate(TRICKY)]
+    truth = [(f"images/{i}.jpg", [caption]) for i, caption in enumerate(TRICKY)]
     for text in (path.read_text(), path.read_text().rstrip("\n")):
         path.write_text(text)
         source = Annotations(path)
@@ -57,13 +57,28 @@ def test_the_content_decides_not_the_name(tmp_path):
         for name, text in (("a.json", lines), ("a.jsonl", whole), ("a.jsonl", lines), ("a.json", f" \n{whole}")):
             (tmp_path / name).write_text(mark + text)
             source = Annotations(tmp_path / name)
-            assert [source[i][1] for i in range(len(source))] == TRICKY, (name, mark)
+            assert [source[i][1] for i in range(len(source))] == [[caption] for caption in TRICKY], (name, mark)
 
 
 def test_half_a_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"image": "a.jpg", "conversations": [{}, {"value": "a \\ud83d cat"}]}\n')
-    assert Annotations(path)[0] == ("a.jpg", "a ? cat")
+    assert Annotations(path)[0] == ("a.jpg", ["a ? cat"])
+
+
+def test_forms_of_captions(tmp_path):
+    forms = [
+        ({"caption": "a cat"}, ["a cat"]),
+        ({"caption": ["a cat", "a dog"]}, ["a cat", "a dog"]),
+        ({"captions": ["a cat", "a dog"]}, ["a cat", "a dog"]),
+        ({"captions": "a cat"}, ["a cat"]),
+        ({"caption": "a cat", "captions": ["a dog"]}, ["a cat"]),
+        ({"caption": None, "conversations": [{}, {"value": "a cat"}]}, ["a cat"]),
+    ]
+    rows = [{"image": "a.jpg", **form} for form, _ in forms]
+    for name in ("a.json", "a.jsonl"):
+        source = Annotations(write(tmp_path / name, rows))
+        assert [source[i] for i in range(len(source))] == [("a.jpg", captions) for _, captions in forms]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +89,11 @@ def test_half_a_character(tmp_path):
         ("[]", 'no "image"'),
         ("3", 'no "image"'),
         ('{"image": 3}', 'no "image"'),
-        ('{"image": "a.jpg"}', r'no "conversations"\[1\]\["value"\], of image a.jpg'),
+        ('{"image": "a.jpg"}', 'no "caption", "captions" or "conversations", of image a.jpg'),
+        ('{"image": "a.jpg", "caption": null}', 'no "caption", "captions" or "conversations", of image a.jpg'),
+        ('{"image": "a.jpg", "caption": 3}', "empty caption, of image a.jpg"),
+        ('{"image": "a.jpg", "captions": []}', "empty list of captions, of image a.jpg"),
+        ('{"image": "a.jpg", "captions": ["a", "b", " "]}', r"empty caption \(number 3 of 3\), of image a.jpg"),
         ('{"image": "a.jpg", "conversations": [{}]}', r'no "conversations"\[1\]\["value"\], of image a.jpg'),
         ('{"image": "a.jpg", "conversations": [{}, {"value": " \\n"}]}', "empty caption, of image a.jpg"),
         ('{"image": "a.jpg", "conversations": [{}, {"value": ["x"]}]}', "empty caption, of image a.jpg"),
@@ -87,7 +106,7 @@ def test_bad_rows(tmp_path, line, fault):
     good = json.dumps(row(0, "a cat")).encode()
     path.write_bytes(b"\n".join((good, line.encode("latin-1"), good, b"")))
     source = Annotations(path)
-    assert len(source) == 3 and source[2] == ("images/0.jpg", "a cat")
+    assert len(source) == 3 and source[2] == ("images/0.jpg", ["a cat"])
     with pytest.raises(BadRowError, match=fault):
         source[1]
     assert source.where(1) == f"{path}, row 2"
@@ -97,7 +116,7 @@ def test_bad_rows_of_an_array(tmp_path):
     path = write(tmp_path / "a.json", [None, row(1, "a cat"), [1, [2, "]"]], "x, y", {}, row(5, "a dog")])
     source = Annotations(path)
     assert [source._fault(i) == "" for i in range(len(source))] == [False, True, False, False, False, True]
-    assert source[5] == ("images/5.jpg", "a dog")
+    assert source[5] == ("images/5.jpg", ["a dog"])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +125,7 @@ def test_bad_rows_of_an_array(tmp_path):
         ("a.json", "", "has no row with an image and a caption: it is empty"),
         ("a.jsonl", "", "has no row with an image and a caption: it is empty"),
         ("a.json", "[]", "has no row with an image and a caption: it is empty"),
-        ("a.json", '[{"image": "a.jpg"}]', 'no row with an image and a caption; the first: no "conversations"'),
+        ("a.json", '[{"image": "a.jpg"}]', 'no row with an image and a caption; the first: no "caption"'),
         (
             "a.json",
             '[{"image": "a.jpg"}, {"im',
@@ -166,7 +185,7 @@ def test_names_another_encoding(tmp_path, name, encoding):
 def test_a_file_that_is_removed_or_cut_later(tmp_path, name):
     source = Annotations(write(tmp_path / name, [row(0, "a cat"), row(1, "a dog")]))
     source.path.write_text(source.path.read_text()[:200])
-    assert source[0] == ("images/0.jpg", "a cat")
+    assert source[0] == ("images/0.jpg", ["a cat"])
     with pytest.raises(BadRowError, match="not JSON"):
         source[1]
     source.path.unlink()
@@ -195,4 +214,4 @@ def test_holds_eight_bytes_per_row(tmp_path):
 def test_workers_read_for_themselves(tmp_path):
     source = Annotations(write(tmp_path / "a.json", [row(i, f"cat {i}") for i in range(40)]))
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
-        assert list(pool.map(source.__getitem__, range(40))) == [(f"images/{i}.jpg", f"cat {i}") for i in range(40)]
+        assert list(pool.map(source.__getitem__, range(40))) == [(f"images/{i}.jpg", [f"cat {i}"]) for i in range(40)]

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import random
 import shutil
@@ -157,7 +158,7 @@ def test_bad_samples(tmp_path):
     reasons = [item.reason if isinstance(item, Bad) else "" for item in items]
     assert [reason[:12] for reason in reasons] == [
         "", "OSError: ima", "no picture (", "no caption (", "empty captio", "not JSON: Ex", "empty captio",
-        'no "conversa', "",
+        'no "caption"', "",
     ]  # fmt: skip
     assert list(captions_of_shard(shard)) == ["A red cat", "A cat", "A cat", *[None] * 4, "A blue dog"]
 
@@ -290,21 +291,50 @@ def test_huge_names_are_not_read(tmp_path, kind):
 
 def test_a_caption_in_either_file(tmp_path):
     """KEY.json may hold other things about the picture; then the caption is in KEY.txt."""
-    forms = [b'{"url": "x"}', b'{"caption": null}', b'{"caption": " "}', b"{", b"[]", b'{"caption": "A blue dog"}']
+    forms = [
+        b'{"url": "x"}',
+        b'{"captions": {"en": 1}}',
+        b'{"caption": null}',
+        b'{"caption": " "}',
+        b"{",
+        b"[]",
+        b'{"caption": "A blue dog"}',
+    ]
     files = [
         file for key, form in enumerate(forms)
         for file in ((f"{key}.jpg", picture()), (f"{key}.json", form), (f"{key}.txt", b"A red cat"))
     ]  # fmt: skip
     shard = write_shard(tmp_path / "a.tar", files)
-    captions = ["A red cat"] * 5 + ["A blue dog"]
+    captions = ["A red cat"] * 6 + ["A blue dog"]
     assert [item.texts[0] for item in dataset([shard], shuffle=0)] == captions
     assert list(captions_of_shard(shard)) == captions
 
 
+def test_several_captions(tmp_path):
+    """Each time a sample is read, one of its captions is drawn; a bad one makes the sample unusable."""
+    captions = ["A cat sleeps", "A dog runs", "A lamp is lit"]
+    files = []
+    for key in range(40):
+        names = {"captions": captions} if key % 2 else {"caption": captions}
+        files += [(f"{key}.jpg", picture()), (f"{key}.json", json.dumps(names).encode())]
+    shard = write_shard(tmp_path / "a.tar", [*files, ("x.jpg", picture()), ("x.json", b'{"captions": ["a", ""]}')])
+    data = dataset([shard], shuffle=0)
+    *examples, bad = data
+    assert bad == Bad(f"{shard}/x", "empty caption (number 2 of 2)")
+    first = [example.texts[0] for example in examples]
+    assert {*first} == {*captions} and first == [example.texts[0] for example in list(data)[:-1]]
+    data.set_epoch(1)
+    assert first != [example.texts[0] for example in list(data)[:-1]]
+    assert Counter(captions_of_shard(shard)) == {**dict.fromkeys(captions, 40), None: 1}
+
+
 def test_keys_with_dots_are_explained(tmp_path):
-    shard = write_shard(tmp_path / "a.tar", [("img_0.5.jpg", picture()), ("img_0.5.txt", b"A cat")])
-    (bad,) = dataset([shard], shuffle=0)
-    assert bad.reason == "no picture (jpg, jpeg, png, webp); after the first dot the files end in 5.jpg, 5.txt"
+    files = [("img_0.5.jpg", picture()), ("img_0.5.txt", b"A cat"), ("1.jpg", picture()), ("1.v2.txt", b"A cat")]
+    shard = write_shard(tmp_path / "a.tar", files)
+    first, second = dataset([shard], shuffle=0)
+    ends = "a key ends at its first dot, after which this one has"
+    assert first == Bad(f"{shard}/img_0", f"no picture (jpg, jpeg, png, webp); {ends} 5.jpg, 5.txt")
+    assert second == Bad(f"{shard}/1", f"no caption (json, txt); {ends} jpg, v2.txt")
 
 
 @pytest.mark.parametrize(

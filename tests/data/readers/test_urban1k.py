@@ -1,5 +1,6 @@
 """Urban1K in its published layout, and with parts missing."""
 
+import json
 import os
 
 import pytest
@@ -40,6 +41,20 @@ def test_a_caption_that_is_no_file(urban):
     os.mkfifo(urban / "caption" / "2.txt")
     path = urban / "caption" / "2.txt"
     assert Bad(str(path), f"{path} is not a regular file") in urban1k(urban).missing
+
+
+def test_the_form_of_flair(urban):
+    """images/ and annotations.json in place of image/ and caption/; where caption/ is there, it counts."""
+    rows = [{"image": f"{n}.jpg", "caption": f"From JSON, {n}."} for n in (10, 1, 3)]
+    touch(urban / "annotations" / "annotations.json", json.dumps({"annotations": rows}).encode())
+    assert [text for _, text in urban1k(urban)] == ["A street, number 1 é.", "A street, number 10 é."]
+    (urban / "image").rename(urban / "images")
+    assert [text for _, text in urban1k(urban)] == ["A street, number 1 é.", "A street, number 10 é."]
+    (urban / "caption").rename(urban / "elsewhere")
+    found = urban1k(urban)
+    pictures = urban / "images"
+    assert list(found) == [(pictures / "10.jpg", "From JSON, 10."), (pictures / "1.jpg", "From JSON, 1.")]
+    assert found.missing == [Bad(str(pictures / "3.jpg"), "a caption without a picture")]
 
 
 def test_options(urban):
