@@ -9,8 +9,8 @@ differences on several ranks, whatever the flags:
 * Averaged by DistributedDataParallel, gradients are those of one process with the whole batch. With open_clip's default
   flags, neither ``local_loss`` nor ``gather_with_grad``, those of the towers are 1/W of that on W ranks.
 
-Features are normalised here too. Those of open_clip's models are normalised already, so that neither values nor gradients
-of parameters change.
+Features are normalised here too. Those of open_clip's models are normalised already, so neither values nor the
+gradients of parameters change.
 """
 
 from typing import Any
@@ -246,8 +246,8 @@ def encode(model: Any, images: Tensor, texts: Tensor) -> Embeddings:
     else:
         kind = f"a {type(model).__name__}" if visual is None else f"one whose vision tower is a {type(visual).__name__}"
         raise NotImplementedError(
-            f"model: expected an open_clip model with a VisionTransformer or a ViT of timm, got {kind} (of a wrapper such "
-            "as DistributedDataParallel, pass the module)"
+            f"model: expected an open_clip model with a VisionTransformer or a ViT of timm, got {kind} (of a wrapper "
+            "such as DistributedDataParallel, pass the module)"
         )
     flat = model.encode_text(texts.flatten(0, -2))
     return Embeddings(image, patches, flat.unflatten(0, texts.shape[:-1]))

@@ -45,8 +45,8 @@ def encode(
     tower = getattr(model, "vision_model", None)
     if tower is None or not hasattr(tower, "post_layernorm") or not hasattr(model, "get_text_features"):
         raise NotImplementedError(
-            f"model: expected a CLIP or SigLIP of transformers, got {type(model).__name__}, which lacks vision_model with "
-            "post_layernorm, or get_text_features (inside of a wrapper such as DistributedDataParallel, pass its module)"
+            f"model: expected a CLIP or SigLIP of transformers, got {type(model).__name__}, which lacks a vision_model "
+            "with post_layernorm, or get_text_features (of a wrapper such as DistributedDataParallel, pass the module)"
         )
     out = tower(pixel_values=pixel_values, return_dict=True, **vision)
     image, patches = out.pooler_output, out.last_hidden_state
