@@ -69,10 +69,8 @@ def test_encode(create: Any) -> None:
 def test_encode_siglip2() -> None:
     """Pictures of different shapes come as patches with a mask, which the vision tower needs."""
     model, (_, ids, _) = siglip2(), inputs()
-    vision = {
-        "pixel_attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3]),
-        "spatial_shapes": torch.tensor([[3, 3], [2, 3]]),
-    }
+    mask, shapes = torch.tensor([[1] * 9, [1] * 6 + [0] * 3]), torch.tensor([[3, 3], [2, 3]])
+    vision = {"pixel_attention_mask": mask, "spatial_shapes": shapes}
     pixels = torch.randn(2, 9, 3 * 8 * 8)
     with torch.no_grad():
         out = encode(model, pixels, ids, **vision)
@@ -89,9 +87,7 @@ def test_gradients_reach_both_towers() -> None:
 
 def test_refuses_other_models() -> None:
     pixels, ids, _ = inputs()
-    with pytest.raises(
-        NotImplementedError, match="model: expected a CLIP or SigLIP of transformers, got Linear, which"
-    ):
+    with pytest.raises(NotImplementedError, match="expected a CLIP or SigLIP of transformers, got Linear, which lacks"):
         encode(nn.Linear(2, 2), pixels, ids)
     config = transformers.SiglipConfig(
         text_config=SIZE | {"vocab_size": WORDS, "max_position_embeddings": 8},

@@ -532,6 +532,19 @@ def test_export(form, backend):
     torch.testing.assert_close(exported.module()(*arguments), loss(*arguments))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+@pytest.mark.parametrize("form", FORMS)
+def test_function_transforms_raise(form, transform):
+    """As the docs say; torch.func.functional_call is no transform."""
+    b, loss = batch(), BetaCALLoss(form, beta=nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
+    image = b.image[None] if transform is torch.func.vmap else b.image
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda image: loss(image, b.text, b.scale))(image)
+    beta = torch.tensor(0.1, dtype=torch.float64)
+    called = torch.func.functional_call(loss, {"beta": beta}, (b.image, b.text, b.scale))
+    torch.testing.assert_close(called, BetaCALLoss(form, beta=0.1)(b.image, b.text, b.scale))
+
+
 @pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
 @pytest.mark.parametrize("form", FORMS)
 def test_meta_device(form, backend):
