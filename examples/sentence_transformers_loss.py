@@ -1,5 +1,7 @@
-"""betaclip's loss for sentence-transformers: two sentences that mean the same are each other's positives, the other
-sentences of the batch are negatives. SentenceTransformerTrainer takes it as its loss. A tiny model, nothing to download."""
+"""betaclip's loss in sentence-transformers, which its trainer takes, too. A tiny model, nothing to download.
+
+Two sentences that mean the same are each other's positives, the other sentences of the batch are negatives.
+"""
 
 import torch
 from sentence_transformers import SentenceTransformer

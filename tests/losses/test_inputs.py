@@ -123,7 +123,7 @@ def test_warns_once_that_beta_has_no_effect(call, image, options):
         (beta_cal_ce_loss, ONE.expand(4, 3, 8), {"beta": 0.0}),
         (beta_cal_ce_loss, ONE.expand(4, 3, 8), {"pair_weights": torch.rand(3, 3)}),
         (beta_cal_ce_loss, ONE, {}),
-        (beta_cal_ce_loss, ONE.repeat(1, 3, 1), {"mask": torch.zeros(4, 3, dtype=torch.bool)}),
+        (beta_cal_ce_loss, E3, {"mask": torch.zeros(4, 3, dtype=torch.bool)}),
         (beta_cal_bce_loss, ONE.expand(4, 3, 8), {}),
         (beta_cal_ce_loss, DISTINCT.to("meta"), {}),
     ],
