@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if not Path(__file__).with_name("kernels").is_dir():  # in a clone without symbolic links it is a text file
     __path__.append(str(Path(__file__).parents[1]))  # finds kernels/ as betaclip.kernels all the same
 
-from betaclip.losses import BetaCALLoss, ClipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip.losses import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.pooling import TextConditionedPool
 
 if TYPE_CHECKING:
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # Without load and Model, since "import *" must not need the extra train.
-__all__ = ["BetaCALLoss", "ClipLoss", "TextConditionedPool", "__version__", "beta_cal_bce_loss", "beta_cal_ce_loss"]
+__all__ = [
+    "BetaCALLoss",
+    "ClipLoss",
+    "SigLipLoss",
+    "TextConditionedPool",
+    "__version__",
+    "beta_cal_bce_loss",
+    "beta_cal_ce_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

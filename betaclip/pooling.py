@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
-from betaclip.kernels.precision import DTYPES, accumulation_dtype, unit_rows
+from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype, unit_rows
 from betaclip.layers import LayerNorm, QuickGELU, check_attention
 
 
@@ -262,8 +262,7 @@ class TextConditionedPool(nn.Module):
         check_attention(self.attn, "TextConditionedPool")
         in_weight, in_bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # a parametrization computes them
         _check(patches, queries, patch_mask, query_mask, in_weight)
-        device = patches.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else patches.dtype
+        dtype = autocast_dtype(patches.device.type) or patches.dtype
         if query_mask is not None:
             queries = queries.masked_fill(~query_mask[..., None], 0)
         queries = unit_rows(queries if queries.dim() == 3 else queries[None]).to(dtype)
@@ -305,7 +304,7 @@ def _check(
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != weight.device:
             raise ValueError(f"{name}: expected device {weight.device} as for the module, got {tensor.device}")
-        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype != weight.dtype and autocast_dtype(tensor.device.type) is None:
             expected = f"dtype {weight.dtype} as in the module's weights, or autocast"
             raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
     for name, mask, shape in (

@@ -6,6 +6,7 @@ from torch import nn
 from toy import CONTEXT, VOCABULARY, train
 
 from betaclip import BetaCALLoss, ClipLoss, TextConditionedPool
+from betaclip.integrations.open_clip import encode
 
 
 class BetaCLIPLoss(nn.Module):
@@ -13,15 +14,12 @@ class BetaCLIPLoss(nn.Module):
 
     def __init__(self, clip, beta=0.5):
         super().__init__()
-        clip.visual.output_tokens = True
         self.clip = clip
         self.pool = TextConditionedPool(clip.visual.output_dim, num_heads=8, identity=True)
         self.clip_loss, self.beta_cal_loss = ClipLoss(), BetaCALLoss("ce", beta=beta)
 
     def forward(self, images, texts):
-        image, tokens = self.clip.visual(images)  # (B, D) and (B, P, width): open_clip does not project the patches
-        patches = tokens @ self.clip.visual.proj  # (B, P, D)
-        text = self.clip.encode_text(texts.flatten(0, 1)).unflatten(0, texts.shape[:2])  # (B, K, D)
+        image, patches, text = encode(self.clip, images, texts)  # (B, D), (B, P, D), (B, K, D)
         pooled = self.pool(patches, text)  # (B, K, D): the image as each of its texts sees it
         global_loss = self.clip_loss(image, text[:, 0], self.clip.logit_scale.exp())
         return global_loss + self.beta_cal_loss(pooled, text, self.pool.logit_scale.exp())

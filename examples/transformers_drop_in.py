@@ -6,6 +6,7 @@ from toy import CONTEXT, VOCABULARY, train
 from transformers import CLIPConfig, CLIPModel
 
 from betaclip import BetaCALLoss, ClipLoss, TextConditionedPool
+from betaclip.integrations.transformers import encode
 
 
 class BetaCLIPLoss(nn.Module):
@@ -18,13 +19,8 @@ class BetaCLIPLoss(nn.Module):
         self.clip_loss, self.beta_cal_loss = ClipLoss(), BetaCALLoss("ce", beta=beta)
 
     def forward(self, images, texts):
-        vision = self.clip.vision_model(images)
-        tokens = self.clip.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])  # applied to CLS already
-        patches = self.clip.visual_projection(tokens)  # (B, P, D)
-        text = self.clip.text_projection(self.clip.text_model(texts.flatten(0, 1)).pooler_output)
-        text = text.unflatten(0, texts.shape[:2])  # (B, K, D)
+        image, patches, text = encode(self.clip, images, texts)  # (B, D), (B, P, D), (B, K, D)
         pooled = self.pool(patches, text)  # (B, K, D): the image as each of its texts sees it
-        image = self.clip.visual_projection(vision.pooler_output)  # (B, D)
         global_loss = self.clip_loss(image, text[:, 0], self.clip.logit_scale.exp())
         return global_loss + self.beta_cal_loss(pooled, text, self.pool.logit_scale.exp())
 

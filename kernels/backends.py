@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from betaclip.kernels.precision import autocast_off
+
 NotSupportedReasons = Callable[..., list[str]]
 
 # The backends of all operations. BETACLIP_BACKEND accepts each of them, although some operations lack it.
@@ -83,7 +85,7 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(implementation)
     def run(x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return implementation(x, *args)
 
     return run

@@ -1,5 +1,7 @@
 """Dtypes of operands, accumulation and matrix products, and the norm up to which a vector counts as zero."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, statistics and gradients inside every backend."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast where it is enabled, else None. The meta device has no autocast to ask."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[None]:
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

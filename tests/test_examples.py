@@ -1,6 +1,5 @@
 """The examples run, they learn, and their losses are right."""
 
-import importlib.util
 import runpy
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.paths import ROOT
+from support.programs import load_program
 from torch import Tensor, nn
 
 EXAMPLES = ROOT / "examples"
@@ -30,11 +30,7 @@ def path(library: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def example(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(path)
 
 
 @pytest.fixture
@@ -147,3 +143,48 @@ def test_each_text_pools_the_projected_patches(example: ModuleType, batch: tuple
 
 def test_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+# The same model in other libraries' trainers
+
+
+@pytest.fixture
+def trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    name, *packages = request.param
+    for package in packages:
+        pytest.importorskip(package, reason=f"needs {package}, of the extra 'test' or 'integrations'")
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
+    return load_program(EXAMPLES / f"{name}.py")
+
+
+def in_a_loop(module: ModuleType) -> list[float]:
+    """The losses of the example's model in a loop of our own."""
+    import toy
+
+    return toy.train(module.BetaCLIPLoss(module.tiny_model()), steps=3)
+
+
+@pytest.mark.parametrize("trainer", [("hf_trainer", "transformers", "accelerate")], indirect=True)
+def test_transformers_trainer(trainer: ModuleType, tmp_path: Path) -> None:
+    model = trainer.ModelWithLoss(trainer.BetaCLIPLoss(trainer.tiny_model()))
+    losses = trainer.train(model, tmp_path, steps=3)
+    assert [float(loss) for loss in losses] == pytest.approx(in_a_loop(trainer), rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [("lightning_trainer", "open_clip", "lightning")], indirect=True)
+def test_lightning(trainer: ModuleType) -> None:
+    model = trainer.BetaCLIP(trainer.BetaCLIPLoss(trainer.tiny_model()))
+    losses = trainer.train(model, steps=3, accelerator="cpu")
+    assert losses == pytest.approx(in_a_loop(trainer), rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [("sentence_transformers_loss", "sentence_transformers")], indirect=True)
+def test_sentence_transformers(trainer: ModuleType) -> None:
+    from sentence_transformers.losses import MultipleNegativesSymmetricRankingLoss
+
+    losses = []
+    for kind in (trainer.SymmetricLoss, MultipleNegativesSymmetricRankingLoss):
+        model = trainer.tiny_model()
+        losses.append(trainer.train(model, kind(model), steps=3))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][2] < 0.95 * losses[0][0]

@@ -282,6 +282,29 @@ def test_compile(compiler, dtype):
             torch.testing.assert_close(a, e, **close)
 
 
+@pytest.mark.parametrize("backend", ["folded", "sdpa"])
+def test_export(backend):
+    """A named backend is exported once, for any number of images and of texts; "auto" depends on both."""
+    pool = block(backend=backend)
+    images, texts = torch.export.Dim("B", min=2, max=1024), torch.export.Dim("K", min=2, max=64)
+    sizes = {"patches": {0: images}, "queries": {0: images, 1: texts}}
+    exported = torch.export.export(pool, inputs(2, 3), dynamic_shapes=sizes)
+    arguments = inputs(4, 60)
+    torch.testing.assert_close(exported.module()(*arguments), pool(*arguments))
+
+
+@pytest.mark.parametrize("backend", ["auto", "folded", "sdpa", "reference"])
+def test_meta_device(backend):
+    """Shapes and dtypes without values, as for estimates of memory."""
+    pool, (patches, queries) = block(backend=backend).to("meta"), (t.to("meta") for t in inputs())
+    mask = torch.ones(patches.shape[:2], dtype=torch.bool, device="meta")
+    out = pool(patches, queries.requires_grad_(), patch_mask=mask)
+    assert out.is_meta and out.shape == queries.shape
+    (gradient,) = torch.autograd.grad(out.sum(), queries)
+    assert gradient.is_meta and gradient.shape == queries.shape
+    assert pool.score(patches, queries[0]).shape == (len(patches), queries.shape[1])
+
+
 @pytest.mark.parametrize("backend", PROJECTED)
 def test_second_derivatives(backend):
     pool, leaves = block(backend=backend), [t.requires_grad_() for t in inputs(1, 2, 3)]

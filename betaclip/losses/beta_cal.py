@@ -8,7 +8,9 @@ Targets touch only pairs within one image, so every sum splits: between images, 
 ``betaclip.kernels.similarity.operators``; within an image, a (B, K, K) block of ordinary PyTorch, here.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -29,11 +31,30 @@ from betaclip.losses.inputs import (
     check_gather,
     check_weight,
     prepare,
+    warn_if_beta_cancels,
     weights_of_pairs,
 )
 from betaclip.process_group import ProcessGroup
 
 GroupLike = dist.ProcessGroup | DeviceMesh
+
+
+P = ParamSpec("P")
+
+
+def _eager_over_ranks(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let torch.compile break the graph around ``loss`` if it gathers: the host then reads what other ranks sent."""
+    eager = torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")
+
+    @functools.wraps(loss)
+    def run(*args: P.args, **options: P.kwargs) -> Tensor:
+        gather = options.get("gather", "auto")
+        grouped = gather is not False and dist.is_available() and dist.is_initialized()
+        if torch.compiler.is_compiling() and grouped and (gather != "auto" or dist.get_world_size() > 1):
+            return eager(*args, **options)
+        return loss(*args, **options)
+
+    return run
 
 
 def beta_cal_ce_loss(
@@ -48,7 +69,7 @@ def beta_cal_ce_loss(
     pair_weights: Tensor | None = None,
     padding: str = "ignore",
     backend: Backend = "auto",
-    gather: bool | str = False,
+    gather: bool | str = "auto",
     process_group: GroupLike | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
@@ -79,11 +100,12 @@ def beta_cal_ce_loss(
             released code (``"published"``).
         backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
         gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, which holds all texts on each
-            rank, or ``"ring"``, which holds one rank's at a time (``betaclip.losses.across_ranks``). The inputs are
+            rank, or ``"ring"``, which holds one rank's at a time (``betaclip.losses.across_ranks``). ``"auto"``: as
+            True if a process group of several ranks is initialised, else as False, this rank alone. The inputs are
             this rank's; numbers of images and texts may differ between ranks. Every rank returns the loss of the whole
             batch. Its gradients are W times the derivatives by this rank's inputs, so that their average over the W
             ranks, as DistributedDataParallel takes it, is the gradient of one process with the whole batch. All ranks
-            must backpropagate the same multiple.
+            must call the loss, and backpropagate the same multiple of it.
         process_group: the ranks to gather from; None for the default group.
 
     Returns:
@@ -93,7 +115,7 @@ def beta_cal_ce_loss(
     Raises:
         ValueError: an argument is malformed or disagrees with another; the message names it.
         NotImplementedError: the named backend cannot serve these inputs; the message says why.
-        RuntimeError: ``gather`` without an initialised process group.
+        RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
 
     Example:
         >>> import torch
@@ -106,10 +128,11 @@ def beta_cal_ce_loss(
     """
     return softmax_loss(
         "BetaCALLoss", image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, padding,
-        backend, gather, process_group,
+        backend, gather=gather, process_group=process_group,
     )  # fmt: skip
 
 
+@_eager_over_ranks
 def softmax_loss(
     name: str,
     image_embeds: Tensor,
@@ -122,6 +145,7 @@ def softmax_loss(
     pair_weights: Tensor | None,
     padding: str,
     backend: Backend,
+    *,
     gather: bool | str,
     process_group: GroupLike | None,
 ) -> Tensor:
@@ -154,9 +178,12 @@ def softmax_loss(
         )
     )
     losses, counts = over_ranks(losses, counts, group)
+    if pair_weights is None:
+        warn_if_beta_cancels(image_embeds, batch, beta)
     return (losses / counts.clamp_min(1)).sum() / 2
 
 
+@_eager_over_ranks
 def beta_cal_bce_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,
@@ -171,7 +198,7 @@ def beta_cal_bce_loss(
     padding: str = "ignore",
     divisor: str = "pairs",
     backend: Backend = "auto",
-    gather: bool | str = False,
+    gather: bool | str = "auto",
     process_group: GroupLike | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
@@ -248,8 +275,9 @@ class BetaCALLoss(nn.Module):
         divisor: of the sigmoid form, ``"pairs"`` (N², as in the released code) or ``"rows"`` (N, as in SigLIP); the
             softmax form is a mean over rows.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"blockwise"`` or ``"reference"``.
-        gather: False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images and texts of
-            all ranks; :func:`beta_cal_ce_loss` says what that means for gradients.
+        gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
+            and texts of all ranks; :func:`beta_cal_ce_loss` says what that means for gradients. ``"auto"`` does so
+            wherever there are several ranks.
         process_group: the ranks to gather from, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension; None for the
             default group.
 
@@ -277,7 +305,7 @@ class BetaCALLoss(nn.Module):
         alpha: float = 1.0,
         padding: str = "ignore",
         backend: Backend = "auto",
-        gather: bool | str = False,
+        gather: bool | str = "auto",
         process_group: GroupLike | None = None,
         divisor: str = "pairs",
     ) -> None:
@@ -325,7 +353,7 @@ class BetaCALLoss(nn.Module):
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
             NotImplementedError: the named backend cannot serve these inputs; the message says why.
-            RuntimeError: ``gather`` without an initialised process group.
+            RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
         options: Any = {
             "beta": self.beta,
@@ -360,15 +388,19 @@ def _soft_cross_entropy(between: Tensor, within: Tensor, target: Tensor, total: 
 
 
 def _gathering_group(gather: bool | str, process_group: GroupLike | None) -> ProcessGroup | None:
+    """The ranks whose texts are contrasted; None for this rank alone."""
     if gather is False:
         if process_group is not None:
             raise ValueError("process_group: expected None without gather, got a group")
         return None
     check_gather(gather)
     if not (dist.is_available() and dist.is_initialized()):
+        if gather == "auto":
+            return None
         reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
         raise RuntimeError(f"gather={gather!r}: {reason}")
-    return ProcessGroup.of(process_group)
+    group = ProcessGroup.of(process_group)
+    return None if gather == "auto" and group.size == 1 else group
 
 
 def _backend(
@@ -382,5 +414,5 @@ def _backend(
     if group is None:
         return backend
     wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
-    transport = TRANSPORTS[0] if isinstance(gather, bool) else gather
+    transport = gather if isinstance(gather, str) and gather in TRANSPORTS else TRANSPORTS[0]
     return AcrossRanks(backend, transport, group, Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0]), call)

@@ -2,10 +2,9 @@
 
 from torch import Tensor, nn
 
-from betaclip.kernels.backends import expect
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.beta_cal import GroupLike, softmax_loss
-from betaclip.losses.inputs import check_backend, check_gather, check_tensor
+from betaclip.losses.inputs import check_backend, check_gather, check_pairs
 
 
 class ClipLoss(nn.Module):
@@ -21,8 +20,8 @@ class ClipLoss(nn.Module):
 
     Args:
         backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
-        gather: False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images and texts of
-            all ranks; see :func:`betaclip.beta_cal_ce_loss`.
+        gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
+            and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`.
         process_group: the ranks to gather from; None for the default group.
 
     Raises:
@@ -39,7 +38,7 @@ class ClipLoss(nn.Module):
     def __init__(
         self,
         backend: Backend = "auto",
-        gather: bool | str = False,
+        gather: bool | str = "auto",
         process_group: GroupLike | None = None,
     ) -> None:
         super().__init__()
@@ -61,14 +60,10 @@ class ClipLoss(nn.Module):
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
             NotImplementedError: the named backend cannot serve these inputs; the message says why.
-            RuntimeError: ``gather`` without an initialised process group.
+            RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
-        for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-            check_tensor(name, embeds)
-            if embeds.dim() != 2:
-                raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
-        expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
+        check_pairs(image_embeds, text_embeds)
         return softmax_loss(
             "ClipLoss", image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, 0.0, 1.0, None, None, None,
-            "ignore", self.backend, self.gather, self.process_group,
+            "ignore", self.backend, gather=self.gather, process_group=self.process_group,
         )  # fmt: skip

@@ -1,18 +1,24 @@
 """The inputs of the losses: checked, and brought into one form."""
 
+import functools
+import inspect
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from betaclip.kernels.backends import expect
-from betaclip.kernels.precision import DTYPES, accumulation_dtype
+from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype
 from betaclip.kernels.similarity.operators import BACKENDS, Backend, RowLayout
 from betaclip.losses.across_ranks import TRANSPORTS
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
 DIVISORS = ("pairs", "rows")
+GATHERS = ("auto", *TRANSPORTS)  # or a bool
+_FIRST_ROWS = 64  # compared first, since rows that are not alike show there
+_compared_on: set[str] = set()  # types of GPUs whose tensors have been compared
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -56,9 +62,8 @@ def prepare(
         raise ValueError("padding: expected 'ignore' with image_index (a ragged batch has no padding), got 'published'")
     _check_embeddings(image_embeds, text_embeds, mask, image_index)
     dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
-    device_type = image_embeds.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(image_embeds.device.type) or dtype
     scale = as_scalar("logit_scale", logit_scale, image_embeds, accumulation_dtype(dtype))
     if image_index is not None:
         layout = _ragged(image_index)
@@ -137,6 +142,56 @@ def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weig
     return alpha * own + as_scalar("beta", beta, like, like.dtype) * (1 - own)
 
 
+def warn_if_beta_cancels(image_embeds: Tensor, batch: Batch, beta: Tensor | float) -> None:
+    """Warn, once per process, if all texts of each image have one image embedding in common: the targets' sum of logits
+    in the softmax form is then the same for every ``beta``.
+
+    An expanded view says so itself. Values are compared where that costs little: on the CPU, and once per process on a
+    GPU, because the host waits for the answer.
+    """
+    if torch.compiler.is_compiling() or batch.layout.texts_per_image < 2:
+        return
+    if not isinstance(beta, Tensor) and beta == 0:
+        return
+    rows, expanded = batch.image.detach(), image_embeds.dim() == 3 and image_embeds.stride(1) == 0
+    if expanded or (_may_compare(rows) and _rows_of_an_image_are_equal(rows, batch.layout.image_id)):
+        _warn_that_beta_cancels()
+
+
+def _may_compare(rows: Tensor) -> bool:
+    device_type = rows.device.type
+    if type(rows) is not Tensor or device_type == "meta" or device_type in _compared_on:  # a subclass may be fake
+        return False
+    if device_type == "cpu":
+        return True
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    _compared_on.add(device_type)
+    return True
+
+
+def _rows_of_an_image_are_equal(rows: Tensor, image_id: Tensor) -> bool:
+    """Whether some image has several rows, and all neighbouring rows of one image are equal."""
+    for end in (_FIRST_ROWS, len(rows)):
+        x, ids = rows[:end], image_id[:end]
+        neighbours = (ids[1:] == ids[:-1]) & (ids[1:] >= 0)
+        if not neighbours.any() or not torch.equal(x[1:][neighbours], x[:-1][neighbours]):
+            return False
+    return True
+
+
+@functools.cache
+def _warn_that_beta_cancels() -> None:
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("betaclip", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "beta: has no effect in the softmax form if all texts of an image have the same image embedding, as here; give "
+        "each text an image embedding of its own (TextConditionedPool does), or use the sigmoid form",
+        stacklevel=level,
+    )
+
+
 def as_scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """() on the device of ``like``; a one-element tensor counts as a scalar, as in SigLIP's models."""
     if isinstance(value, (int, float)):  # not a union, which Dynamo of torch 2.9 cannot trace
@@ -150,8 +205,8 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype
 
 
 def check_gather(gather: object) -> None:
-    if not isinstance(gather, bool) and gather not in TRANSPORTS:
-        raise ValueError(f"gather: expected a bool, {' or '.join(map(repr, TRANSPORTS))}, got {gather!r}")
+    if not isinstance(gather, bool) and gather not in GATHERS:
+        raise ValueError(f"gather: expected a bool, {', '.join(map(repr, GATHERS))}, got {gather!r}")
 
 
 def check_backend(backend: Backend) -> None:
@@ -173,6 +228,15 @@ def check_weight(name: str, value: Tensor | float) -> None:
         value = float(value)
     if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite weight >= 0, got {value!r}")
+
+
+def check_pairs(image_embeds: Tensor, text_embeds: Tensor) -> None:
+    """Raise a ValueError unless both are (B, D), of one text per image."""
+    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        check_tensor(name, embeds)
+        if embeds.dim() != 2:
+            raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
+    expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -154,7 +154,7 @@ class BetaCLIP(nn.Module):
         """
         tokens = encode_patches(self.clip.visual, images, self.config.gradient_checkpointing)
         cls, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
-        return cls[:, 0].clone(), patches  # a copy, because FSDP2 warns of outputs that are views
+        return cls[:, 0].clone(), patches.clone()  # copies, because FSDP2 warns of outputs that are views
 
     def encode_text(self, texts: RaggedTexts) -> Tensor:
         """Encode texts into the joint space, without normalising.
@@ -200,7 +200,7 @@ class BetaCLIP(nn.Module):
             distinct = self._encode_distinct(texts)
             index, filled, mask = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
             # Empty slots take the appended row of zeros.
-            text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1)))
+            text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1))).clone()  # FSDP2 warns of views
         with _range("pooling"):
             pooled_embeds = self.pool(patches, text_embeds, query_mask=filled)
         out = {

@@ -26,7 +26,7 @@ from betaclip.kernels.backends import (
     run_operator,
     without_autocast,
 )
-from betaclip.kernels.precision import DTYPES, accumulation_dtype, norm_eps
+from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_off, norm_eps
 
 FOLDED: dict[str, Callable[..., list[str]]] = {"triton": triton_not_supported_reasons, "folded": always_supported}
 PROJECTED: dict[str, Callable[..., list[str]]] = {"sdpa": always_supported, "reference": always_supported}
@@ -104,10 +104,11 @@ def attention_pool(
     """
     pooling = _pooling(x, q, k_weight, v_weight, v_bias, num_heads, mask, normalize)
     if isinstance(backend, str):
-        backend = resolve("attention_pool", backend, _preferred(pooling), x, q)
+        # Only the choice weighs the costs, so that a named backend is exported for any number of images and queries.
+        backend = resolve("attention_pool", backend, _preferred(pooling) if backend == "auto" else BACKENDS, x, q)
     if not isinstance(backend, str) or backend in FOLDED:
         return _Folded.apply(*pooling, backend)
-    with torch.autocast(x.device.type, enabled=False):  # or dtype and precision would follow the choice of backend
+    with autocast_off(x.device.type):  # or dtype and precision would follow the choice of backend
         return projected.sdpa(pooling) if backend == "sdpa" else projected.reference(pooling)
 
 
@@ -119,7 +120,7 @@ def attention_weights(
     Plain PyTorch, in O(B·H·K·P) memory. The arguments are ``attention_pool``'s; 0 for an image without a valid patch.
     """
     pooling = _pooling(x, q, k_weight, k_weight, None, num_heads, mask, normalize)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         return projected.mean_attention(pooling)
 
 

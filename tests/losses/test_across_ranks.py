@@ -4,8 +4,10 @@ Each test starts W processes on gloo, which run one of the functions below and a
 is the test's.
 """
 
+import logging
 import os
 import threading
+import warnings
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -20,7 +22,7 @@ from support.ranks import processes, start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip import BetaCALLoss, ClipLoss, beta_cal_ce_loss
+from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.similarity.operators import RowLayout, contrast_logsumexp, contrast_softplus
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, pieces
 from betaclip.process_group import ProcessGroup
@@ -61,7 +63,7 @@ def value_and_gradients(
         assert mask is not None
         rows = [t[mask] for t in leaves]
         given |= {"mask": None, "image_index": torch.arange(len(mask))[:, None].expand_as(mask)[mask]}
-    loss = BetaCALLoss(form, beta=beta, **options)(*rows, scale, **given)
+    loss = BetaCALLoss(form, beta=beta, **{"gather": False, **options})(*rows, scale, **given)
     (3 * loss).backward()  # as a gradient scaler would
     return [loss.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (*leaves, scale, beta, bias))]
 
@@ -152,14 +154,16 @@ def other_inputs_equal_one_process() -> None:
     part = own_part(sizes)
     scale = torch.tensor(5.0, dtype=torch.float64)
     for transport in TRANSPORTS:
-        loss, of_all = BetaCALLoss(gather=transport), BetaCALLoss()
+        loss, of_all = BetaCALLoss(gather=transport), BetaCALLoss(gather=False)
         # Pair weights, of every rank its own.
         weights = torch.rand(sum(sizes), K, K, dtype=torch.float64)
         ours = loss(image[part], text[part], scale, pair_weights=weights[part])
         torch.testing.assert_close(ours, of_all(image, text, scale, pair_weights=weights))
         # One text per image.
         first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
-        torch.testing.assert_close(first, ClipLoss()(image[:, 0], text[:, 0], scale))
+        torch.testing.assert_close(first, ClipLoss(gather=False)(image[:, 0], text[:, 0], scale))
+        first = SigLipLoss(gather=transport)(image[part, 0], text[part, 0], scale, -2.0)
+        torch.testing.assert_close(first, SigLipLoss(gather=False)(image[:, 0], text[:, 0], scale, -2.0))
         # Float32, and products in bfloat16 under autocast.
         single = of_all(image.float(), text.float(), scale)
         torch.testing.assert_close(loss(image[part].float(), text[part].float(), scale), single)
@@ -185,6 +189,27 @@ def test_other_inputs_equal_one_process(tmp_path):
     processes(2, other_inputs_equal_one_process, tmp_path)
 
 
+def by_default_all_ranks() -> None:
+    image, text, _ = whole_batch((2, 2))
+    part, pair = own_part((2, 2)), (image[:, 0], text[:, 0], SCALE)
+    own_pair = (image[part, 0], text[part, 0], SCALE)
+    own, whole = (image[part], text[part], SCALE), (image, text, SCALE)
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    for loss in (beta_cal_ce_loss, beta_cal_bce_loss):
+        torch.testing.assert_close(loss(*own), loss(*whole, gather=False))
+        local = loss(*own, gather=False)
+        assert (loss(*own) - local).abs() > 0.01
+        torch.testing.assert_close(loss(*own, process_group=alone), local)
+    for kind in (BetaCALLoss, ClipLoss, SigLipLoss):
+        given, of_all = (own, whole) if kind is BetaCALLoss else (own_pair, pair)
+        torch.testing.assert_close(kind()(*given), kind(gather=False)(*of_all))
+        assert (kind()(*given) - kind(gather=False)(*given)).abs() > 0.01
+
+
+def test_by_default_all_ranks(tmp_path):
+    processes(2, by_default_all_ranks, tmp_path)
+
+
 def only_some_gradients() -> None:
     """One side wants gradients, on all ranks or on the first alone; the others have to help with those of texts."""
     sizes = SIZES[:2]
@@ -194,7 +219,7 @@ def only_some_gradients() -> None:
         for transport in TRANSPORTS:
             for wanted in (0, 1):
                 whole = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((image, text))]
-                (truth,) = torch.autograd.grad(BetaCALLoss(form)(*whole, SCALE), whole[wanted])
+                (truth,) = torch.autograd.grad(BetaCALLoss(form, gather=False)(*whole, SCALE), whole[wanted])
                 for first_alone in (False, True):
                     wants = rank == 0 or not first_alone
                     own = [t[part].clone().requires_grad_(i == wanted and wants) for i, t in enumerate((image, text))]
@@ -226,6 +251,30 @@ def test_backward_again(tmp_path):
     processes(2, backward_again, tmp_path)
 
 
+def compiles_quietly() -> None:
+    """The graph breaks where ranks communicate, without a warning."""
+    image, text, mask = whole_batch((3,))
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("torch").addHandler(handler)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for loss, given, options in (
+            (ClipLoss(gather=True), (image[:, 0], text[:, 0]), {}),
+            (BetaCALLoss("bce", gather="ring"), (image, text), {"mask": mask}),
+        ):
+            leaves = [t.clone().requires_grad_() for t in given]
+            compiled = torch.compile(loss, backend="eager")
+            values = [call(*leaves, SCALE, **options) for call in (compiled, loss)]
+            torch.testing.assert_close(*([v.detach(), *torch.autograd.grad(v, leaves)] for v in values))
+    assert not [*(record.getMessage() for record in records), *(str(warning.message) for warning in warned)]
+
+
+def test_compiles_quietly(tmp_path):
+    processes(1, compiles_quietly, tmp_path)
+
+
 class Model(nn.Module):
     """Two towers and a learned scale."""
 
@@ -243,7 +292,7 @@ def parallel_training_equals_one_process(wrapper: str) -> None:
     part = own_part(sizes)
     pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
     model = Model().double()
-    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    truth = torch.autograd.grad(BetaCALLoss(gather=False)(*model(pictures, words)), list(model.parameters()))
     for transport in TRANSPORTS:
         parallel = Model().double()
         parallel.load_state_dict(model.state_dict())
@@ -274,7 +323,7 @@ def cached_gradients_equal_one_process() -> None:
     part = own_part(sizes)
     pictures, words = torch.randn(sum(sizes), K, 6).double(), torch.randn(sum(sizes), K, 5).double()
     model = Model().double()
-    truth = torch.autograd.grad(BetaCALLoss()(*model(pictures, words)), list(model.parameters()))
+    truth = torch.autograd.grad(BetaCALLoss(gather=False)(*model(pictures, words)), list(model.parameters()))
     with torch.no_grad():
         cache = [t.requires_grad_() for t in model(pictures[part], words[part])]
     BetaCALLoss(gather="ring")(*cache).backward()
@@ -304,7 +353,7 @@ def groups_are_apart() -> None:
     scale = torch.tensor(4.0, dtype=torch.float64)
     for transport in TRANSPORTS:
         loss = BetaCALLoss(gather=transport, process_group=groups[rank % 2])
-        torch.testing.assert_close(loss(image[part], text[part], scale), BetaCALLoss()(image, text, scale))
+        torch.testing.assert_close(loss(image[part], text[part], scale), BetaCALLoss(gather=False)(image, text, scale))
 
 
 def test_groups_are_apart(tmp_path):
@@ -316,7 +365,7 @@ def mesh_is_a_group() -> None:
     part = own_part((2, 2))
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "model"))
     ours = BetaCALLoss(gather=True, process_group=mesh["data"])(image[part], text[part], SCALE)
-    torch.testing.assert_close(ours, BetaCALLoss()(image, text, SCALE))
+    torch.testing.assert_close(ours, BetaCALLoss(gather=False)(image, text, SCALE))
     with pytest.raises(ValueError, match="process_group: expected a DeviceMesh of one dimension, got 2"):
         BetaCALLoss(gather=True, process_group=mesh)(image[part], text[part], SCALE)
     alone = dist.new_group([0])
@@ -349,7 +398,7 @@ def extreme_logits() -> None:
 
 def value_and_gradients_in_float32(form: str, image: Tensor, text: Tensor, **options: Any) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in (image, text)]
-    loss = BetaCALLoss(form, **options)(*leaves, torch.tensor(100.0))
+    loss = BetaCALLoss(form, **{"gather": False, **options})(*leaves, torch.tensor(100.0))
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -431,7 +480,9 @@ def ranks_disagree() -> None:
         one = image[part, 0], text[part, 0], SCALE
         with pytest.raises(RuntimeError, match=r"different losses: loss: \[ClipLoss, BetaCALLoss\] by rank"):
             ClipLoss(gather=transport)(*one) if rank == 0 else loss(*given)
-    torch.testing.assert_close(loss(*given), BetaCALLoss()(image, text, SCALE))  # nothing is left in the way
+    torch.testing.assert_close(
+        loss(*given), BetaCALLoss(gather=False)(image, text, SCALE)
+    )  # nothing is left in the way
 
 
 def test_ranks_disagree(tmp_path):
@@ -478,13 +529,13 @@ def test_needs_a_process_group():
 
 def test_rejects():
     x, scale = torch.ones(2, K, D), torch.tensor(1.0)
-    for module in (BetaCALLoss, ClipLoss):
-        with pytest.raises(ValueError, match="gather: expected a bool, 'all_gather' or 'ring', got 'star'"):
+    for module in (BetaCALLoss, ClipLoss, SigLipLoss):
+        with pytest.raises(ValueError, match="gather: expected a bool, 'auto', 'all_gather', 'ring', got 'star'"):
             module(gather="star")
     with pytest.raises(ValueError, match="gather: expected a bool"):
         beta_cal_ce_loss(x, x, scale, gather="star")
     with pytest.raises(ValueError, match="process_group: expected None without gather"):
-        beta_cal_ce_loss(x, x, scale, process_group=object())
+        beta_cal_ce_loss(x, x, scale, gather=False, process_group=object())
 
 
 def rejects_dtensors() -> None:

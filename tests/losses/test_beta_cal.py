@@ -512,6 +512,51 @@ def test_compile(form, compiler):
             torch.testing.assert_close(a, t)
 
 
+class Loss(nn.Module):
+    def __init__(self, form: str, backend: str) -> None:
+        super().__init__()
+        self.loss = BetaCALLoss(form, backend=backend)
+
+    def forward(self, image: Tensor, text: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
+        return self.loss(image, text, scale, mask=mask)
+
+
+@pytest.mark.parametrize("form, backend", [("ce", "auto"), ("bce", "blockwise")])
+def test_export(form, backend):
+    """Exported once, for any number of images and of texts."""
+    small, large = (batch(images, texts, dtype=torch.float32) for images, texts in ((3, 2), (6, 5)))
+    size = {0: torch.export.Dim("B", min=2, max=1024), 1: torch.export.Dim("K", min=2, max=64)}
+    loss, sizes = Loss(form, backend), {"image": size, "text": size, "scale": None, "mask": size}
+    exported = torch.export.export(loss, (small.image, small.text, small.scale, small.mask), dynamic_shapes=sizes)
+    arguments = large.image, large.text, large.scale, large.mask
+    torch.testing.assert_close(exported.module()(*arguments), loss(*arguments))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+@pytest.mark.parametrize("form", FORMS)
+def test_function_transforms_raise(form, transform):
+    """As the docs say; torch.func.functional_call is no transform."""
+    b, loss = batch(), BetaCALLoss(form, beta=nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
+    image = b.image[None] if transform is torch.func.vmap else b.image
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda image: loss(image, b.text, b.scale))(image)
+    beta = torch.tensor(0.1, dtype=torch.float64)
+    called = torch.func.functional_call(loss, {"beta": beta}, (b.image, b.text, b.scale))
+    torch.testing.assert_close(called, BetaCALLoss(form, beta=0.1)(b.image, b.text, b.scale))
+
+
+@pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
+@pytest.mark.parametrize("form", FORMS)
+def test_meta_device(form, backend):
+    """Shapes and dtypes without values, as for estimates of memory."""
+    b = batch()
+    leaves = [t.to("meta").requires_grad_() for t in (b.image, b.text, b.scale)]
+    loss = BetaCALLoss(form, backend=backend)(*leaves, mask=b.mask.to("meta"))
+    assert loss.is_meta and loss.shape == () and loss.dtype == torch.float64
+    for gradient, leaf in zip(torch.autograd.grad(loss, leaves), leaves, strict=True):
+        assert gradient.is_meta and (gradient.shape, gradient.dtype) == (leaf.shape, leaf.dtype)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_saved_for_backward_is_linear(form):
     """Autograd keeps between forward and backward: the inputs themselves, gradients in the sigmoid form

@@ -33,7 +33,7 @@ def test_rejects():
         ClipLoss()(torch.ones(4, 3, 8), torch.ones(4, 3, 8), 10.0)
     with pytest.raises(ValueError, match=r"text_embeds: expected shape \(12, 8\) as image_embeds, got \(5, 8\)"):
         ClipLoss()(embeds, embeds[:5], 10.0)
-    with pytest.raises(ValueError, match="gather: expected a bool, 'all_gather' or 'ring', got 'star'"):
+    with pytest.raises(ValueError, match="gather: expected a bool, 'auto', 'all_gather', 'ring', got 'star'"):
         ClipLoss(gather="star")
     with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'fast'"):
         ClipLoss(backend="fast")

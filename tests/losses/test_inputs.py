@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip.losses import inputs
 
 LOSSES = {"ce": beta_cal_ce_loss, "bce": beta_cal_bce_loss}
 E3, E2, INDEX = torch.ones(4, 3, 8), torch.ones(12, 8), torch.arange(12) // 3
@@ -76,3 +77,68 @@ def test_module_rejects(options, message):
 def test_named_backend_that_cannot_serve_says_why():
     with pytest.raises(NotImplementedError, match="triton: "):
         beta_cal_ce_loss(E3.bfloat16(), E3.bfloat16(), 10.0, backend="triton")
+
+
+DISTINCT = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(3))
+ONE = DISTINCT[:, :1]
+MASK = torch.tensor([[True, True, False]]).expand(4, 3)
+NO_EFFECT = "beta: has no effect in the softmax form if all texts of an image have the same image embedding"
+
+
+@pytest.fixture
+def not_warned_yet():
+    inputs._warn_that_beta_cancels.cache_clear()
+    yield
+    inputs._warn_that_beta_cancels.cache_clear()
+
+
+@pytest.mark.usefixtures("not_warned_yet")
+@pytest.mark.parametrize("call", [beta_cal_ce_loss, BetaCALLoss("ce"), BetaCALLoss("ce", beta=torch.tensor(0.3))])
+@pytest.mark.parametrize(
+    "image, options",
+    [
+        (ONE.expand(4, 3, 8), {}),
+        (ONE.repeat(1, 3, 1), {}),
+        (ONE.repeat(1, 3, 1).flatten(0, 1), {"image_index": INDEX}),
+        (torch.cat((ONE, ONE, DISTINCT[:, 2:]), 1), {"mask": MASK}),  # a padded slot holds anything
+        (ONE.repeat(1, 3, 1)[[0] * 60], {}),
+    ],
+    ids=["expanded", "copied", "ragged", "masked", "many"],
+)
+def test_warns_once_that_beta_has_no_effect(call, image, options):
+    text = torch.randn_like(image)
+    with pytest.warns(UserWarning, match=NO_EFFECT) as caught:
+        for _ in range(3):
+            call(image, text, 10.0, **options)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.usefixtures("not_warned_yet")
+@pytest.mark.parametrize(
+    "call, image, options",
+    [
+        (beta_cal_ce_loss, DISTINCT, {}),
+        (beta_cal_ce_loss, DISTINCT.flatten(0, 1), {"image_index": INDEX}),
+        (beta_cal_ce_loss, torch.cat((ONE.repeat(1, 3, 1)[[0] * 60], DISTINCT)), {}),  # only the first are alike
+        (beta_cal_ce_loss, ONE.expand(4, 3, 8), {"beta": 0.0}),
+        (beta_cal_ce_loss, ONE.expand(4, 3, 8), {"pair_weights": torch.rand(3, 3)}),
+        (beta_cal_ce_loss, ONE, {}),
+        (beta_cal_ce_loss, E3, {"mask": torch.zeros(4, 3, dtype=torch.bool)}),
+        (beta_cal_bce_loss, ONE.expand(4, 3, 8), {}),
+        (beta_cal_ce_loss, DISTINCT.to("meta"), {}),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_does_not_warn_otherwise(call, image, options):
+    call(image, torch.randn_like(image), 10.0, **options)
+
+
+@pytest.mark.filterwarnings("ignore:beta")
+def test_beta_has_no_effect_there():
+    """The same gradients at every beta, as the warning says."""
+    image, text = ONE.double().requires_grad_(), torch.randn(4, 3, 8, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad(beta_cal_ce_loss(image.expand(4, 3, 8), text, 10.0, beta=beta), image)[0]
+        for beta in (0.0, 0.7)
+    ]
+    torch.testing.assert_close(*gradients)

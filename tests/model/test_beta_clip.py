@@ -458,3 +458,32 @@ def test_fully_sharded(one_rank, texts, checkpointing):
     for _ in range(2):
         beta_clip.zero_grad()
         torch.testing.assert_close(gradients(beta_clip, beta_clip, texts), expected)
+
+
+@pytest.mark.parametrize("target", ["attn", "out_proj", "c_fc"])
+def test_lora_by_peft_acts_or_is_refused(texts, target):
+    """LoRA of attn is never called by the towers and the pool, which read its weights."""
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
+    beta_clip = model()
+    with torch.no_grad():
+        before = beta_clip(pictures(), texts)
+    config = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+    adapted = peft.get_peft_model(beta_clip, config)
+    if target == "attn":
+        with pytest.raises(
+            NotImplementedError, match=r"attn has a forward of its own .* Adapt attn.out_proj, mlp.c_fc"
+        ):
+            adapted(pictures(), texts)
+        with pytest.raises(NotImplementedError, match="TextConditionedPool reads the weights of attn"):
+            beta_clip.pool(before["pooled_embeds"], before["text_embeds"])
+        return
+    out = adapted(pictures(), texts)
+    out["pooled_embeds"].square().sum().backward()
+    for name in ("image_embeds", "text_embeds", "pooled_embeds"):
+        assert (out[name] - before[name]).abs().max() > 1e-3, name
+    adapters = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+    for part in ("clip.visual", "clip.transformer", "pool"):
+        assert all(p.grad is not None and p.grad.any() for name, p in adapters.items() if f"model.{part}." in name), (
+            part
+        )
+    assert len(adapters) == 2 * 5  # two blocks of each tower, and the pool

@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 def objective(out: dict[str, Tensor]) -> Tensor:
     torch.rand(3)  # a loss may draw too
-    return BetaCALLoss()(out["image"], out["text"], out["scale"], mask=out["mask"])
+    return BetaCALLoss(gather=False)(out["image"], out["text"], out["scale"], mask=out["mask"])
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,4 @@
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,8 @@ from betaclip.training import parallel
 
 
 def fully_sharded_gradients_wait() -> None:
-    """Within no_sync no gradient is reduced."""
+    """Within no_sync no gradient is reduced; nor does FSDP2 warn of outputs that are views."""
+    warnings.filterwarnings("error", "FSDP2-wrapped")
     batch, model = tiny_batch(3), tiny_model()
     wrapped = parallel.wrap(model, "fsdp", ProcessGroup.of())
     for waits in (True, False):

@@ -1,0 +1,1 @@
+"""The losses in the form that other libraries call, and the embeddings of those libraries' models for the pooling."""

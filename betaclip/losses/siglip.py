@@ -1,0 +1,78 @@
+"""SigLIP's loss, linear in memory."""
+
+from torch import Tensor, nn
+
+from betaclip.kernels.similarity.operators import Backend
+from betaclip.losses.beta_cal import GroupLike, beta_cal_bce_loss
+from betaclip.losses.inputs import check_backend, check_gather, check_pairs
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP's loss for one text per image: β-CAL's sigmoid form at K = 1, divided by B, by the same kernel.
+
+    Equivalent to:
+
+        v, t = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
+        s, own = logit_scale * v @ t.T + logit_bias, torch.eye(B).bool()
+        loss = F.softplus(torch.where(own, -s, s)).sum() / B
+
+    in O(B·D) memory (arXiv 2303.15343).
+
+    Args:
+        backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
+        gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
+            and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`. B is then the number of all ranks' images.
+        process_group: the ranks to gather from; None for the default group.
+
+    Raises:
+        ValueError: ``backend`` or ``gather`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import SigLipLoss
+        >>> image, text = torch.eye(4), torch.eye(4)  # 4 pairs, each unlike the others
+        >>> for bias in (0.0, -10.0):
+        ...     print(f"{SigLipLoss()(image, text, logit_scale=10.0, logit_bias=bias):.4f}")
+        2.0795
+        0.6933
+    """
+
+    def __init__(
+        self,
+        backend: Backend = "auto",
+        gather: bool | str = "auto",
+        process_group: GroupLike | None = None,
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        check_gather(gather)
+        self.backend, self.gather, self.process_group = backend, gather, process_group
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            image_embeds: (B, D) image embeddings, any norm, any floating dtype.
+            text_embeds: (B, D) text embeddings; text i belongs to image i.
+            logit_scale: () inverse temperature, after exp; may require a gradient.
+            logit_bias: () added to every logit, may require a gradient; None for none. SigLIP starts at -10.
+
+        Returns:
+            () float32 (float64 for float64 inputs), in nats per image.
+
+        Raises:
+            ValueError: an argument is malformed or disagrees with another; the message names it.
+            NotImplementedError: the named backend cannot serve these inputs; the message says why.
+            RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
+        """
+        check_pairs(image_embeds, text_embeds)
+        return beta_cal_bce_loss(
+            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, logit_bias=logit_bias, beta=0.0,
+            divisor="rows", backend=self.backend, gather=self.gather, process_group=self.process_group,
+        )  # fmt: skip
