@@ -65,10 +65,12 @@ inline Grid grid_of(const betaclip_chunk &c, int32_t multiprocessors) {
   return make_grid(c.row_end - c.row_begin, c.col_end - c.col_begin, multiprocessors);
 }
 
-inline Job job_of(const betaclip_chunk &c, const Grid &grid, float *row_sums, float *col_sums) {
+inline Job job_of(const betaclip_chunk &c, const Grid &grid, float *row_sums, float *col_sums,
+                  const LostRows &lost = {}) {
   return {c.row_begin, c.col_begin, grid,
           {row_sums, col_sums, c.row_end - c.row_begin, c.col_end - c.col_begin},
-          {c.ds, c.ds_stride, c.row_begin, c.row_end, c.col_begin, c.col_end}};
+          {c.ds, c.ds_stride, c.row_begin, c.row_end, c.col_begin, c.col_end},
+          lost};
 }
 
 }  // namespace betaclip

@@ -124,7 +124,8 @@ BETACLIP_API size_t betaclip_logsumexp_workspace_bytes(int64_t n, int64_t m, int
 BETACLIP_API size_t betaclip_softplus_workspace_bytes(int64_t rows, int64_t cols, int32_t multiprocessors);
 
 /* lse_x[i] = log sum_j exp(S_ij), (n); lse_y[j] = log sum_i exp(S_ij), (m); -inf for a row without any pair, NaN
- * where a pair's similarity is NaN. */
+ * where a pair's similarity is NaN, +inf where one is beyond float32. Rows may have any norms: where these differ so
+ * much, or S is so large, that one exponential cannot serve both directions, a second pass does what is missing. */
 BETACLIP_API int betaclip_logsumexp_forward(const betaclip_operands *operands, float *lse_x, float *lse_y,
                                             void *workspace, size_t workspace_bytes, void *stream);
 

@@ -14,47 +14,57 @@ namespace betaclip {
 
 constexpr int kConsumers = 2;
 
-// Partial sums, all zero before the launch: rows (kRowSums, kConsumers * ranges, row_count) and cols (kConsumers *
-// strips, col_count), counted from the origin of the launch.
+// Partial sums as sums.h stores them, those of nothing before the launch: rows (kRowSums, kConsumers * ranges,
+// row_count) and cols (kConsumers * strips, col_count), counted from the origin of the launch.
 struct PartialSums {
   float *rows, *cols;
   int64_t row_count, col_count;
 };
 
-// Everything but the operands: where the launch lies in the matrix, how it is cut, where results go.
+// Everything but the operands: where the launch lies in the matrix, how it is cut, where results go, and for terms that
+// visit only these, which rows and columns are lost.
 struct Job {
   int64_t row_begin, col_begin;
   Grid grid;
   PartialSums sums;
   DsChunk ds;
+  LostRows lost;
 };
+
+template <class Terms>
+BETACLIP_HD TileWalk<typename Terms::Tiles> walk_of(const Job &job, const Place &place) {
+  return {rectangle(job.grid, place), typename Terms::Tiles(job.grid, place, job.lost)};
+}
 
 // Shared memory of one consumer. Staged vectors have two buffers, so that one barrier per tile suffices: a thread that
 // refills a buffer has passed the barrier of the tile between, which all reached after they last read it.
 template <class Terms>
 struct ConsumerStorage {
   static constexpr int kBand = kBandTiles * kTile;
+  using Sum = typename Terms::Sum;
   typename Terms::Row rows[2][kTile];
   typename Terms::Col cols[2][kTile];
-  float row_sums[Terms::kRowSums > 0 ? Terms::kRowSums : 1][Terms::kRowSums > 0 ? kBand : 1];  // of a band
-  float col_sums[kWarpgroup / 32][Terms::kColSums > 0 ? kTile : 1];                            // of each warp
+  Sum row_sums[Terms::kRowSums > 0 ? Terms::kRowSums : 1][Terms::kRowSums > 0 ? kBand : 1];  // of a band
+  Sum col_sums[kWarpgroup / 32][Terms::kColSums > 0 ? kTile : 1];                            // of each warp
 };
 
 // Adds up over pairs of lanes that differ in `mask`; the lane with that bit keeps the upper half of the sums, the other
 // the lower, in front.
-template <int kCount, class Warpgroup>
-BETACLIP_HD void reduce_halves(float *values, Warpgroup &warpgroup, int mask) {
+template <int kCount, class Sum, class Warpgroup>
+BETACLIP_HD void reduce_halves(Sum *values, Warpgroup &warpgroup, int mask) {
   const bool upper = (warpgroup.thread() & mask) != 0;
   BETACLIP_UNROLL
   for (int i = 0; i < kCount / 2; ++i) {
-    const float sent = upper ? values[i] : values[i + kCount / 2];
-    const float kept = upper ? values[i + kCount / 2] : values[i];
-    values[i] = kept + warpgroup.shuffle_xor(sent, mask);
+    const Sum sent = upper ? values[i] : values[i + kCount / 2];
+    const Sum kept = upper ? values[i + kCount / 2] : values[i];
+    values[i] = merged(kept, exchanged(sent, warpgroup, mask));
   }
 }
 
 template <class Terms, class Element, class Warpgroup>
 class Consumer {
+  using Sum = typename Terms::Sum;
+  using Walk = TileWalk<typename Terms::Tiles>;
   static constexpr int kRowSums = Terms::kRowSums > 0 ? Terms::kRowSums : 1;  // arrays of none do not exist
 
  public:
@@ -67,9 +77,9 @@ class Consumer {
   template <class Products>
   BETACLIP_HD void run(Products &products) {
     auto accumulators = products.accumulators();
-    float col_sums[kLines] = {};
+    Sum col_sums[kLines] = {};
     if (Terms::kRowSums > 0) clear_row_sums();
-    TileWalk walk(rectangle(job_.grid, place_));
+    Walk walk = walk_of<Terms>(job_, place_);
     walk.skip(which_);
     for (int buffer = 0; !walk.done(); buffer ^= 1) {
       const int64_t row = row_of(walk.row()), col = col_of(walk.col());
@@ -80,13 +90,13 @@ class Consumer {
       storage_.rows[buffer][thread_] = own_row;
       storage_.cols[buffer][thread_] = own_col;
       warpgroup_.sync();
-      float *row_sums = &storage_.row_sums[0][Terms::kRowSums > 0 ? (walk.row() - walk.band()) * kTile : 0];
+      Sum *row_sums = &storage_.row_sums[0][Terms::kRowSums > 0 ? (walk.row() - walk.band()) * kTile : 0];
       if (terms_.variant() == 0) {
         tile<0>(accumulators, buffer, row, col, row_sums, col_sums);
       } else {
         tile<1>(accumulators, buffer, row, col, row_sums, col_sums);
       }
-      TileWalk following = walk;
+      Walk following = walk;
       following.skip(kConsumers);
       const bool band_ends = following.done() || following.band() != walk.band();
       if (Terms::kColSums > 0 && (band_ends || following.col() != walk.col())) flush_col_sums(col_sums, walk.col());
@@ -104,10 +114,10 @@ class Consumer {
 
   // 32 columns at a time: what is known of them, 8 per thread, stays in registers for all rows.
   template <int kVariant, class Accumulators>
-  BETACLIP_HD void tile(const Accumulators &accumulators, int buffer, int64_t row, int64_t col, float *row_sums,
-                        float (&col_sums)[kLines]) {
+  BETACLIP_HD void tile(const Accumulators &accumulators, int buffer, int64_t row, int64_t col, Sum *row_sums,
+                        Sum (&col_sums)[kLines]) {
     const DsTile ds_tile = job_.ds.tile(row, col);
-    float slot_sums[kSlots][kRowSums] = {};
+    Sum slot_sums[kSlots][kRowSums] = {};
     typename Terms::Row slot_rows[kSlots];
     BETACLIP_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -140,31 +150,33 @@ class Consumer {
   }
 
   // Four lanes share four rows; lane q keeps slot q.
-  BETACLIP_HD void add_row_sums(const float (&slot_sums)[kSlots][kRowSums], float *row_sums) {
+  BETACLIP_HD void add_row_sums(const Sum (&slot_sums)[kSlots][kRowSums], Sum *row_sums) {
     BETACLIP_UNROLL
     for (int s = 0; s < kRowSums; ++s) {
-      float sums[kSlots] = {slot_sums[0][s], slot_sums[1][s], slot_sums[2][s], slot_sums[3][s]};
+      Sum sums[kSlots] = {slot_sums[0][s], slot_sums[1][s], slot_sums[2][s], slot_sums[3][s]};
       reduce_halves<4>(sums, warpgroup_, 2);
       reduce_halves<2>(sums, warpgroup_, 1);
-      row_sums[s * ConsumerStorage<Terms>::kBand + kept_row()] += sums[0];
+      Sum &total = row_sums[s * ConsumerStorage<Terms>::kBand + kept_row()];
+      total = merged(total, sums[0]);
     }
   }
 
   BETACLIP_HD void clear_row_sums() {
     for (auto &sums : storage_.row_sums) {
-      for (int tile = 0; tile < kBandTiles; ++tile) sums[tile * kTile + kept_row()] = 0.0f;
+      for (int tile = 0; tile < kBandTiles; ++tile) sums[tile * kTile + kept_row()] = Sum();
     }
   }
 
   // Threads touch their own rows only: no barrier.
-  BETACLIP_HD void flush_row_sums(const TileWalk &walk) {
+  BETACLIP_HD void flush_row_sums(const Walk &walk) {
     const PartialSums &sums = job_.sums;
     for (int s = 0; s < Terms::kRowSums; ++s) {
       const int64_t part = int64_t(s) * kConsumers * job_.grid.ranges + kConsumers * place_.range + which_;
       for (int32_t tile = walk.band(); tile < walk.band_end(); ++tile) {
         const int64_t row = int64_t(tile) * kTile + kept_row();
         if (row < sums.row_count) {
-          sums.rows[part * sums.row_count + row] = storage_.row_sums[s][(tile - walk.band()) * kTile + kept_row()];
+          const Sum &sum = storage_.row_sums[s][(tile - walk.band()) * kTile + kept_row()];
+          sums.rows[part * sums.row_count + row] = stored(sum);
         }
       }
     }
@@ -173,7 +185,7 @@ class Consumer {
 
   // Over the eight lanes of a warp that share columns, then over the four warps, then to this consumer's own partial
   // sums, which only this thread touches. The next flush writes shared memory after another tile's barrier.
-  BETACLIP_HD void flush_col_sums(float (&col_sums)[kLines], int32_t col_tile) {
+  BETACLIP_HD void flush_col_sums(Sum (&col_sums)[kLines], int32_t col_tile) {
     reduce_halves<32>(col_sums, warpgroup_, 16);
     reduce_halves<16>(col_sums, warpgroup_, 8);
     reduce_halves<8>(col_sums, warpgroup_, 4);
@@ -181,15 +193,16 @@ class Consumer {
     BETACLIP_UNROLL
     for (int k = 0; k < 4; ++k) storage_.col_sums[thread_ / 32][accumulator_col(thread_, first + k)] = col_sums[k];
     warpgroup_.sync();
-    float total = 0.0f;
-    for (int warp = 0; warp < kWarpgroup / 32; ++warp) total += storage_.col_sums[warp][thread_];
+    Sum total = Sum();
+    for (int warp = 0; warp < kWarpgroup / 32; ++warp) total = merged(total, storage_.col_sums[warp][thread_]);
     const PartialSums &sums = job_.sums;
     const int64_t col = int64_t(col_tile) * kTile + thread_;
     if (col < sums.col_count) {
-      sums.cols[(int64_t(kConsumers) * place_.strip + which_) * sums.col_count + col] += total;
+      float &part = sums.cols[(int64_t(kConsumers) * place_.strip + which_) * sums.col_count + col];
+      part = stored(merged(restored<Sum>(part), total));
     }
     BETACLIP_UNROLL
-    for (int line = 0; line < kLines; ++line) col_sums[line] = 0.0f;
+    for (int line = 0; line < kLines; ++line) col_sums[line] = Sum();
   }
 
   const Terms &terms_;

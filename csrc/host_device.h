@@ -39,6 +39,15 @@ BETACLIP_HD float fast_divide(float a, float b) {
 #endif
 }
 
+// a b rounded to float32, also where something is added to it: never part of a fused multiply-add.
+BETACLIP_HD float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 BETACLIP_HD int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace betaclip

@@ -93,6 +93,7 @@ struct Mainloop {
   // One thread: every tile of the block, in the order of the walk. Rows, columns and depth beyond the operands arrive
   // as zeros, and count as bytes arrived. A stage of this block fills from the whole cluster, and is free when all of
   // the cluster, to which this block writes, have released theirs.
+  template <class Terms>
   static CUTLASS_DEVICE void load(const Arguments &args, const Job &job, int program, Pipeline &pipeline,
                                   Storage &storage) {
     using namespace cute;
@@ -101,7 +102,7 @@ struct Mainloop {
     const auto to_x = args.x.get_slice(0).partition_D(make_tensor(make_smem_ptr(storage.x.data()), SmemLayout{}));
     const auto to_y = args.y.get_slice(rank).partition_D(make_tensor(make_smem_ptr(storage.y.data()), SmemLayout{}));
     PipelineState state = cutlass::make_producer_start_state<Pipeline>();
-    for (TileWalk walk(rectangle(job.grid, place_of(job.grid, program))); !walk.done(); walk.next()) {
+    for (auto walk = walk_of<Terms>(job, place_of(job.grid, program)); !walk.done(); walk.next()) {
       const int32_t row = int32_t(job.row_begin) + walk.row() * kTile;
       const int32_t col = int32_t(job.col_begin) + walk.col() * kTile;
       const auto from_x = share_of_tile(args.x, 0, args.n, args.d, row);
@@ -205,7 +206,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 
   if (produces) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (leads) Loop::load(args, job, blockIdx.x, pipeline, storage.mainloop);
+    if (leads) Loop::template load<Terms>(args, job, blockIdx.x, pipeline, storage.mainloop);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     const int which = warpgroup - 1;

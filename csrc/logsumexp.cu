@@ -1,4 +1,5 @@
-// Two-sided log-sum-exp. Reads x and y twice from memory, once for their norms; a multiple of that from L2.
+// Two-sided log-sum-exp. Reads x and y twice from memory, once for their norms, and again where a row was lost; a
+// multiple of that from L2.
 #include "arguments.h"
 #include "kernel.cuh"
 #include "launch.h"
@@ -8,31 +9,39 @@ namespace betaclip {
 namespace {
 
 template <class Element>
-int merge(const Side &side, const float *scale, const float *reference, const float *parts, int count, float *lse,
-          cudaStream_t stream) {
-  const dim3 blocks(unsigned(ceil_divide(side.group.end, kWarpgroup)));
-  return launch(merge_kernel<Element>, blocks, kWarpgroup, stream, side, scale, reference, parts, count, lse);
-}
-
-template <class Element>
 int forward(const betaclip_operands &o, const Grid &grid, float *lse_x, float *lse_y, void *workspace,
             cudaStream_t stream) {
   const LogSumExpWorkspace places(grid, o.n, o.m);
   float *norms = places.norms(workspace), *reference = places.reference(workspace);
-  const Job job = job_of(whole_matrix(o), grid, places.row_sums(workspace), places.col_sums(workspace));
+  int32_t *any_lost = places.any_lost(workspace);
+  uint4 *lost_rows = places.lost_rows(workspace), *lost_cols = places.lost_cols(workspace);
+  const Job job = job_of(whole_matrix(o), grid, places.row_sums(workspace), places.col_sums(workspace),
+                         {any_lost, lost_rows, lost_cols});
   const Side x = side_of_x(o), y = side_of_y(o);
-  const LogSumExpTerms::Params params = {x.group, y.group, o.scale, reference};
+  const SideStatistics of_x = {x.group, job.sums.rows, kConsumers * grid.ranges,
+                               reinterpret_cast<uint32_t *>(lost_rows), lse_x};
+  const SideStatistics of_y = {y.group, job.sums.cols, kConsumers * grid.strips,
+                               reinterpret_cast<uint32_t *>(lost_cols), lse_y};
+  const dim3 tiles(grid.row_tiles > grid.col_tiles ? grid.row_tiles : grid.col_tiles, 2);
   if (const int error = cudaMemsetAsync(job.sums.rows, 0, places.sum_bytes(), stream)) return error;
   if (const int error = launch(largest_norms_kernel<Element>, dim3(kNormBlocks, 2), kWarpgroup, stream, x, y, norms)) {
     return error;
   }
-  if (const int error = launch(reference_kernel, dim3(1), 32, stream, norms, o.scale, reference)) return error;
-  if (const int error = launch_similarity<LogSumExpTerms, Element>(o, params, job, stream)) {
+  if (const int error = launch(reference_kernel, dim3(1), 32, stream, norms, o.scale, reference, any_lost)) {
     return error;
   }
-  const int row_parts = kConsumers * grid.ranges, col_parts = kConsumers * grid.strips;
-  if (const int error = merge<Element>(x, o.scale, reference, job.sums.rows, row_parts, lse_x, stream)) return error;
-  return merge<Element>(y, o.scale, reference, job.sums.cols, col_parts, lse_y, stream);
+  if (const int error = launch_similarity<LogSumExpTerms, Element>(o, {x.group, y.group, o.scale, reference}, job,
+                                                                   stream)) {
+    return error;
+  }
+  if (const int error = launch(merge_first_kernel, tiles, kTile, stream, of_x, of_y, reference, any_lost)) {
+    return error;
+  }
+  // Where nothing is lost it returns at once: the host need not know.
+  if (const int error = launch_similarity<ExactLogSumExpTerms, Element>(o, {x.group, y.group, o.scale}, job, stream)) {
+    return error;
+  }
+  return launch(merge_second_kernel, tiles, kTile, stream, of_x, of_y);
 }
 
 }  // namespace

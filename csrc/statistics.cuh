@@ -1,4 +1,4 @@
-// The small kernels before and after the log-sum-exp: the reference from the largest norms, and the merge.
+// The small kernels around the two passes of the log-sum-exp: the reference from the largest norms, and merging.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kWarpgroup) largest_norms_kernel(Side x, Side 
   maxima[blockIdx.y * gridDim.x + blockIdx.x] = largest;
 }
 
-// One warp for both sides.
+// One warp for both sides. Nothing is lost yet.
 static __global__ void __launch_bounds__(32)
-    reference_kernel(const float *maxima, const float *scale, float *reference) {
+    reference_kernel(const float *maxima, const float *scale, float *reference, int32_t *any_lost) {
   float largest[2] = {0.0f, 0.0f};
   for (int i = threadIdx.x; i < 2 * kNormBlocks; i += 32) {
     float &side = largest[i / kNormBlocks];
@@ -41,33 +41,29 @@ static __global__ void __launch_bounds__(32)
   for (int mask = 16; mask > 0; mask /= 2) {
     for (float &side : largest) side = fmaxf(side, __shfl_xor_sync(0xffffffffu, side, mask));
   }
-  if (threadIdx.x == 0) *reference = reference_for(*scale, largest[0], largest[1]);
+  if (threadIdx.x > 0) return;
+  *reference = reference_for(*scale, largest[0], largest[1]);
+  *any_lost = 0;
 }
 
-// lse (rows) from parts (count, rows); then the block's lost rows once more, one after the other. A row without any pair
-// is one of them, and looks at all groups; else there are none unless every logit of a row lies some 130 nats below what
-// norms allow, or a sum overflowed. So most blocks leave at once.
-template <class Element>
-__global__ void __launch_bounds__(kWarpgroup)
-    merge_kernel(Side side, const float *scale, const float *reference, const float *parts, int count, float *lse) {
-  const int64_t first = int64_t(blockIdx.x) * kWarpgroup, row = first + threadIdx.x;
-  const int64_t rows = side.group.end;
-  bool lost = false;
-  if (row < rows) {
-    const float sum = sum_parts(parts, count, rows, row);
-    lost = is_lost(sum, side.group(row));
-    lse[row] = logf(sum) + *reference;
-  }
-  __shared__ bool is_row_lost[kWarpgroup];
-  __shared__ RunningLogSumExp shared_parts[kWarpgroup / 32];
-  is_row_lost[threadIdx.x] = lost;
-  if (!__syncthreads_or(lost)) return;
-  DeviceWarpgroup warpgroup(0);
-  for (int i = 0; i < kWarpgroup; ++i) {
-    if (!is_row_lost[i]) continue;
-    const float exact = exact_logsumexp<Element>(side, first + i, *scale, warpgroup, shared_parts);
-    if (threadIdx.x == 0) lse[first + i] = exact;
-  }
+// Both sides' statistics from the first pass, and which rows are lost: none, unless every logit of a row lies some 130
+// nats below what norms allow, or a sum overflowed, or a row has no pair at all. A block has the rows of a tile.
+static __global__ void __launch_bounds__(kTile)
+    merge_first_kernel(SideStatistics x, SideStatistics y, const float *reference, int32_t *any_lost) {
+  const SideStatistics side = blockIdx.y == 0 ? x : y;
+  const int64_t first = int64_t(blockIdx.x) * kTile;
+  if (first >= side.group.end) return;
+  const int64_t row = first + threadIdx.x;
+  const uint32_t lost = __ballot_sync(0xffffffffu, side.merge_first(row, *reference));
+  if (threadIdx.x % 32 > 0) return;
+  side.lost[row / 32] = lost;
+  if (lost != 0) *any_lost = 1;  // all that write it write the same
+}
+
+// And those of lost rows from the second.
+static __global__ void __launch_bounds__(kTile) merge_second_kernel(SideStatistics x, SideStatistics y) {
+  const SideStatistics side = blockIdx.y == 0 ? x : y;
+  side.merge_second(int64_t(blockIdx.x) * kTile + threadIdx.x);
 }
 
 }  // namespace betaclip

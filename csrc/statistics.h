@@ -1,4 +1,4 @@
-// From partial sums to statistics: merging, noticing what was lost, and doing that again.
+// From partial sums to statistics: merging, noticing what was lost, and merging what was done again.
 #pragma once
 
 #include "betaclip.h"
@@ -31,26 +31,48 @@ BETACLIP_HD float larger_norm(float largest, float norm) { return norm > largest
 // NaN is not lost, it is to be seen. A row without any pair sums to 0 and is looked at once more.
 BETACLIP_HD bool is_lost(float sum, int32_t group) { return group >= 0 && (sum < kLeastSum || sum == kInfinity); }
 
-BETACLIP_HD float sum_parts(const float *parts, int64_t count, int64_t stride, int64_t row) {
-  float sum = 0.0f;
-  for (int64_t part = 0; part < count; ++part) sum += parts[part * stride + row];
+template <class Sum = float>
+BETACLIP_HD Sum sum_parts(const float *parts, int64_t count, int64_t stride, int64_t row) {
+  Sum sum = Sum();
+  for (int64_t part = 0; part < count; ++part) sum = merged(sum, restored<Sum>(parts[part * stride + row]));
   return sum;
 }
 
-// One side of the operation, seen from its own rows.
-struct Side {
-  const void *rows, *others;
-  Groups group, other_group;  // `end` is how many
-  int64_t stride, other_stride, depth;
+// The log-sum-exp of one side's rows, on its way from the partial sums of the first pass to those of the second.
+struct SideStatistics {
+  Groups group;    // `end` is how many rows there are
+  float *parts;    // (count, rows)
+  int64_t count;
+  uint32_t *lost;  // a bit for each row, up to whole tiles
+  float *lse;      // (rows)
+
+  // lse of a row from the first pass; returns whether it is lost, and then makes its parts those of nothing for the
+  // second.
+  BETACLIP_HD bool merge_first(int64_t row, float reference) const {
+    if (row >= group.end) return false;
+    const float sum = sum_parts(parts, count, group.end, row);
+    lse[row] = logf(sum) + reference;
+    if (!is_lost(sum, group(row))) return false;
+    for (int64_t part = 0; part < count; ++part) parts[part * group.end + row] = stored(RunningLogSumExp());
+    return true;
+  }
+
+  // lse of a lost row from the second pass.
+  BETACLIP_HD void merge_second(int64_t row) const {
+    if (row >= group.end || (lost[row / 32] >> row % 32 & 1) == 0) return;
+    lse[row] = sum_parts<RunningLogSumExp>(parts, count, group.end, row).value();
+  }
 };
 
-BETACLIP_HD Side side_of_x(const betaclip_operands &o) {
-  return {o.x, o.y, {o.x_group, 0, o.n}, {o.y_group, 1, o.m}, o.x_stride, o.y_stride, o.d};
-}
+// The rows of one side.
+struct Side {
+  const void *rows;
+  Groups group;  // `end` is how many
+  int64_t stride, depth;
+};
 
-BETACLIP_HD Side side_of_y(const betaclip_operands &o) {
-  return {o.y, o.x, {o.y_group, 1, o.m}, {o.x_group, 0, o.n}, o.y_stride, o.x_stride, o.d};
-}
+BETACLIP_HD Side side_of_x(const betaclip_operands &o) { return {o.x, {o.x_group, 0, o.n}, o.x_stride, o.d}; }
+BETACLIP_HD Side side_of_y(const betaclip_operands &o) { return {o.y, {o.y_group, 1, o.m}, o.y_stride, o.d}; }
 
 // The share of <a, b> of one of `lanes` lanes, 16 bytes at a time.
 template <class Element>
@@ -68,54 +90,12 @@ BETACLIP_HD float partial_product(const Element *a, const Element *b, int64_t de
   return sum;
 }
 
-// log of a sum of exponentials relative to the largest so far: right for any logits, at a second exponential for each.
-struct RunningLogSumExp {
-  float top, sum;
-
-  BETACLIP_HD static RunningLogSumExp of_nothing() { return {-kInfinity, 0.0f}; }
-
-  BETACLIP_HD void add(float logit, float count = 1.0f) {
-    const float highest = fmaxf(top, logit);
-    sum = sum * expf(top - finite(highest)) + count * expf(logit - finite(highest));
-    top = highest;
-  }
-  BETACLIP_HD void add(const RunningLogSumExp &other) { add(other.top, other.sum); }
-  BETACLIP_HD float value() const { return logf(sum) + finite(top); }
-
- private:
-  // infinity - infinity would make NaN of -inf, no pair, and of inf.
-  BETACLIP_HD static float finite(float top) { return fabsf(top) == kInfinity ? 0.0f : top; }
-};
-
 // <a, b> in every lane of a warp.
 template <class Element, class Warpgroup>
 BETACLIP_HD float warp_product(const Element *a, const Element *b, int64_t depth, Warpgroup &warpgroup) {
   float sum = partial_product(a, b, depth, warpgroup.thread() % 32, 32);
   for (int mask = 16; mask > 0; mask /= 2) sum += warpgroup.shuffle_xor(sum, mask);
   return sum;
-}
-
-// One row's log-sum-exp from its true maximum: warps share the columns, lanes the depth. Call it in all threads of a
-// warpgroup; `parts` is shared memory of a warpgroup.
-template <class Element, class Warpgroup>
-BETACLIP_HD float exact_logsumexp(const Side &side, int64_t row, float scale, Warpgroup &warpgroup,
-                                  RunningLogSumExp *parts) {
-  constexpr int kWarps = kWarpgroup / 32;
-  const int warp = warpgroup.thread() / 32;
-  const Element *values = static_cast<const Element *>(side.rows) + row * side.stride;
-  const int32_t group = side.group(row);
-  RunningLogSumExp part = RunningLogSumExp::of_nothing();
-  for (int64_t other = warp; other < side.other_group.end; other += kWarps) {
-    if (!takes_part(group, side.other_group(other))) continue;
-    const Element *other_values = static_cast<const Element *>(side.others) + other * side.other_stride;
-    part.add(scale * warp_product(values, other_values, side.depth, warpgroup));
-  }
-  warpgroup.sync();  // the last row's parts have been read
-  if (warpgroup.thread() % 32 == 0) parts[warp] = part;
-  warpgroup.sync();
-  RunningLogSumExp total = RunningLogSumExp::of_nothing();
-  for (int i = 0; i < kWarps; ++i) total.add(parts[i]);
-  return total.value();
 }
 
 }  // namespace betaclip

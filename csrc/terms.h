@@ -1,6 +1,8 @@
 // The four operations, pair by pair: what becomes of the product <x_i, y_j>.
 //
 // Each has
+//   Tiles             which tiles it visits: all, or those of lost rows and columns
+//   Sum               the kind of its sums
 //   Row, Col          what it needs of row i and column j; staged in shared memory, one element per thread
 //   row(i), col(j)    read them; beyond the end they belong to group -1
 //   kRowSums          sums over columns that it forms
@@ -9,11 +11,16 @@
 //   variant()         0 or 1, the same for a whole launch, chooses term<0> or term<1>
 //   term<variant>()   adds to the sums; returns dS_ij
 //
-// Differences are taken in nats, where they are nearly exact, before an exponential scales them to octaves. Values of
-// excluded pairs are replaced and never multiplied away, so that NaN in padded rows reaches nothing.
+// The log-sum-exp and its gradient round S to float32 before they subtract a statistic from it. So S is the same number
+// in all of them, and S - lse is at most 0 but for the rounding of lse: fused multiply-adds would add S's own rounding
+// error, which is large where S is. Differences are taken in nats, where they are nearly exact, before an exponential
+// scales them to octaves. Values of excluded pairs are replaced and never multiplied away, so that NaN in padded rows
+// reaches nothing.
 #pragma once
 
 #include "host_device.h"
+#include "sums.h"
+#include "tiles.h"
 
 namespace betaclip {
 
@@ -53,6 +60,8 @@ BETACLIP_HD float log1p_of_at_most_1(float e) {
 
 // Sums of exp(S - reference) in both directions.
 struct LogSumExpTerms {
+  using Tiles = EveryTile;
+  using Sum = float;
   struct Params {
     Groups x, y;
     const float *scale, *reference;
@@ -74,15 +83,49 @@ struct LogSumExpTerms {
 
   template <int kVariant>
   BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sum, float *col_sum) const {
-    const float e = takes_part(row.group, col.group) ? fast_exp(product * scale - reference) : 0.0f;
+    const float e = takes_part(row.group, col.group) ? fast_exp(rounded_product(product, scale) - reference) : 0.0f;
     *row_sum += e;
     *col_sum += e;
     return 0.0f;
   }
 };
 
+// Log-sum-exps over the tiles with a lost row or column, from true maxima: an exponential for each direction.
+struct ExactLogSumExpTerms {
+  using Tiles = LostTiles;
+  using Sum = RunningLogSumExp;
+  struct Params {
+    Groups x, y;
+    const float *scale;
+  };
+  struct Row {
+    int32_t group;
+  };
+  using Col = Row;
+  static constexpr int kRowSums = 1, kColSums = 1;
+  static constexpr bool kStores = false;
+
+  Params params;
+  float scale;
+
+  BETACLIP_HD explicit ExactLogSumExpTerms(const Params &p) : params(p), scale(*p.scale) {}
+  BETACLIP_HD Row row(int64_t i) const { return {params.x(i)}; }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD int variant() const { return 0; }
+
+  template <int kVariant>
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, Sum *row_sum, Sum *col_sum) const {
+    const float s = takes_part(row.group, col.group) ? rounded_product(product, scale) : -kInfinity;
+    row_sum->add(s);
+    col_sum->add(s);
+    return 0.0f;
+  }
+};
+
 // weight_x exp(S - stat_x) + weight_y exp(S - stat_y), with one exponential in variant 1: see betaclip.h.
 struct LogSumExpGradientTerms {
+  using Tiles = EveryTile;
+  using Sum = float;
   struct Params {
     Groups x, y;
     const float *scale;
@@ -117,11 +160,12 @@ struct LogSumExpGradientTerms {
 
   template <int kVariant>
   BETACLIP_HD float term(float product, const Row &row, const Col &col, float *, float *) const {
+    const float s = rounded_product(product, scale);
     float ds;
     if (kVariant == 1) {
-      ds = fast_exp(product * scale - row.stat) * (row.weight + row.factor * col.factor);
+      ds = fast_exp(s - row.stat) * (row.weight + row.factor * col.factor);
     } else {
-      ds = row.weight * fast_exp(product * scale - row.stat) + col.weight * fast_exp(product * scale - col.stat);
+      ds = row.weight * fast_exp(s - row.stat) + col.weight * fast_exp(s - col.stat);
     }
     return takes_part(row.group, col.group) ? ds : 0.0f;
   }
@@ -130,6 +174,8 @@ struct LogSumExpGradientTerms {
 // softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|).
 template <bool kGradient>
 struct SoftplusTerms {
+  using Tiles = EveryTile;
+  using Sum = float;
   struct Params {
     Groups x, y;
     const float *scale, *bias, *weight;  // bias may be null

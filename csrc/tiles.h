@@ -1,6 +1,8 @@
 // How the matrix of tiles is cut into one rectangle per thread block, and in which order a block visits its tiles.
 #pragma once
 
+#include <vector_types.h>
+
 #include "host_device.h"
 
 namespace betaclip {
@@ -76,13 +78,54 @@ BETACLIP_HD Rectangle rectangle(const Grid &grid, const Place &place) {
           col + (grid.range_tiles < cols_left ? grid.range_tiles : cols_left)};
 }
 
+// Rows and columns of the matrix that have to be done again, a bit for each.
+struct LostRows {
+  const int32_t *any;        // () 0 if there are none
+  const uint4 *rows, *cols;  // (row_tiles), (col_tiles): the bits of a tile's 128 rows or columns
+};
+
+// What a walk visits: all tiles of its rectangle.
+struct EveryTile {
+  BETACLIP_HD EveryTile(const Grid &, const Place &, const LostRows &) {}
+  BETACLIP_HD bool any() const { return true; }
+  BETACLIP_HD bool operator()(int32_t, int32_t) const { return true; }
+};
+
+// Or those tiles that hold a lost row or column. The blocks of a cluster share each tile of y, so they visit a tile
+// when one of them needs it.
+class LostTiles {
+ public:
+  BETACLIP_HD LostTiles(const Grid &grid, const Place &place, const LostRows &lost)
+      : lost_(lost), rank_(place.strip % kCluster), strip_tiles_(grid.strip_tiles), row_tiles_(grid.row_tiles) {}
+
+  BETACLIP_HD bool any() const { return *lost_.any != 0; }  // most launches find none and need not look further
+  BETACLIP_HD bool operator()(int32_t row, int32_t col) const {
+    bool wanted = is_any_set(lost_.cols[col]);
+    for (int block = 0; block < kCluster; ++block) {
+      const int32_t other = row + (block - rank_) * strip_tiles_;
+      if (other < row_tiles_) wanted |= is_any_set(lost_.rows[other]);
+    }
+    return wanted;
+  }
+
+ private:
+  BETACLIP_HD static bool is_any_set(const uint4 &bits) { return (bits.x | bits.y | bits.z | bits.w) != 0; }
+
+  LostRows lost_;
+  int32_t rank_, strip_tiles_, row_tiles_;
+};
+
 // Walks a rectangle band by band, within a band column by column, and down each column: column sums stay in registers
 // along a column of a band, and consecutive tiles share their columns. The producer visits every tile, each of two
 // consumers every other one, so that all three agree on the sequence without talking to each other.
+template <class Tiles>
 class TileWalk {
  public:
-  BETACLIP_HD explicit TileWalk(const Rectangle &rect)
-      : rect_(rect), band_(rect.row_begin), row_(rect.row_begin), col_(rect.col_begin) {}
+  BETACLIP_HD TileWalk(const Rectangle &rect, const Tiles &tiles)
+      : rect_(rect), tiles_(tiles), band_(tiles.any() ? rect.row_begin : rect.row_end), row_(band_),
+        col_(rect.col_begin) {
+    if (!done() && !tiles_(row_, col_)) next();
+  }
 
   BETACLIP_HD bool done() const { return band_ >= rect_.row_end; }
   BETACLIP_HD int32_t row() const { return row_; }
@@ -94,6 +137,17 @@ class TileWalk {
 
   // Precondition: !done().
   BETACLIP_HD void next() {
+    do {
+      step();
+    } while (!done() && !tiles_(row_, col_));
+  }
+
+  BETACLIP_HD void skip(int count) {
+    for (int i = 0; i < count && !done(); ++i) next();
+  }
+
+ private:
+  BETACLIP_HD void step() {
     if (++row_ < band_end()) return;
     if (++col_ == rect_.col_end) {
       col_ = rect_.col_begin;
@@ -102,12 +156,8 @@ class TileWalk {
     row_ = band_;
   }
 
-  BETACLIP_HD void skip(int count) {
-    for (int i = 0; i < count && !done(); ++i) next();
-  }
-
- private:
   Rectangle rect_;
+  Tiles tiles_;
   int32_t band_, row_, col_;
 };
 

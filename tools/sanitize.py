@@ -28,9 +28,10 @@ LIMIT_S = 900
 def run_kernels(device: str, shapes: Sequence[tuple[int, int, int]] = tuple(SHAPES)) -> int:
     """Run each kernel in both dtypes, with and without image ids and bias, and return the number of cases.
 
-    At scale 10 rows and columns share one exponential per pair; at 100 the kernels take their other path.
+    At scale 10 rows and columns share one exponential per pair; at 1000 the kernels take their other path, and the
+    log-sum-exp a second pass.
     """
-    cases = list(itertools.product(shapes, (torch.bfloat16, torch.float16), (False, True), (10.0, 100.0)))
+    cases = list(itertools.product(shapes, (torch.bfloat16, torch.float16), (False, True), (10.0, 1000.0)))
     for (n, m, d), dtype, with_ids, scale_value in cases:
         x, y = (F.normalize(torch.randn(rows, d, device=device), dim=1).to(dtype).requires_grad_() for rows in (n, m))
         ids = [torch.randint(-1, 9, (rows,), device=device) if with_ids else None for rows in (n, m)]

@@ -254,7 +254,7 @@ def beta_cal_bce_loss(
     logits = batch.scale * cosines
     if bias is not None:
         logits = logits + bias
-    positives = weights * F.softplus(-logits)
+    positives = weights * -F.logsigmoid(logits)  # softplus(-logits); F.softplus leaves out e^-20 beyond 20
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         positives = positives * valid_pairs

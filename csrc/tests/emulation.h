@@ -16,8 +16,8 @@ using betaclip::Grid;
 using betaclip::Job;
 
 // The register file of one thread, filled through the map of accumulator.h. Rows beyond the operands are zeros, as TMA
-// delivers them; rows beyond a chunk are not.
-template <class Element>
+// delivers them; rows beyond a chunk are not. `tiles` counts how often each tile of the launch was multiplied.
+template <class Terms, class Element>
 class Products {
  public:
   struct Accumulators {
@@ -25,14 +25,17 @@ class Products {
     float operator()(int i) const { return registers[i]; }
   };
 
-  Products(const betaclip_operands &o, const Job &job, int program, int which, int thread)
-      : o_(o), job_(job), thread_(thread), walk_(betaclip::rectangle(job.grid, betaclip::place_of(job.grid, program))) {
+  Products(const betaclip_operands &o, const Job &job, int program, int which, int thread, std::vector<int> &tiles)
+      : o_(o), job_(job), thread_(thread), walk_(betaclip::walk_of<Terms>(job, betaclip::place_of(job.grid, program))),
+        tiles_(tiles) {
     walk_.skip(which);
   }
 
   Accumulators accumulators() const { return {}; }
 
   void operator()(Accumulators &accumulators) {
+    const Grid &grid = job_.grid;  // a cluster's blocks may walk beyond the matrix
+    if (thread_ == 0 && walk_.row() < grid.row_tiles) ++tiles_[size_t(walk_.row()) * grid.col_tiles + walk_.col()];
     for (int slot = 0; slot < betaclip::kSlots; ++slot) {
       for (int line = 0; line < betaclip::kLines; ++line) {
         const int64_t i = job_.row_begin + int64_t(walk_.row()) * 128 + betaclip::accumulator_row(thread_, slot);
@@ -53,7 +56,8 @@ class Products {
   const betaclip_operands &o_;
   const Job &job_;
   int thread_;
-  betaclip::TileWalk walk_;
+  betaclip::TileWalk<typename Terms::Tiles> walk_;
+  std::vector<int> &tiles_;
 };
 
 // All partial sums of a launch, rows first.
@@ -68,10 +72,14 @@ std::vector<float> partial_sums(const Job &job) {
 }
 
 // Every consumer of every block, one after the other, in place of all at once: none may touch a sum that another has
-// touched. Shared memory starts as NaN: nothing may be read before it was written.
+// touched. Shared memory starts as NaN: nothing may be read before it was written. Returns how often each tile was
+// multiplied, (row_tiles, col_tiles).
 template <class Terms, class Element>
-void launch(const betaclip_operands &o, const typename Terms::Params &params, const Job &job, unsigned seed) {
+std::vector<int> launch(const betaclip_operands &o, const typename Terms::Params &params, const Job &job,
+                        unsigned seed) {
   using Thread = Warpgroup::Thread;
+  std::vector<int> tiles(size_t(job.grid.row_tiles) * job.grid.col_tiles, 0);
+  std::vector<char> touched;
   for (int program = 0; program < job.grid.programs(); ++program) {
     for (int which = 0; which < betaclip::kConsumers; ++which) {
       const std::vector<float> before = partial_sums<Terms>(job);
@@ -79,28 +87,39 @@ void launch(const betaclip_operands &o, const typename Terms::Params &params, co
       std::memset(static_cast<void *>(&storage), 0xff, sizeof storage);
       Warpgroup(seed + program * betaclip::kConsumers + which).run([&](Thread &thread) {
         const Terms terms(params);
-        Products<Element> products(o, job, program, which, thread.thread());
+        Products<Terms, Element> products(o, job, program, which, thread.thread(), tiles);
         betaclip::Consumer<Terms, Element, Thread>(terms, job, program, which, thread, storage).run(products);
       });
       const std::vector<float> after = partial_sums<Terms>(job);
+      touched.resize(after.size());
       for (size_t i = 0; i < after.size(); ++i) {
-        if (before[i] != 0.0f && std::memcmp(&before[i], &after[i], sizeof(float)) != 0) fail("two consumers, one sum");
+        if (std::memcmp(&before[i], &after[i], sizeof(float)) == 0) continue;
+        if (touched[i]++) fail("two consumers, one sum");
       }
     }
   }
+  return tiles;
 }
 
+// What a log-sum-exp took: rows and columns that the first pass lost, and how often each tile was multiplied in both.
+struct Effort {
+  int lost = 0;
+  std::vector<int> tiles;
 
-// betaclip_logsumexp_forward on a device with `programs` multiprocessors; returns how many rows and columns were lost
-// to the common reference and computed once more.
+  int passes() const { return *std::max_element(tiles.begin(), tiles.end()); }
+};
+
+// betaclip_logsumexp_forward on a device with `programs` multiprocessors.
 template <class Element>
-int logsumexp_forward(const betaclip_operands &o, float *lse_x, float *lse_y, int programs, unsigned seed) {
+Effort logsumexp_forward(const betaclip_operands &o, float *lse_x, float *lse_y, int programs, unsigned seed) {
   const Grid grid = betaclip::make_grid(o.n, o.m, programs);
   const betaclip::LogSumExpWorkspace places(grid, o.n, o.m);
   std::vector<float> workspace(places.bytes() / sizeof(float), NAN);
   float *reference = places.reference(workspace.data());
+  int32_t *any_lost = places.any_lost(workspace.data());
+  uint4 *lost_rows = places.lost_rows(workspace.data()), *lost_cols = places.lost_cols(workspace.data());
   const Job job = betaclip::job_of(betaclip::whole_matrix(o), grid, places.row_sums(workspace.data()),
-                                   places.col_sums(workspace.data()));
+                                   places.col_sums(workspace.data()), {any_lost, lost_rows, lost_cols});
   std::memset(job.sums.rows, 0, places.sum_bytes());
   const betaclip::Side sides[2] = {betaclip::side_of_x(o), betaclip::side_of_y(o)};
   float largest[2] = {};
@@ -112,26 +131,33 @@ int logsumexp_forward(const betaclip_operands &o, float *lse_x, float *lse_y, in
     }
   }
   *reference = betaclip::reference_for(*o.scale, largest[0], largest[1]);
-  launch<betaclip::LogSumExpTerms, Element>(o, {sides[0].group, sides[1].group, o.scale, reference}, job, seed);
-  int lost = 0;
+  *any_lost = 0;
+  Effort effort;
+  effort.tiles = launch<betaclip::LogSumExpTerms, Element>(o, {sides[0].group, sides[1].group, o.scale, reference}, job,
+                                                           seed);
+  const betaclip::SideStatistics merges[2] = {
+      {sides[0].group, job.sums.rows, betaclip::kConsumers * grid.ranges, reinterpret_cast<uint32_t *>(lost_rows),
+       lse_x},
+      {sides[1].group, job.sums.cols, betaclip::kConsumers * grid.strips, reinterpret_cast<uint32_t *>(lost_cols),
+       lse_y}};
   for (int s = 0; s < 2; ++s) {
-    const float *parts = s == 0 ? job.sums.rows : job.sums.cols;
-    const int count = betaclip::kConsumers * (s == 0 ? grid.ranges : grid.strips);
-    for (int64_t row = 0; row < sides[s].group.end; ++row) {
-      const float sum = betaclip::sum_parts(parts, count, sides[s].group.end, row);
-      const bool again = betaclip::is_lost(sum, sides[s].group(row));
-      float &lse = (s == 0 ? lse_x : lse_y)[row];
-      lse = std::log(sum) + *reference;
-      if (!again) continue;
-      ++lost;
-      betaclip::RunningLogSumExp shared_parts[kWarps];
-      Warpgroup(seed).run([&](Warpgroup::Thread &thread) {
-        const float exact = betaclip::exact_logsumexp<Element>(sides[s], row, *o.scale, thread, shared_parts);
-        if (thread.thread() == 0) lse = exact;
-      });
+    const int64_t tiles = s == 0 ? grid.row_tiles : grid.col_tiles;
+    for (int64_t row = 0; row < tiles * betaclip::kTile; ++row) {
+      uint32_t &bits = merges[s].lost[row / 32];
+      if (row % 32 == 0) bits = 0;
+      if (!merges[s].merge_first(row, *reference)) continue;
+      bits |= uint32_t(1) << row % 32;
+      *any_lost = 1;
+      ++effort.lost;
     }
   }
-  return lost;
+  const std::vector<int> again =
+      launch<betaclip::ExactLogSumExpTerms, Element>(o, {sides[0].group, sides[1].group, o.scale}, job, seed + 1);
+  for (size_t tile = 0; tile < again.size(); ++tile) effort.tiles[tile] += again[tile];
+  for (const betaclip::SideStatistics &side : merges) {
+    for (int64_t row = 0; row < side.group.end; ++row) side.merge_second(row);
+  }
+  return effort;
 }
 
 template <class Element>

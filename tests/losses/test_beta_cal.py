@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -283,6 +284,17 @@ def test_all_similarities_at_the_limit(backend, form, sign):
     torch.testing.assert_close(loss.double().cpu(), expected.double(), rtol=1e-5, atol=1e-12)
     for gradient in torch.autograd.grad(loss, (image, text, scale)):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("logit", [-19.0, -21.0, -30.0])
+def test_positives_of_low_logits_in_float64(logit):
+    """A lone positive costs log(1 + e^-S) to the last digits, on either side of the threshold of F.softplus."""
+    image = torch.full((1, 1, 4), 0.5, dtype=torch.float64, device=DEVICE)
+    scale = torch.tensor(-logit, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    loss = beta_cal_bce_loss(image, -image, scale)
+    assert loss.item() == pytest.approx(-logit + math.log1p(math.exp(logit)), rel=1e-15, abs=0)
+    (dscale,) = torch.autograd.grad(loss, scale)
+    assert dscale.item() == pytest.approx(1 / (1 + math.exp(logit)), rel=1e-15, abs=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.paths import ROOT
 from support.precision import HALF
-from support.similarity import CHECKS, operands
+from support.similarity import CHECKS, dense_logsumexp, operands, value_and_gradients
 
 from betaclip.kernels import libbetaclip as binding
 from betaclip.kernels.backends import resolve
@@ -185,6 +187,38 @@ def test_refusals_raise_with_the_library_s_text(cuda_on_cpu, monkeypatch):
 def test_vectors_with_gaps_are_refused():
     with pytest.raises(ValueError, match=r"expected a contiguous tensor, got strides \(2,\) of shape \(3,\)"):
         binding.pointer(torch.zeros(6)[::2])
+
+
+@pytest.mark.parametrize("least, greatest, scale", [(9.0, 11.0, 3.0), (1e-2, 1e2, 1.0), (1e15, 1e15, 1.0)])
+def test_rows_of_any_norms(least, greatest, scale, cuda):
+    """Statistics of all rows, or of those that meet no long one, leave the range of one shift: a second pass."""
+    n, m, d = (70, 45, 16) if DEVICE == "cpu" else (1300, 700, 72)
+    x, y, x_image_id, y_image_id = operands(n, m, d)
+    x, y = (
+        (
+            F.normalize(rows, dim=1)
+            * torch.logspace(math.log10(least), math.log10(greatest), len(rows)).to(rows)[:, None]
+        )
+        for rows in (x, y)
+    )
+    x, y = x.bfloat16(), y.bfloat16()
+
+    def ours(x, y):
+        return torch.cat(
+            similarity_logsumexp(x, y, torch.tensor(scale, device=DEVICE), x_image_id, y_image_id, backend="cuda")
+        )
+
+    def dense(x, y):
+        return dense_logsumexp(x, y, scale, x_image_id, y_image_id)
+
+    weight = torch.rand(n + m, dtype=torch.float64, device=DEVICE)
+    (lse, *gradients), (truth, *exact) = (
+        value_and_gradients(ours, weight, x, y),
+        value_and_gradients(dense, weight, x.double(), y.double()),
+    )
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-4)
+    for gradient, expected in zip(gradients, exact, strict=True):
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu
