@@ -71,7 +71,7 @@ def main(config: TrainConfig) -> None:
         runs = {OURS: train(config, evaluator, process_group, device)}
         compare = config.data.kind == "scenes" if config.run.compare_global is None else config.run.compare_global
         if compare and config.loss.beta_cal_weight:
-            loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0)
+            loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0, conditioned_negatives=0, weights={})
             run = replace(config.run, folder=runs[OURS], name="global_only")
             stack.enter_context(claim(run, process_group))
             runs[GLOBAL] = train(replace(config, loss=loss, run=run), evaluator, process_group, device)
