@@ -16,13 +16,14 @@ class EvaluationConfig(RetrievalConfig):
     """The sets to evaluate on, and how."""
 
     scenes: int | None = None
-    """Number of rendered scenes, for retrieval, choices and pointing. By default none."""
+    """Number of rendered scenes, for retrieval, choices, pointing and the leak. By default none."""
     fg_ovd: Path | None = None
     """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
     fg_ovd_images: Path | None = None
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
     conditioned: bool = True
-    """Also evaluate text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
+    """Also evaluate text-conditioned retrieval, for which each text pools each picture, much more work than the rest,
+    and the leak."""
     batch_size: int = 64
     """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0
