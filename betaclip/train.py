@@ -39,7 +39,7 @@ class TrainEvaluationConfig(EvaluationConfig):
     scenes: int | None = None
     """Number of rendered scenes; by default 200 if the training data are scenes, else none."""
     conditioned: bool = False
-    """Also evaluate text-conditioned retrieval."""
+    """Also evaluate text-conditioned retrieval, and the leak on retrieval sets; that on scenes always is."""
 
 
 @dataclass(frozen=True)
