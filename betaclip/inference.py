@@ -93,10 +93,9 @@ class Model:
         with evaluating(self.model):
             if top_k is None or top_k >= len(embeds):
                 return self.model.pool.score(patches, queries).float()
-            scores = embeds.new_full((len(embeds), len(queries)), -torch.inf)
-            for text, chosen in enumerate((_unit(queries) @ embeds.T).topk(top_k).indices):
-                scores[chosen, text] = self.model.pool.score(patches[chosen], queries[text : text + 1])[:, 0].float()
-        return scores
+            nearest = (_unit(queries) @ embeds.T).topk(top_k).indices
+            scores = self.model.pool.score(patches, queries, images=nearest).float()
+        return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
     def attention(self, image: Picture, texts: str | Sequence[str]) -> Tensor:
         """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1.

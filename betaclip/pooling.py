@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
+from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype, unit_rows
 from betaclip.layers import LayerNorm, QuickGELU, check_attention
+from betaclip.pair_chunks import Budget, plan_pairs
 
 
 class _Operands(NamedTuple):
@@ -189,71 +191,113 @@ class TextConditionedPool(nn.Module):
         return _zero_without(self._attention(operands, patch_mask), patch_mask, query_mask)
 
     def score(
-        self, patches: Tensor, queries: Tensor, *, patch_mask: Tensor | None = None, chunk_bytes: int = 64 * 2**20
+        self,
+        patches: Tensor,
+        queries: Tensor,
+        *,
+        images: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        chunk_bytes: int = 64 * 2**20,
     ) -> Tensor:
-        """Score all pairs of B images and M texts: the cosine of each text with the image as that text pools it.
+        """Score pairs of B images and M texts: the cosine of each text with the image as that text pools it.
 
         Equivalent to:
 
-            return F.cosine_similarity(self(patches, queries), queries, dim=-1)
+            scores = F.cosine_similarity(self(patches, queries), queries, dim=-1)  # (B, M)
+            return scores if images is None else scores.T.gather(1, images)  # (M, J)
 
-        in O(B·M + (B + M)·D) memory: pairs are computed a chunk at a time, and once more in the backward. Use it for
-        text-conditioned negatives in training and for text-conditioned retrieval.
+        for the pairs that are asked for alone, in memory proportional to the arguments and the result: pairs are
+        computed a chunk at a time, and once more in the backward. An image's patches are projected once, unless its
+        pairs do not fit into one chunk.
+
+        Use it for text-conditioned retrieval, of all pairs or of the best few images of each text, and for
+        text-conditioned negatives (``conditioned_negatives`` of :class:`betaclip.BetaCALLoss`).
 
         Args:
             patches: (B, P, D) patch embeddings of any norm.
             queries: (M, D) text embeddings of any norm.
+            images: (M, J) int64, the images to score each text with; None for all. The pairs are put in order on the
+                CPU: images on a GPU make the host wait for them.
             patch_mask: (B, P) bool, True = valid patch. An image without valid patches scores 0.
+            query_mask: (M,) bool, True = valid text. Masked texts score 0, and may hold anything, NaN included.
             chunk_bytes: memory for the pairs of one chunk, in bytes.
 
         Returns:
-            (B, M) cosines in accumulation dtype: float32, or float64 for float64 inputs.
+            (B, M), or (M, J) with ``images``: cosines in accumulation dtype, float32, or float64 for float64 inputs.
 
         Raises:
-            ValueError, NotImplementedError: as for :meth:`forward`.
+            ValueError, NotImplementedError: as for :meth:`forward`; a number in ``images`` is not one of the B images.
 
         Example:
             >>> import torch
             >>> from betaclip import TextConditionedPool
             >>> pool = TextConditionedPool(embed_dim=8, num_heads=2)
-            >>> pool.score(torch.randn(4, 49, 8), torch.randn(10, 8)).shape
+            >>> patches, texts = torch.randn(4, 49, 8), torch.randn(10, 8)
+            >>> scores = pool.score(patches, texts)
+            >>> scores.shape
             torch.Size([4, 10])
+            >>> images = torch.randint(4, (10, 2))  # two for each text
+            >>> torch.allclose(pool.score(patches, texts, images=images), scores.T.gather(1, images), atol=1e-6)
+            True
         """
-        if queries.dim() != 2:
-            raise ValueError(f"queries: expected (M, D), got shape {tuple(queries.shape)}")
+        images = None if images is None else images.cpu()
+        _check_score(patches, queries, images, query_mask)
+        if query_mask is not None:
+            queries = queries.masked_fill(~query_mask[:, None], 0)
         dtype = accumulation_dtype(patches.dtype)
         units = unit_rows(queries.to(dtype))
         operands = self._operands(patches, queries, patch_mask, None)
         patches, queries, *_ = operands
 
         def cosines(x: Tensor, q: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
-            """(b, m) for the patches of b images and m projected queries."""
+            """(b, m) for the patches of b images and m projected queries, of all of them or of each."""
             out = self._mlp(self._attention(operands._replace(patches=x, queries=q), mask))
             return (unit_rows(_zero_without(out, mask, None).to(dtype)) * unit).sum(-1)
 
-        images, texts = self._chunk_sizes(queries.shape[1], dtype, chunk_bytes)
-        masks = [None] * len(patches.split(images)) if patch_mask is None else patch_mask.split(images)
-        return torch.cat(
-            [
-                torch.cat(
-                    [
-                        checkpoint(cosines, x, q, unit, mask, use_reentrant=False)
-                        for q, unit in zip(queries.split(texts, 1), units.split(texts), strict=True)
-                    ],
-                    dim=1,
-                )
-                for x, mask in zip(patches.split(images), masks, strict=True)
-            ]
-        )
+        def cosines_of(x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+            """(b, m) for the patches of b images and the numbers (b, m) of the texts of each."""
+            return cosines(x, F.embedding(text, queries[0]), F.embedding(text, units), mask)
 
-    def _chunk_sizes(self, num_queries: int, dtype: torch.dtype, chunk_bytes: int) -> tuple[int, int]:
-        """The numbers of images and texts in a chunk of pairs: few images and many texts, so that an image's patches
-        are projected only once."""
-        # For each pair, the hidden layer exists three times and the embedding eight times.
-        width = 8 * self.attn.embed_dim + 3 * self.hidden
-        pairs = max(1, chunk_bytes // (width * dtype.itemsize))
-        texts = max(1, min(num_queries, pairs))
-        return max(1, pairs // texts), texts
+        budget = self._chunk_budget(patches.shape[1], dtype, chunk_bytes)
+        if images is None:
+            texts = max(1, min(queries.shape[1], budget.texts()))
+            count = budget.images(texts)
+            masks = [None] * len(patches.split(count)) if patch_mask is None else patch_mask.split(count)
+            scores = torch.cat(
+                [
+                    torch.cat(
+                        [
+                            checkpoint(cosines, x, q, unit, mask, use_reentrant=False)
+                            for q, unit in zip(queries.split(texts, 1), units.split(texts), strict=True)
+                        ],
+                        dim=1,
+                    )
+                    for x, mask in zip(patches.split(count), masks, strict=True)
+                ]
+            )
+            return scores if query_mask is None else scores.masked_fill(~query_mask, 0)
+        device, valid = patches.device, None if query_mask is None else query_mask.cpu()
+        plan = plan_pairs(images.to(torch.int64), len(patches), valid, budget)
+        if len(plan.used) < len(patches):
+            used = plan.used.to(device)
+            patches, patch_mask = patches[used], None if patch_mask is None else patch_mask[used]
+        masks = [None] * len(plan.sizes) if patch_mask is None else patch_mask.split(plan.sizes)
+        slots = [
+            checkpoint(cosines_of, x, text.to(device), mask, use_reentrant=False).flatten()
+            for x, mask, pieces in zip(patches.split(plan.sizes), masks, plan.texts, strict=True)
+            for text in pieces
+        ]
+        # A pair that is left out takes the appended 0; an empty piece joins the graph even if all pairs are left out.
+        scores = torch.cat([queries.flatten()[:0].to(dtype), *slots, units.new_zeros(1)])
+        return F.embedding(plan.place.to(device), scores[:, None])[..., 0]
+
+    def _chunk_budget(self, num_patches: int, dtype: torch.dtype, chunk_bytes: int) -> Budget:
+        # For each pair, the hidden layer exists three times and the embedding ten times; for each image, the patches
+        # as they are, normalised, and as keys and values.
+        width = self.attn.embed_dim
+        pair, image = 10 * width + 3 * self.hidden, 4 * num_patches * width
+        return Budget(chunk_bytes, pair * dtype.itemsize, image * dtype.itemsize)
 
     def _operands(
         self, patches: Tensor, queries: Tensor, patch_mask: Tensor | None, query_mask: Tensor | None
@@ -327,3 +371,22 @@ def _zero_without(out: Tensor, patch_mask: Tensor | None, query_mask: Tensor | N
     if query_mask is not None:
         out = out.masked_fill(~query_mask[..., None], 0)
     return out
+
+
+def _check_score(patches: Tensor, queries: Tensor, images: Tensor | None, query_mask: Tensor | None) -> None:
+    """Raise a ValueError for arguments that only ``score`` takes, or takes in another form."""
+    if queries.dim() != 2:
+        raise ValueError(f"queries: expected (M, D), got shape {tuple(queries.shape)}")
+    count = len(queries)
+    if query_mask is not None:
+        if query_mask.shape != (count,) or query_mask.dtype != torch.bool:
+            expected = f"bool of shape ({count},), True = valid"
+            raise ValueError(f"query_mask: expected {expected}, got {query_mask.dtype} {tuple(query_mask.shape)}")
+        expect("query_mask", query_mask, "as for queries", device=queries.device)
+    if images is not None:
+        if images.dim() != 2 or len(images) != count or images.dtype not in (torch.int64, torch.int32):
+            expected = f"integers of shape ({count}, J)"
+            raise ValueError(f"images: expected {expected}, got {images.dtype} {tuple(images.shape)}")
+        if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < len(patches):
+            got = f"{int(images.min())} to {int(images.max())}"
+            raise ValueError(f"images: expected numbers from 0 to {len(patches) - 1}, got {got}")

@@ -39,7 +39,7 @@ class TrainEvaluationConfig(EvaluationConfig):
     scenes: int | None = None
     """Number of rendered scenes; by default 200 if the training data are scenes, else none."""
     conditioned: bool = False
-    """Also evaluate text-conditioned retrieval."""
+    """Also evaluate text-conditioned retrieval, and the leak on retrieval sets; that on scenes always is."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main(config: TrainConfig) -> None:
         runs = {OURS: train(config, evaluator, process_group, device)}
         compare = config.data.kind == "scenes" if config.run.compare_global is None else config.run.compare_global
         if compare and config.loss.beta_cal_weight:
-            loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0)
+            loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0, conditioned_negatives=0, weights={})
             run = replace(config.run, folder=runs[OURS], name="global_only")
             stack.enter_context(claim(run, process_group))
             runs[GLOBAL] = train(replace(config, loss=loss, run=run), evaluator, process_group, device)

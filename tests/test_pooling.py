@@ -1,6 +1,7 @@
 """The pooling block: published values, masks, scores, dtypes, and modules around its own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -233,8 +234,91 @@ def test_score_in_bounded_memory():
     )  # nor does the backward keep any
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 30_000, 2**26])
+@pytest.mark.parametrize("backend", ["folded", "sdpa"])
+def test_score_of_chosen_images(backend, chunk_bytes, masked):
+    """Equal to those entries of all pairs, in value and every gradient; one image is never chosen, one often."""
+    pool, (patches, _) = block(backend=backend), inputs(b=5)
+    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
+    images = torch.randint(4, (7, 3), device=DEVICE)
+    images[:, 1] = 0
+    patch_mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
+    query_mask = torch.arange(7, device=DEVICE) != 2 if masked else None
+    if patch_mask is not None:
+        patch_mask[3] = False
+        texts[2] = torch.nan
+    leaves = [patches.requires_grad_(), texts.requires_grad_()]
+    options = {"patch_mask": patch_mask, "query_mask": query_mask}
+    ours = pool.score(*leaves, images=images, **options, chunk_bytes=chunk_bytes)
+    truth = pool.score(*leaves, **options).T.gather(1, images)
+    torch.testing.assert_close(ours, truth)
+    assert not masked or not ours[2].any()
+    weight = torch.randn(7, 3, dtype=torch.float64, device=DEVICE)
+    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.isfinite().all()
+
+
+def test_gradcheck_of_chosen_scores():
+    pool, (patches, queries) = block(), inputs(b=3, k=2, p=2)
+    leaves = [t.requires_grad_() for t in (patches, queries[0])]
+    images = torch.tensor([[0, 2], [2, 2]])
+    assert torch.autograd.gradcheck(lambda x, t: pool.score(x, t, images=images, chunk_bytes=9_000), leaves)
+
+
+def test_chosen_scores_project_an_image_once(monkeypatch):
+    """Its patches are in one call, with all its texts, and no call has an image that nobody chose."""
+    pool, (patches, queries) = block(), inputs(b=6, k=8)
+    calls = []
+
+    def attend(operands: Any, patch_mask: Tensor | None) -> Tensor:
+        calls.append((operands.patches, operands.queries.shape))
+        return TextConditionedPool._attention(pool, operands, patch_mask)
+
+    monkeypatch.setattr(pool, "_attention", attend)
+    images = (torch.arange(8)[:, None] + torch.tensor([0, 1])) % 4
+    with torch.no_grad():
+        pool.score(patches, queries[0], images=images)
+        assert [shape for _, shape in calls] == [(4, 4, 16)]
+        torch.testing.assert_close(calls.pop()[0], patches[:4])
+        pool.score(patches, queries[0], images=images, chunk_bytes=3 * (4 * 7 * 16 + 4 * 352) * 8)
+    assert [shape for _, shape in calls] == [(3, 4, 16), (1, 4, 16)]
+
+
+def test_chosen_scores_in_bounded_memory():
+    """Neither all pairs nor the (M, J, D) embeddings of those that are chosen."""
+    pool, (patches, _) = block(), inputs(b=16, p=5)
+    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
+    images = torch.randint(16, (64, 12))
+    pairs = images.numel() * 16
+    with LargestTensor() as largest:
+        pool.score(patches, texts, images=images, chunk_bytes=2**15).sum().backward()
+    assert texts.numel() <= largest.numel <= pairs / 4
+    saved = saved_bytes(lambda: pool.score(patches, texts, images=images, chunk_bytes=2**15))
+    assert saved < 8 * pairs / 2
+
+
+def test_score_of_masked_texts():
+    pool, (patches, queries) = block(), inputs()
+    mask = torch.tensor([True, False, True, True, False], device=DEVICE)
+    texts = queries[0].masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    scores = pool.score(patches, texts, query_mask=mask)
+    torch.testing.assert_close(scores[:, mask], pool.score(patches, queries[0][mask]))
+    assert not scores[:, ~mask].any()
+    (gradient,) = torch.autograd.grad(scores.square().sum(), texts)
+    assert gradient.isfinite().all() and not gradient[~mask].any() and gradient[mask].all()
+    images = torch.zeros(5, 2, dtype=torch.int64)
+    nothing = pool.score(patches, texts, images=images, query_mask=torch.zeros_like(mask))
+    assert nothing.shape == (5, 2) and not nothing.any()
+    assert not torch.autograd.grad(nothing.sum(), texts)[0].any()
+
+
 def test_score_of_nothing():
     pool, (patches, queries) = block(), inputs()
+    assert pool.score(patches, queries[0], images=torch.zeros(5, 0, dtype=torch.int64)).shape == (5, 0)
+    assert pool.score(patches, queries[0, :0], images=torch.zeros(0, 3, dtype=torch.int32)).shape == (0, 3)
     assert pool.score(patches, queries[0, :0]).shape == (3, 0)
     assert pool.score(patches[:0], queries[0]).shape == (0, 5)
 
@@ -248,7 +332,9 @@ def test_autocast():
         out = pool(patches, queries)
         mixed = pool(patches.to(torch.bfloat16), queries)
         scores = pool.score(patches, queries[0])
-    assert out.dtype == mixed.dtype == torch.bfloat16 and scores.dtype == torch.float32
+        chosen = pool.score(patches, queries[0], images=torch.tensor([[2], [0], [1], [1], [2]]))
+    assert out.dtype == mixed.dtype == torch.bfloat16 and scores.dtype == chosen.dtype == torch.float32
+    torch.testing.assert_close(chosen[:, 0], scores[[2, 0, 1, 1, 2], range(5)], atol=2e-2, rtol=0)
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(out.float(), expected, atol=2e-2 * size, rtol=0)
     torch.testing.assert_close(mixed.float(), expected, atol=2e-2 * size, rtol=0)
@@ -426,6 +512,27 @@ def test_rejects_heads_and_scores():
         TextConditionedPool(16, mlp_ratio=0.05)
     with pytest.raises(ValueError, match=r"queries: expected \(M, D\), got shape \(2, 6, 8\)"):
         TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(2, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"images": torch.zeros(6, 2)}, r"images: expected integers of shape \(6, J\), got torch.float32 \(6, 2\)"),
+        ({"images": torch.zeros(6).long()}, r"images: expected integers of shape \(6, J\), got torch.int64 \(6,\)"),
+        ({"images": torch.zeros(5, 2).long()}, r"images: expected integers of shape \(6, J\), got .* \(5, 2\)"),
+        ({"images": torch.full((6, 2), 2)}, "images: expected numbers from 0 to 1, got 2 to 2"),
+        ({"images": torch.arange(-1, 5)[:, None]}, "images: expected numbers from 0 to 1, got -1 to 4"),
+        (
+            {"query_mask": torch.ones(2, 6) > 0},
+            r"query_mask: expected bool of shape \(6,\), .* got torch.bool \(2, 6\)",
+        ),
+        ({"query_mask": torch.ones(6)}, r"query_mask: expected bool of shape \(6,\), True = valid, got torch.float32"),
+        ({"query_mask": (torch.ones(6) > 0).to("meta")}, "query_mask: expected device cpu as for queries, got meta"),
+    ],
+)
+def test_score_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(6, 8), **options)
 
 
 def test_is_a_module_like_others():

@@ -22,6 +22,7 @@ def table(results: Results) -> str:
         ("Choices, % right", _choice_rows(results)),
         ("Zero-shot classification, %", _zero_shot_rows(results)),
         ("Pointing, % of the attention of a phrase that is in its box", _pointing_rows(results)),
+        ("Leak, % of texts identified from what they pool from a picture", _leak_rows(results)),
     )
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in tables if len(rows) > 1)
 
@@ -62,6 +63,14 @@ def _pointing_rows(results: Results) -> list[list[str]]:
     for name, values in _of_task(results, "pointing"):
         shares = [_percent(values[key]) for key in ("mass_in_box", "box_share")]
         rows.append([name, _count(values["phrases"]), *shares, f"{values['ratio']:.2f}"])
+    return rows
+
+
+def _leak_rows(results: Results) -> list[list[str]]:
+    rows = [["set", "texts", "own picture", "another picture", "chance"]]
+    for name, values in _of_task(results, "leak"):
+        shares = [values["own_picture"], values["other_picture"], 1 / values["texts"]]
+        rows.append([name, _count(values["texts"]), *map(_percent, shares)])
     return rows
 
 

@@ -16,6 +16,7 @@ from betaclip.errors import ConfigError
 from betaclip.evaluation.encode import NoPicturesError, log_unusable
 from betaclip.evaluation.report import Results, table, write_json
 from betaclip.evaluation.sets import EvaluationConfig, read_sets
+from betaclip.evaluation.tasks.leak import leak
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
 from betaclip.evaluation.tasks.scenes import evaluate_scenes
@@ -123,6 +124,9 @@ class Evaluator:
                 raise ConfigError(f"{one.name}: {error}") from error
             values["left_out"] += len(one.missing)
             results[one.name] = {f"retrieval/{name}": value for name, value in values.items()}
+            if conditioned:
+                values = leak(model, tokenizer, pictures, transform, **options)
+                results[one.name] |= {f"leak/{name}": value for name, value in values.items()}
         if self.sets.choices:
             results["fg_ovd"] = self._choices(model, tokenizer, options)
         if self.sets.classes is not None:

@@ -19,7 +19,7 @@ class EvaluationConfig(RetrievalConfig):
     """The sets to evaluate on, and how."""
 
     scenes: int | None = None
-    """Number of rendered scenes, for retrieval, choices and pointing. By default none."""
+    """Number of rendered scenes, for retrieval, choices, pointing and the leak. By default none."""
     fg_ovd: Path | None = None
     """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
     fg_ovd_images: Path | None = None
@@ -32,7 +32,8 @@ class EvaluationConfig(RetrievalConfig):
     zero_shot_templates: TemplatesName = "openai"
     """open_clip's templates that make texts of a class's name: the 80 of CLIP's paper, or 7 simple ones."""
     conditioned: bool = True
-    """Also evaluate text-conditioned retrieval: each text pools each picture, which is much more work than the rest."""
+    """Also evaluate text-conditioned retrieval, for which each text pools each picture, much more work than the rest,
+    and the leak."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
     """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
     the same embedding."""

@@ -65,6 +65,7 @@ class Call(NamedTuple):
     padding: str
     bias: bool
     divisor: str = "pairs"
+    conditioned: bool = False
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -74,6 +75,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "padding": ("ignore", "published"),
     "bias": (False, True),
     "divisor": ("pairs", "rows"),
+    "conditioned": (False, True),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from betaclip.kernels.similarity.operators import Backend, contrast_logsumexp, contrast_softplus
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks
+from betaclip.losses.conditioned import prepare_conditioned, sigmoid_mean
 from betaclip.losses.inputs import (
     DIVISORS,
     FORMS,
@@ -71,6 +72,9 @@ def beta_cal_ce_loss(
     backend: Backend = "auto",
     gather: bool | str = "auto",
     process_group: GroupLike | None = None,
+    conditioned_negatives: Tensor | None = None,
+    conditioned_mask: Tensor | None = None,
+    conditioned_weight: float = 1.0,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -84,6 +88,15 @@ def beta_cal_ce_loss(
               + F.cross_entropy(s.T, w.T / w.T.sum(1, keepdim=True))) / 2
 
     in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic.
+
+    ``conditioned_negatives`` c, the cosines of a text with what it pools from other pictures, add
+    ``conditioned_weight`` times the mean, over the texts that have one, of
+
+        own = F.cosine_similarity(image_embeds, text_embeds, dim=-1)
+        logits = logit_scale * torch.cat((own[..., None], c), -1)
+        logits.logsumexp(-1) - logits[..., 0]
+
+    which is log(1 + J) if the embeddings do not depend on the picture.
 
     Args:
         image_embeds: (B, K, D) text-conditioned image embeddings, any norm; or (N, D) with ``image_index``.
@@ -107,6 +120,10 @@ def beta_cal_ce_loss(
             ranks, as DistributedDataParallel takes it, is the gradient of one process with the whole batch. All ranks
             must call the loss, and backpropagate the same multiple of it.
         process_group: the ranks to gather from; None for the default group.
+        conditioned_negatives: (B, K, J), or (N, J) with ``image_index``: the cosines of each text with the embeddings
+            that it pools from J other pictures (:meth:`betaclip.TextConditionedPool.score`), of any floating dtype.
+        conditioned_mask: bool of the same shape, True = valid; leave out pictures that have an equal text of their own.
+        conditioned_weight: weight of the term that these negatives add.
 
     Returns:
         () in accumulation dtype, nats: the mean over valid rows of each direction, then of both directions.
@@ -128,7 +145,8 @@ def beta_cal_ce_loss(
     """
     return softmax_loss(
         "BetaCALLoss", image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, padding,
-        backend, gather=gather, process_group=process_group,
+        backend, gather=gather, process_group=process_group, conditioned_negatives=conditioned_negatives,
+        conditioned_mask=conditioned_mask, conditioned_weight=conditioned_weight,
     )  # fmt: skip
 
 
@@ -148,21 +166,26 @@ def softmax_loss(
     *,
     gather: bool | str,
     process_group: GroupLike | None,
+    conditioned_negatives: Tensor | None = None,
+    conditioned_mask: Tensor | None = None,
+    conditioned_weight: float = 1.0,
 ) -> Tensor:
     """:func:`beta_cal_ce_loss` under the name by which ranks tell losses apart."""
     group = _gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
+    conditioned = prepare_conditioned(batch, conditioned_negatives, conditioned_mask)
+    check_weight("conditioned_weight", conditioned_weight)
     layout = batch.layout if padding == "ignore" else batch.all_rows()
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         weights = weights * valid_pairs
     # (B, K) sums over the targets of each row. A row without any, such as one that is not valid, does not count.
     totals = [weights.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
-    counts = torch.stack([(total != 0).sum() for total in totals])
+    counts = [(total != 0).sum() for total in totals]
     between_x, between_y, cosines = contrast_logsumexp(
         batch.image, batch.text, batch.scale, layout, batch.dtype,
-        _backend(backend, gather, group, batch, Call(name, "ce", padding, False)),
+        _backend(backend, gather, group, batch, Call(name, "ce", padding, False, conditioned=conditioned is not None)),
     )  # fmt: skip
     between_x, between_y = (layout.to_slots(lse, -torch.inf) for lse in (between_x, between_y))
     logits = batch.scale * cosines
@@ -171,16 +194,19 @@ def softmax_loss(
         # The smallest finite number, so that an image without any text has finite gradients.
         contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
     target = weights * logits
-    losses = torch.stack(
-        (
-            _soft_cross_entropy(between_x, contrasted.logsumexp(2), target.sum(2), totals[0]),
-            _soft_cross_entropy(between_y, contrasted.logsumexp(1), target.sum(1), totals[1]),
-        )
-    )
-    losses, counts = over_ranks(losses, counts, group)
+    losses = [
+        _soft_cross_entropy(between_x, contrasted.logsumexp(2), target.sum(2), totals[0]),
+        _soft_cross_entropy(between_y, contrasted.logsumexp(1), target.sum(1), totals[1]),
+    ]
+    if conditioned is not None:
+        loss, count = conditioned.softmax_terms(cosines.diagonal(dim1=1, dim2=2), batch.scale)
+        losses.append(loss)
+        counts.append(count)
+    sums, numbers = over_ranks(torch.stack(losses), torch.stack(counts), group)
     if pair_weights is None:
         warn_if_beta_cancels(image_embeds, batch, beta)
-    return (losses / counts.clamp_min(1)).sum() / 2
+    means = sums / numbers.clamp_min(1)
+    return means[:2].sum() / 2 + conditioned_weight * means[2:].sum()
 
 
 @_eager_over_ranks
@@ -200,6 +226,9 @@ def beta_cal_bce_loss(
     backend: Backend = "auto",
     gather: bool | str = "auto",
     process_group: GroupLike | None = None,
+    conditioned_negatives: Tensor | None = None,
+    conditioned_mask: Tensor | None = None,
+    conditioned_weight: float = 1.0,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -215,6 +244,9 @@ def beta_cal_bce_loss(
     in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic. For K = 1 and
     ``divisor="rows"`` it is SigLIP's loss, which divides by N.
 
+    ``conditioned_negatives`` c, the cosines of a text with what it pools from other pictures, are further negatives:
+    they add ``conditioned_weight * F.softplus(logit_scale * c + logit_bias).sum()`` to the sum, and nothing to N.
+
     Args:
         logit_bias: () added to every logit, may require a gradient; None for none.
         padding: padded texts take part in nothing; N counts valid texts (``"ignore"``), or is B·K as in the released
@@ -222,7 +254,7 @@ def beta_cal_bce_loss(
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
-        process_group: as for :func:`beta_cal_ce_loss`.
+        process_group, conditioned_negatives, conditioned_mask, conditioned_weight: as for :func:`beta_cal_ce_loss`.
 
     Returns:
         () in accumulation dtype, nats. 0 if no text is valid.
@@ -244,12 +276,15 @@ def beta_cal_bce_loss(
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
+    conditioned = prepare_conditioned(batch, conditioned_negatives, conditioned_mask)
+    check_weight("conditioned_weight", conditioned_weight)
+    call = Call("BetaCALLoss", "bce", padding, bias is not None, divisor, conditioned is not None)
     count = torch.full((), batch.image.shape[0], dtype=torch.int64, device=batch.image.device)
     if batch.valid is not None and padding == "ignore":
         count = batch.valid.sum()
     between, cosines = contrast_softplus(
         batch.image, batch.text, batch.scale, bias, batch.layout, batch.dtype,
-        _backend(backend, gather, group, batch, Call("BetaCALLoss", "bce", padding, bias is not None, divisor), bias),
+        _backend(backend, gather, group, batch, call, bias),
     )  # fmt: skip
     logits = batch.scale * cosines
     if bias is not None:
@@ -258,9 +293,10 @@ def beta_cal_bce_loss(
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         positives = positives * valid_pairs
-    total, count = over_ranks(between + positives.sum(), count, group)
-    rows = count.to(logits.dtype).clamp_min(1)
-    return total / (rows if divisor == "rows" else rows**2)
+    total = between + positives.sum()
+    if conditioned is not None:
+        total = total + conditioned_weight * conditioned.softplus_sum(batch.scale, bias)
+    return sigmoid_mean(*over_ranks(total, count, group), divisor)
 
 
 class BetaCALLoss(nn.Module):
@@ -280,6 +316,7 @@ class BetaCALLoss(nn.Module):
             wherever there are several ranks.
         process_group: the ranks to gather from, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension; None for the
             default group.
+        conditioned_weight: weight of what ``conditioned_negatives`` add, in a batch that has them.
 
     Raises:
         ValueError: ``form``, ``padding``, ``backend``, ``gather`` or ``divisor`` is unknown, or the last is given for
@@ -308,6 +345,7 @@ class BetaCALLoss(nn.Module):
         gather: bool | str = "auto",
         process_group: GroupLike | None = None,
         divisor: str = "pairs",
+        conditioned_weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("form", form, FORMS)
@@ -316,9 +354,11 @@ class BetaCALLoss(nn.Module):
         check_backend(backend)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
+        check_weight("conditioned_weight", conditioned_weight)
         check_gather(gather)
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
         self.gather, self.process_group, self.divisor = gather, process_group, divisor
+        self.conditioned_weight = conditioned_weight
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:
@@ -334,6 +374,8 @@ class BetaCALLoss(nn.Module):
         image_index: Tensor | None = None,
         logit_bias: Tensor | float | None = None,
         pair_weights: Tensor | None = None,
+        conditioned_negatives: Tensor | None = None,
+        conditioned_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -346,6 +388,9 @@ class BetaCALLoss(nn.Module):
             image_index: (N,) integer image of each row, sorted, for any number of texts per image.
             logit_bias: () added to every logit of the sigmoid form; the softmax form ignores it, as it would cancel.
             pair_weights: (K, K) or (B, K, K) weights of the pairs within an image, instead of ``alpha`` and ``beta``.
+            conditioned_negatives: (B, K, J), or (N, J) with ``image_index``: the cosines of each text with the
+                embeddings that it pools from J other pictures, negatives under the same text.
+            conditioned_mask: bool of the same shape, True = valid.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats; 0 if no text is valid.
@@ -365,6 +410,9 @@ class BetaCALLoss(nn.Module):
             "backend": self.backend,
             "gather": self.gather,
             "process_group": self.process_group,
+            "conditioned_negatives": conditioned_negatives,
+            "conditioned_mask": conditioned_mask,
+            "conditioned_weight": self.conditioned_weight,
         }
         if self.form == "ce":
             return beta_cal_ce_loss(image_embeds, text_embeds, logit_scale, **options)

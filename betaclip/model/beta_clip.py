@@ -1,7 +1,7 @@
 """β-CLIP: CLIP's two towers, pooling of an image's patches by each of its texts, and two scales."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
+from betaclip.model.other_pictures import conditioned_outputs, pool_with_others
 from betaclip.model.packing import to_device
 from betaclip.model.published_layout import (
     from_published,
@@ -171,13 +172,21 @@ class BetaCLIP(nn.Module):
         distinct = self._encode_distinct(texts)
         return F.embedding(to_device(texts.packing.distinct, distinct.device), distinct)
 
-    def forward(self, images: Tensor, texts: RaggedTexts, texts_per_image: int | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        texts: RaggedTexts,
+        texts_per_image: int | None = None,
+        other_pictures: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
         """Compute the inputs of the losses.
 
         Args:
             images: (B, 3, H, W).
             texts: the texts of these B images.
             texts_per_image: K; the largest number of texts of an image if None.
+            other_pictures: J numbers; the texts of image b also pool the images b + number, modulo B. A multiple of B
+                stands for no picture.
 
         Returns:
             By name, with no embedding normalised:
@@ -189,6 +198,10 @@ class BetaCLIP(nn.Module):
               padding text there, which is encoded and pooled like others.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
             - ``logit_bias`` (), if the towers have one.
+            - with ``other_pictures``, ``conditioned_negatives`` (B, K, J), the cosines of each text with what it pools
+              from other pictures; ``conditioned_mask`` (B, K, J) bool, False where there is no text or no picture, or
+              the picture has an equal text of its own; and ``conditioned_leak`` (B, K) bool, whether the embedding that
+              a text pools from the first of them is nearer to this text than to all different ones of the batch.
 
         Raises:
             ValueError: a text is longer than the context, an image has more than K texts, or images and texts disagree.
@@ -202,7 +215,8 @@ class BetaCLIP(nn.Module):
             # Empty slots take the appended row of zeros.
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1))).clone()  # FSDP2 warns of views
         with _range("pooling"):
-            pooled_embeds = self.pool(patches, text_embeds, query_mask=filled)
+            shifts = [number for number in other_pictures if len(images) and number % len(images)]
+            pooled_embeds, pooled_others = pool_with_others(self.pool, patches, text_embeds, filled, shifts)
         out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
@@ -213,6 +227,8 @@ class BetaCLIP(nn.Module):
         }
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias.reshape(()).clone()
+        if other_pictures:
+            out |= conditioned_outputs(pooled_others, text_embeds, index, mask, shifts, len(other_pictures))
         return out
 
     @torch.no_grad()

@@ -24,6 +24,10 @@ class LossConfig:
     """Weight of CLIP's loss between images and captions; 0 leaves it out."""
     beta_cal_weight: float = 1.0
     """Weight of β-CAL; 0 leaves it out, with all texts but the captions, and freezes the pooling block."""
+    conditioned_negatives: int = 0
+    """Number of other pictures that each text also pools, as negatives under the same text; 0 for none. They are drawn
+    among the pictures that are encoded together. The loss term is called conditioned, and its weight is 1 unless
+    loss.weights has another."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of further loss terms, by name."""
     padding: Literal["ignore", "published"] = "ignore"
@@ -40,7 +44,8 @@ class LossConfig:
     """Backend of the losses."""
 
     def term_weights(self) -> dict[str, float]:
-        return {"global": self.global_weight, "beta_cal": self.beta_cal_weight, **self.weights}
+        conditioned = {"conditioned": 1.0} if self.conditioned_negatives else {}
+        return {"global": self.global_weight, "beta_cal": self.beta_cal_weight, **conditioned, **self.weights}
 
 
 @dataclass(frozen=True)

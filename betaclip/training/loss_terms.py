@@ -1,11 +1,12 @@
 """The terms of the training objective. A new term is a class in a file of its own, and a line in LOSS_TERMS."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.losses.conditioned import conditioned_loss
 from betaclip.losses.detached import detached_clip_loss
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import LossConfig
@@ -24,6 +25,18 @@ class LossTerm(Protocol):
     captions_only: bool
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A loss term that also measures something, which is logged beside the losses.
+
+    metrics: the names of the values. measure: the values, () each, from the outputs of a BetaCLIP.
+    """
+
+    metrics: tuple[str, ...]
+
+    def measure(self, out: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 class GlobalLoss:
@@ -72,9 +85,39 @@ class BetaCALTerm:
         return loss
 
 
+class ConditionedTerm:
+    """Other pictures under the same text as negatives: what they add to β-CAL in its form, as a term of its own.
+
+    The metric ``leak`` is the share of texts that are nearer than all different ones of the batch to the embedding that
+    they pool from a picture that is not theirs.
+    """
+
+    captions_only = False
+    metrics = ("leak",)
+
+    def __init__(self, config: LossConfig, several_ranks: bool) -> None:
+        outputs = {"pooled_embeds", "text_embeds", "mask", "pool_logit_scale", "conditioned_negatives"}
+        outputs |= {"conditioned_mask", "conditioned_leak"}
+        self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
+        self.form = config.form
+        self.group = ProcessGroup.of() if several_ranks and config.gather != "false" else None
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        return conditioned_loss(
+            out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"],
+            out["conditioned_negatives"], out["conditioned_mask"],
+            form=self.form, mask=out["mask"], logit_bias=out.get("logit_bias"), group=self.group,
+        )  # fmt: skip
+
+    def measure(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
+        asked = out["conditioned_mask"][:, :, :1].sum()
+        return {"leak": out["conditioned_leak"].sum() / asked.clamp_min(1)}
+
+
 # By name: a term's weight is loss.NAME_weight or loss.weights' NAME, its value is logged as NAME_loss. Made from the
 # settings and whether there are several ranks.
 LOSS_TERMS: dict[str, Callable[[LossConfig, bool], LossTerm]] = {
     "global": GlobalLoss,
     "beta_cal": BetaCALTerm,
+    "conditioned": ConditionedTerm,
 }

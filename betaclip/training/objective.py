@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from betaclip.errors import ConfigError
 from betaclip.model.texts import RaggedTexts
 from betaclip.training.config import LossConfig
-from betaclip.training.loss_terms import LOSS_TERMS
+from betaclip.training.loss_terms import LOSS_TERMS, Measures
 
 
 class Objective(nn.Module):
@@ -17,7 +17,8 @@ class Objective(nn.Module):
         several_ranks: the losses may span all ranks, as ``config.gather`` says.
 
     Raises:
-        ConfigError: a weight is negative, all are 0, or a name is not in LOSS_TERMS.
+        ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, or the conditioned negatives have a
+            weight but no number.
     """
 
     def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
@@ -30,9 +31,15 @@ class Objective(nn.Module):
         if min(weights.values()) < 0 or not any(weights.values()):
             given = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
             raise ConfigError(f"loss: expected weights >= 0, at least one above 0, got {given}")
+        if config.conditioned_negatives < 0 or (weights.get("conditioned") and not config.conditioned_negatives):
+            expected = "at least 1 for the loss term conditioned, or 0 without it"
+            raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
         self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
         self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
+        self.conditioned_negatives = config.conditioned_negatives if "conditioned" in self.terms else 0
+        self.measures = [term for term in self.terms.values() if isinstance(term, Measures)]
         self.names = ["loss", *(f"{name}_loss" for name in self.terms)]
+        self.names += [name for term in self.measures for name in term.metrics]
 
     def needs(self, *outputs: str) -> bool:
         """Whether any term reads one of these outputs of the model."""
@@ -43,10 +50,11 @@ class Objective(nn.Module):
         return all(term.captions_only for term in self.terms.values())
 
     def forward(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``, and each term's unweighted loss, all (), by the names in ``names``."""
+        """``loss``, each term's unweighted loss, and what terms measure, all (), by the names in ``names``."""
         losses = {name: term(out) for name, term in self.terms.items()}
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
-        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
+        measured = {name: value for term in self.measures for name, value in term.measure(out).items()}
+        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}, **measured}
 
 
 def captions(texts: RaggedTexts) -> RaggedTexts:

@@ -18,10 +18,18 @@ from betaclip.training.gradient_cache import cached_backward
 from betaclip.training.objective import Objective, captions
 from betaclip.training.optimizers import PARTS, clip_gradients, set_learning_rates
 from betaclip.training.parallel import finish_gradients, no_sync
+from betaclip.training.sampler import mix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _range = partial(nvtx.annotate, domain="betaclip")
+
+
+def other_pictures(images: int, count: int, seed: int) -> list[int]:
+    """Draw ``count`` different numbers from 1 to images - 1; 0 stands for each that there is not."""
+    random = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(max(images - 1, 0), generator=random, device="cpu")[:count] + 1
+    return drawn.tolist() + [0] * (count - len(drawn))
 
 
 def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
@@ -73,7 +81,7 @@ class TrainStep:
             (columns,) losses, averaged over ranks; scales; norms of gradients before clipping. On the device.
         """
         set_learning_rates(self.optimizer, step, self.steps, self.config.optimizer)
-        losses = self._backward(batch, images)
+        losses = self._backward(batch, step, images)
         with _range("optimiser"):
             finish_gradients(self.wrapped, self.process_group)
             self.scaler.unscale_(self.optimizer)
@@ -88,7 +96,7 @@ class TrainStep:
             self.optimizer.zero_grad()
         return row
 
-    def _backward(self, batch: Batch, images: int) -> Tensor:
+    def _backward(self, batch: Batch, step: int, images: int) -> Tensor:
         """(losses,) unscaled, of this rank; gradients are accumulated."""
         if not len(batch.images):  # all of it was bad, but the other ranks wait for this one's share of the gradients
             size = self.model.image_size
@@ -102,13 +110,15 @@ class TrainStep:
         micro_batches = self._micro_batches(batch, images)
         if not cached:
             micro_batches = [self._padded(micro_batch) for micro_batch in micro_batches]
+        parts = self._with_others(micro_batches, step)
         losses: list[Tensor] = []
 
-        def forward(micro_batch: Batch) -> dict[str, Tensor]:
+        def forward(part: tuple[Batch, list[int]]) -> dict[str, Tensor]:
+            micro_batch, others = part
             slots = max(1, (batch if cached else micro_batch).texts.max_texts_per_image)
             # Autocast ends before the next pass: while it lasts, it keeps the weights that it has cast.
             with self._autocast():
-                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, slots)
+                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, slots, others)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -118,13 +128,13 @@ class TrainStep:
 
         if cached:
             with _range("forward and backward"):
-                cached_backward(forward, micro_batches, loss, no_sync=partial(no_sync, self.wrapped))
+                cached_backward(forward, parts, loss, no_sync=partial(no_sync, self.wrapped))
             return losses[0]
-        for micro_batch in micro_batches[:-1]:
+        for part in parts[:-1]:
             with no_sync(self.wrapped), _range("forward and backward"):
-                (loss(forward(micro_batch)) / len(micro_batches)).backward()
+                (loss(forward(part)) / len(parts)).backward()
         with _range("forward and backward"):
-            (loss(forward(micro_batches[-1])) / len(micro_batches)).backward()
+            (loss(forward(parts[-1])) / len(parts)).backward()
         return torch.stack(losses).mean(0)
 
     def _padded(self, batch: Batch) -> Batch:
@@ -139,6 +149,16 @@ class TrainStep:
         count = -(-largest_share // (self.config.run.micro_batch_size or largest_share))
         bounds = [len(batch.paths) * i // count for i in range(count + 1)]
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
+
+    def _with_others(self, micro_batches: list[Batch], step: int) -> list[tuple[Batch, list[int]]]:
+        """Each with the other pictures that its texts pool. They depend on nothing but the seed and the place in the
+        run: a second pass and a resumed run have the same ones."""
+        count, rank = self.objective.conditioned_negatives, self.process_group.rank
+        seeds = (mix(self.config.run.seed, step, rank, i) for i in range(len(micro_batches)))
+        return [
+            (part, other_pictures(len(part.images), count, seed))
+            for part, seed in zip(micro_batches, seeds, strict=True)
+        ]
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -22,6 +22,9 @@ RESULTS = {
         "pointing/box_share": 0.104,
         "pointing/ratio": 5.0,
         "pointing/phrases": 1234.0,
+        "leak/own_picture": 0.95,
+        "leak/other_picture": 0.64,
+        "leak/texts": 169.0,
     },
     "urban1k": {
         "retrieval/images": 997.0,
@@ -57,7 +60,11 @@ zero_shot     1000   49999         1   68.3   91.9                        68.0  
 
 Pointing, % of the attention of a phrase that is in its box
 set     phrases  in the box  box's share of the picture  ratio
-scenes     1234        52.0                        10.4   5.00"""
+scenes     1234        52.0                        10.4   5.00
+
+Leak, % of texts identified from what they pool from a picture
+set     texts  own picture  another picture  chance
+scenes    169         95.0             64.0     0.6"""
 
 
 def test_table():

@@ -134,7 +134,10 @@ def test_all_sets(tmp_path, known, capsys, caplog):
     found = results["urban1k"]
     assert (found["retrieval/images"], found["retrieval/texts"], found["retrieval/left_out"]) == (3, 3, 2)
     assert found["retrieval/t2i_r1"] == found["retrieval/conditioned_i2t_r1"] == 1
+    # Only what a text names is attended to, and no other picture has it.
+    assert (found["leak/own_picture"], found["leak/other_picture"], found["leak/texts"]) == (1, 0, 3)
     found = results["sharegpt4v_1k"]
+    assert not any(name.startswith("leak") for name in found)  # equal captions
     assert (found["retrieval/images"], found["retrieval/left_out"]) == (2, 1)
     assert found["retrieval/t2i_r1"] == 0.5 and found["retrieval/i2t_r1"] == 0  # equal captions tie
     assert results["dci"]["retrieval/t2i_r1"] == 1 and results["dci"]["retrieval/images"] == 3

@@ -159,6 +159,19 @@ def other_inputs_equal_one_process() -> None:
         weights = torch.rand(sum(sizes), K, K, dtype=torch.float64)
         ours = loss(image[part], text[part], scale, pair_weights=weights[part])
         torch.testing.assert_close(ours, of_all(image, text, scale, pair_weights=weights))
+        # Other pictures under the same text, of every rank its own; the second rank has none.
+        negatives = torch.rand(sum(sizes), K, 3, dtype=torch.float64).requires_grad_()
+        exists = (torch.rand(sum(sizes), K, 3) < 0.7) & (torch.arange(sum(sizes)) < sizes[0])[:, None, None]
+        for form in ("ce", "bce"):
+            options = {"form": form, "conditioned_weight": 0.5}
+            given = {"conditioned_negatives": negatives, "conditioned_mask": exists}
+            truth = BetaCALLoss(**options)(image, text, scale, mask=mask, **given)
+            (wanted,) = torch.autograd.grad(truth, negatives)
+            given = {name: t[part] for name, t in given.items()}
+            ours = BetaCALLoss(**options, gather=transport)(image[part], text[part], scale, mask=mask[part], **given)
+            torch.testing.assert_close(ours, truth)
+            (found,) = torch.autograd.grad(ours, negatives)
+            torch.testing.assert_close(found[part] / 2, wanted[part])
         # One text per image.
         first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
         torch.testing.assert_close(first, ClipLoss(gather=False)(image[:, 0], text[:, 0], scale))
@@ -474,6 +487,7 @@ def ranks_disagree() -> None:
             ("padding", "published, ignore", BetaCALLoss(padding=("published", "ignore")[rank], gather=transport), {}),
             ("bias", "True, False", BetaCALLoss("bce", gather=transport), {"logit_bias": (bias, None)[rank]}),
             ("gather", "all_gather, ring", BetaCALLoss("bce", gather=TRANSPORTS[rank]), {}),
+            ("conditioned", "True, False", loss, {"conditioned_negatives": (torch.ones(1, K, 2), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):
                 own(*given, **options)

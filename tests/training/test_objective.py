@@ -51,6 +51,51 @@ def test_weight_of_zero_leaves_out(weights, names, untouched):
     assert {name for name, t in out.items() if t.requires_grad and t.grad is None} == untouched
 
 
+def with_others(others: int = 2) -> dict[str, Tensor]:
+    out = outputs()
+    valid = out["mask"][..., None] & (torch.rand(B, K, others) < 0.7)
+    return out | {
+        "conditioned_negatives": torch.randn(B, K, others).tanh().requires_grad_(),
+        "conditioned_mask": valid,
+        "conditioned_leak": valid[..., 0] & (torch.rand(B, K) < 0.5),
+    }
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
+def test_conditioned_negatives(form):
+    """The term alone is what they add to β-CAL; its weight is 1 unless another is given."""
+    out = with_others()
+    loss = BetaCALLoss(form, beta=0.3)
+    given = out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"]
+    others = {"conditioned_negatives": out["conditioned_negatives"], "conditioned_mask": out["conditioned_mask"]}
+    added = loss(*given, mask=out["mask"], **others) - loss(*given, mask=out["mask"])
+    for weights, weight in (({}, 1.0), ({"conditioned": 0.25}, 0.25)):
+        objective = Objective(LossConfig(form, beta=0.3, conditioned_negatives=2, weights=weights))
+        losses = objective(out)
+        torch.testing.assert_close(losses["conditioned_loss"], added)
+        whole = losses["global_loss"] + losses["beta_cal_loss"] + weight * added
+        torch.testing.assert_close(losses["loss"], whole)
+    assert objective.names == ["loss", "global_loss", "beta_cal_loss", "conditioned_loss", "leak"]
+    assert list(losses) == objective.names and objective.conditioned_negatives == 2
+    share = out["conditioned_leak"].sum() / out["conditioned_mask"][..., 0].sum()
+    assert losses["leak"].item() == pytest.approx(share.item()) and 0 < share < 1
+
+
+def test_conditioned_negatives_alone():
+    losses = Objective(LossConfig(global_weight=0.0, beta_cal_weight=0.0, conditioned_negatives=2))
+    out = with_others()
+    losses(out)["loss"].backward()
+    assert losses.needs("pool_logit_scale") and not losses.captions_only
+    assert out["conditioned_negatives"].grad.any() and out["image_embeds"].grad is None
+    nothing = {name: torch.zeros_like(t) if name.startswith("conditioned") else t for name, t in out.items()}
+    assert losses(nothing)["loss"] == 0 == losses(nothing)["leak"]
+
+
+def test_weight_of_zero_draws_no_other_pictures():
+    objective = Objective(LossConfig(conditioned_negatives=2, weights={"conditioned": 0.0}))
+    assert objective.conditioned_negatives == 0 and "conditioned_loss" not in objective.names
+
+
 def test_image_without_text():
     """It is in neither loss, as if it were not there."""
     out = outputs()
@@ -83,5 +128,10 @@ def test_rejects():
     for weights in ((0.0, 0.0), (-1.0, 1.0)):
         with pytest.raises(ConfigError, match="loss: expected weights >= 0, at least one above 0, got global"):
             Objective(LossConfig(global_weight=weights[0], beta_cal_weight=weights[1]))
-    with pytest.raises(ConfigError, match=r"loss\.weights: expected names of global, beta_cal, got globel"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.weights: expected names of global, beta_cal, conditioned, got globel"
+    ):
         Objective(LossConfig(weights={"globel": 1.0}))
+    for number, weights in ((0, {"conditioned": 1.0}), (-1, {})):
+        with pytest.raises(ConfigError, match=rf"loss\.conditioned_negatives: expected at least 1 .*, got {number}"):
+            Objective(LossConfig(conditioned_negatives=number, weights=weights))

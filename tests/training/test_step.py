@@ -18,7 +18,8 @@ from betaclip.training import parallel
 from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, freeze_unused
+from betaclip.training.sampler import mix
+from betaclip.training.step import TrainStep, freeze_unused, other_pictures
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -36,6 +37,63 @@ def test_cached_micro_batches_equal_the_whole_batch():
     for result, row in zip(results[1:], rows[1:], strict=True):
         assert_same(result, results[0], 1e-12)
         torch.testing.assert_close(row, rows[0], atol=1e-6, rtol=0)  # the losses of a row are float32
+
+
+def conditioned(**run) -> TrainingConfig:
+    return replace(config(**run), loss=LossConfig(beta=0.2, conditioned_negatives=2, weights={"conditioned": 0.5}))
+
+
+@pytest.mark.parametrize("accumulation", ["grad_cache", "mean"])
+def test_conditioned_negatives_of_micro_batches(accumulation):
+    """The truth has one graph. Other pictures are of the same micro-batch, which may have too few of them, and the
+    second pass of gradient caching has the same ones as the first."""
+    batch, settings = double(tiny_batch(7)), conditioned(micro_batch_size=3, accumulation=accumulation)
+    model, other = tiny_model().double(), tiny_model().double()
+    train_step, drawn = create_step(model, settings), []
+    model.register_forward_pre_hook(lambda module, arguments: drawn.append(arguments[3]))
+    row = dict(zip(train_step.columns, train_step(batch, 4, 7), strict=True))
+    passes = 2 if accumulation == "grad_cache" else 1
+    assert drawn == drawn[:3] * passes and len(drawn) == 3 * passes
+    bounds = [0, 2, 4, 7]
+    outs = [
+        other(batch.images[lo:hi], batch.texts.of_images(lo, hi), 3, shifts)
+        for lo, hi, shifts in zip(bounds, bounds[1:], drawn, strict=False)
+    ]
+    objective = Objective(settings.loss)
+    if accumulation == "grad_cache":
+        whole = {name: torch.cat([out[name] for out in outs]) if t.dim() else t for name, t in outs[0].items()}
+        losses = objective(whole)
+    else:
+        each = [objective(out) for out in outs]
+        losses = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
+    losses["loss"].backward()
+    for name in ("loss", "beta_cal_loss", "conditioned_loss", "leak"):
+        assert row[name].item() == pytest.approx(losses[name].item(), abs=1e-6), name
+    norm = torch.stack([p.grad.norm() for name, p in other.named_parameters() if name.startswith("pool.")]).norm()
+    assert row["norm_pool"].item() == pytest.approx(norm.item())
+    assert losses["conditioned_loss"] > 0
+
+
+def test_other_pictures():
+    """Different ones, from all of the batch, that change with the seed; 0 for those that there are not."""
+    assert other_pictures(9, 3, seed=5) == other_pictures(9, 3, seed=5)
+    drawn = [other_pictures(9, 3, seed) for seed in range(60)]
+    assert all(len(set(one)) == 3 and set(one) <= set(range(1, 9)) for one in drawn)
+    assert {number for one in drawn for number in one} == set(range(1, 9))
+    assert sorted(other_pictures(3, 4, 0)) == [0, 0, 1, 2]
+    assert [other_pictures(images, 2, 0) for images in (0, 1)] == [[0, 0], [0, 0]] and other_pictures(5, 0, 0) == []
+
+
+def test_conditioned_negatives_depend_on_seed_and_step():
+    batch, drawn = tiny_batch(6), []
+    for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        model = tiny_model()
+        train_step = create_step(model, conditioned(seed=seed))
+        model.register_forward_pre_hook(lambda module, arguments: drawn.append(tuple(arguments[3])))
+        state = torch.get_rng_state()
+        train_step(batch, step, 6)
+        assert torch.equal(torch.get_rng_state(), state)  # nor do they take random numbers from dropout
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_accumulation_is_the_mean_of_losses():
@@ -230,6 +288,7 @@ def losses_of_each_rank_are_averaged() -> None:
     of_parts = [alone(one(part.images, part.texts))["beta_cal_loss"].item() for part in parts]
     assert row["beta_cal_loss"] == pytest.approx(sum(of_parts) / 2)
     assert row["global_loss"] == pytest.approx(alone(one(whole.images, whole.texts))["global_loss"].item())
+    conditioned_negatives_of_all_ranks(whole, parts)
     settings = replace(settings, loss=replace(settings.loss, gather_global="published", beta_cal_weight=0.0))
     rows = []
     for loss in (settings.loss, replace(settings.loss, gather_global="auto")):
@@ -239,6 +298,22 @@ def losses_of_each_rank_are_averaged() -> None:
         )
     assert rows[0]["global_loss"] == pytest.approx(rows[1]["global_loss"], rel=1e-6)
     assert 0.1 < rows[0]["norm_backbone"] / rows[1]["norm_backbone"] < 0.8
+
+
+def conditioned_negatives_of_all_ranks(whole: Batch, parts: list[Batch]) -> None:
+    """One loss over the texts of all ranks, each with other pictures of its own rank."""
+    settings, rank = conditioned(), ProcessGroup.of().rank
+    train_step = create_step_of_rank(tiny_model().double(), settings)
+    row = dict(zip(train_step.columns, train_step(parts[rank], 1, 7).tolist(), strict=True))
+    one, drawn = tiny_model().double(), [other_pictures(n, 2, mix(0, 1, r, 0)) for r, n in enumerate((3, 4))]
+    outs = [one(part.images, part.texts, 3, shifts) for part, shifts in zip(parts, drawn, strict=True)]
+    out = {name: torch.cat([o[name] for o in outs]) if t.dim() else t for name, t in outs[0].items()}
+    losses = Objective(settings.loss)(out)
+    losses["loss"].backward()
+    assert row["loss"] == pytest.approx(losses["loss"].item())
+    assert row["conditioned_loss"] == pytest.approx(losses["conditioned_loss"].item())
+    norm = torch.stack([p.grad.norm() for name, p in one.named_parameters() if name.startswith("pool.")]).norm()
+    assert row["norm_pool"] == pytest.approx(norm.item())
 
 
 @needs_gloo

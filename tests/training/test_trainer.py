@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support.published import released_checkpoint
 from support.ranks import needs_gloo, processes
-from support.runs import CPU, STEPS, at_step, config, put_tiny, train
+from support.runs import CPU, LOSS, STEPS, at_step, config, put_tiny, train
 from support.steps import assert_same
 from support.tiny import START, TinyDataset, tiny_batch
 
@@ -121,6 +121,26 @@ def test_sigterm_within_an_interval(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
     resumed = train(replace(settings, run=replace(settings.run, resume=True)))
     assert measured(resumed) == measured(truth) and len(measured(truth)) == 3
+
+
+def test_resumed_run_has_the_same_other_pictures(tmp_path, monkeypatch):
+    """Bit for bit, in micro-batches and with dropout."""
+    loss = replace(LOSS, conditioned_negatives=2, weights={"conditioned": 0.5})
+    options = {"steps": 5, "batch_size": 6, "micro_batch_size": 3}
+    truth = train(config(tmp_path, "whole", loss, **options))
+    settings = config(tmp_path, loss=loss, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(Stopped):
+            train(settings)
+    resumed = train(replace(settings, run=replace(settings.run, resume=True)))
+    names = ("loss", "conditioned_loss", "leak", "norm_pool")
+    ours, theirs = (
+        [[row[name] for name in names] for row in read_metrics(run.folder / "metrics.jsonl")]
+        for run in (resumed, truth)
+    )
+    assert ours == theirs and len(theirs) == 5 and all(row[1] > 0 and 0 <= row[2] <= 1 for row in theirs)
+    assert all(torch.equal(a, t) for a, t in zip(resumed.model.parameters(), truth.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

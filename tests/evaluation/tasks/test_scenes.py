@@ -21,6 +21,7 @@ def test_scenes():
         assert found[f"choices/{difficulty}_chance"] < 0.2
     assert found["retrieval/t2i_r1"] < 0.3 and found["retrieval/conditioned_i2t_r1"] < 0.3
     assert 0.8 < found["pointing/ratio"] < 1.2
+    assert 30 < found["leak/texts"] <= 40 and 0 <= found["leak/other_picture"] <= found["leak/own_picture"] + 0.2
     assert found == evaluate_scenes(model, Tokenizer(), seed=1, count=40, batch_size=16)
     assert found != evaluate_scenes(model, Tokenizer(), seed=2, count=40, batch_size=16)
     with pytest.raises(ValueError, match="at least one scene"):

@@ -1,0 +1,97 @@
+"""Other pictures under the same text: the outputs of BetaCLIP, against each pair pooled by itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.tiny import IMAGE_SIZE, tiny_batch, tiny_model
+
+from betaclip.model.other_pictures import identified
+from betaclip.model.texts import RaggedTexts
+
+# Three texts, one, none, two; the fourth image has a text of the first, and one of its own twice.
+TOKENS = [[[3, 4], [5, 6, 7], [8, 9]], [[10, 11]], [], [[5, 6, 7], [12, 9], [12, 9]]]
+B, K = 4, 3
+
+
+@pytest.mark.parametrize("shifts", [[1], [3, 1, 2], [2, 0, 0], [0], [5, 4]])
+def test_outputs(shifts):
+    model, pictures = tiny_model().double(), torch.randn(B, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    texts = RaggedTexts.of(TOKENS)
+    plain, out = model(pictures, texts), model(pictures, texts, other_pictures=shifts)
+    for name, value in plain.items():
+        torch.testing.assert_close(out[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    assert out["conditioned_negatives"].shape == out["conditioned_mask"].shape == (B, K, len(shifts))
+    _, patches = model.encode_image(pictures)
+    used = [shift % B for shift in shifts if shift % B]
+    assert not out["conditioned_mask"][..., len(used) :].any()
+    for b, own in enumerate(TOKENS):
+        for k in range(K):
+            for j, shift in enumerate(used):
+                other = (b + shift) % B
+                valid = k < len(own) and own[k] not in TOKENS[other]
+                assert out["conditioned_mask"][b, k, j] == valid
+                if valid:
+                    text = out["text_embeds"][b, k]
+                    pooled = model.pool(patches[other : other + 1], text[None])[0, 0]
+                    cosine = F.cosine_similarity(pooled, text, dim=0)
+                    torch.testing.assert_close(out["conditioned_negatives"][b, k, j], cosine)
+                    if j == 0:
+                        embeds = out["text_embeds"][out["mask"]]
+                        different = (embeds != text).any(1)
+                        nearest = F.cosine_similarity(pooled, embeds[different]).max() < cosine
+                        assert out["conditioned_leak"][b, k] == nearest
+    if not used:
+        assert not out["conditioned_leak"].any()
+    assert not out["conditioned_leak"].requires_grad
+
+
+def test_gradients():
+    """Through the other pictures' patches, the text and the pool."""
+    model, batch = tiny_model().double(), tiny_batch(B)
+    out = model(batch.images.double(), batch.texts, other_pictures=[1])
+    out["conditioned_negatives"][out["conditioned_mask"]].sum().backward()
+    for name in ("clip.visual.conv1.weight", "clip.token_embedding.weight", "pool.attn.in_proj_weight"):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None and gradient.any(), name
+
+
+def test_patches_are_pooled_in_one_call(monkeypatch):
+    model, batch, calls = tiny_model(), tiny_batch(B), []
+    monkeypatch.setattr(model.pool, "forward", lambda x, t, query_mask: calls.append(t.shape) or t)
+    model(batch.images, batch.texts, other_pictures=[1, 3, 0])
+    assert calls == [(B, 3 * K, 8)]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_other_picture(images):
+    model, batch = tiny_model(), tiny_batch(images)
+    out = model(batch.images, batch.texts, K, [0, 0])
+    assert out["conditioned_negatives"].shape == (images, K, 2) and not out["conditioned_mask"].any()
+
+
+def test_autocast():
+    """Cosines are float32, and the leak does not depend on roundings that tie."""
+    model, batch = tiny_model(), tiny_batch(6)
+    exact = model(batch.images, batch.texts, other_pictures=[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(batch.images, batch.texts, other_pictures=[1])
+    assert out["conditioned_negatives"].dtype == torch.float32
+    torch.testing.assert_close(out["conditioned_negatives"], exact["conditioned_negatives"], atol=0.05, rtol=0)
+
+
+def test_identified(monkeypatch):
+    """Equal texts do not compete, texts with negative numbers do not count, ties and NaN are not identified."""
+    texts = F.normalize(torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 1]]), dim=1)
+    embeds = torch.tensor([[2.0, 0.1], [0.5, 0.4], [0, 1], [torch.nan, 0]])
+    own, number = texts[[0, 0, 2, 0]], torch.tensor([7, 7, 2, 7])
+    for at_a_time in (2**24, 1):
+        monkeypatch.setattr("betaclip.model.other_pictures._COMPARED", at_a_time)
+        found = identified(embeds, own, number, texts, torch.tensor([7, 7, 2, 4]))
+        assert found.tolist() == [True, False, True, False]
+        assert identified(embeds, own, number, texts, torch.tensor([7, 7, 2, -1])).tolist() == [True, True, True, False]
+        assert identified(embeds, own, number, texts, torch.tensor([7, 8, 2, -1])).tolist() == [
+            False,
+            False,
+            True,
+            False,
+        ]
