@@ -33,10 +33,10 @@ from common.budget import Budget
 from common.comparison import Call, Comparison
 from common.figures import PEAK, TIME, Figure
 from common.harness import Run, relative_error, release, time_ms, with_peak_bytes
-from common.losses import RANK_FORMS, Implementation, beta_cal_over_ranks, loss_flop, rank_implementations
-from common.report import LOSS_ERRORS, memory, number
-from common.rows import BOTH, Measurement, Row, read_rows
-from common.session import Benchmark, Session, at_least, measure
+from common.losses import RANK_FORMS, Implementation, loss_flop, rank_implementations, reference
+from common.report import LOSS_ERRORS, memory
+from common.rows import BOTH, Row, read_rows
+from common.session import Benchmark, Session, at_least
 from common.traffic import Traffic
 from torch import Tensor
 
@@ -47,18 +47,15 @@ BENCHMARK = Benchmark(
     name="global_batch",
     suffix="-global-batch",
     columns={
-        "of mm": number("share_of_mm", ".2f"),
         "sent": memory("nccl_bytes"),
         "calls": lambda row: row.get("calls", ""),
-        "extra memory": memory("peak_bytes"),
         **LOSS_ERRORS,
     },
     figure=Figure(
-        panel=lambda row: f"{row['form']}, N = {int(row['n']):,}",
-        x="ranks",
-        x_label="ranks",
-        quantities=(TIME, ("nccl_bytes", "sent by a rank, MiB", 2.0**20), PEAK),
+        panel=("n", "N"),
+        x=("ranks", "ranks"),
         same=("dim",),
+        quantities=(TIME, ("nccl_bytes", "sent by a rank, MiB", 2.0**20), PEAK),
     ),
 )
 
@@ -82,18 +79,15 @@ class RankComparison(Comparison):
     clock = staticmethod(slowest_ms)
     error = staticmethod(lambda x, y: over_ranks(relative_error(x, y)))
     own_s = staticmethod(lambda: over_ranks(time.process_time(), dist.ReduceOp.SUM))
-    baseline = "open_clip"
 
-    def __init__(self, form: str, whole: Batch, chosen: dict[str, Implementation], device: str) -> None:
-        (images, self.k, dim), dtype = whole.image.shape, whole.image.dtype
-        self.whole, self.ranks = whole, dist.get_world_size()
+    def __init__(self, form: str, whole: Batch, chosen: dict[str, Implementation], budget: Budget) -> None:
+        (images, k, dim), self.ranks = whole.image.shape, dist.get_world_size()
         chosen = {name: value for name, value in chosen.items() if form in value.forms}
         first, last = (rank * images // self.ranks for rank in (dist.get_rank(), dist.get_rank() + 1))
-        self.own, self.n = slice(first, last), images * self.k
+        self.whole, self.own, self.n = whole, slice(first, last), images * k
         self.batch = whole.to_leaves(images=self.own)
-        sizes = {"n": self.n, "k": self.k, "dim": dim, "ranks": self.ranks}
-        case = Measurement(BENCHMARK.name, form, str(dtype)[6:], device, sizes=sizes)
-        super().__init__(case, chosen, (self.n // self.ranks, dim), whole.image.device)
+        sizes = {"n": self.n, "k": k, "dim": dim, "ranks": self.ranks}
+        super().__init__(form, sizes, chosen, whole.image, budget, (self.n // self.ranks, dim))
 
     @cached_property
     def truth(self) -> tuple[list[Tensor] | None, str]:
@@ -101,9 +95,9 @@ class RankComparison(Comparison):
         if self.n > TRUTH_ROWS:
             return None, f"no float64 truth above N = {TRUTH_ROWS}"
         exact = self.whole.to_leaves(torch.float64)
-        outputs = [torch.zeros((), dtype=torch.float64, device=self.device), *map(torch.zeros_like, exact.leaves)]
+        outputs = [torch.zeros((), dtype=torch.float64, device=self.device), *map(torch.zeros_like, exact.leaves[:3])]
         if dist.get_rank() == 0:
-            loss = beta_cal_over_ranks(False, self.form, exact, "reference")
+            loss = reference(self.form, exact)
             outputs = list(Call(lambda: loss(exact), exact.leaves).run(BOTH, self.grad_output)())
         for t in outputs:
             dist.broadcast(t.detach(), 0)
@@ -118,14 +112,14 @@ class RankComparison(Comparison):
         loss = self.chosen[name].build(self.form, self.batch)
         return Call(lambda: loss(self.batch), self.batch.leaves)
 
-    def observe(self, call: Call, run: Run) -> tuple[Sequence[Tensor], dict[str, Any], float]:
+    def observe(self, run: Run) -> tuple[Sequence[Tensor], dict[str, Any], float]:
         """What one call sends and takes, on the rank with most of it. Each rank calls as often as the others."""
         with Traffic() as traffic:
             run()
         outputs, peak, _ = with_peak_bytes(run, self.device, math.inf)
         observed = {
             "nccl_bytes": int(over_ranks(traffic.sent_bytes)),
-            "calls": int(over_ranks(sum(count for name, count in traffic.calls.items() if name != "recv_"))),
+            "calls": int(over_ranks(sum(count for name, count in traffic.calls.items() if name != "recv"))),
             "peak_bytes": None if peak is None else int(over_ranks(peak)),
         }
         return outputs, observed, 0.0
@@ -158,9 +152,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_rank(
-    rank: int, count: int, init_method: str, args: argparse.Namespace, source: Row, device: str, path: Path
-) -> None:
+def run_rank(rank: int, count: int, init_method: str, args: argparse.Namespace, source: Row, path: Path) -> None:
     """Measure everything on one of ``count`` ranks; the first of them prints, and appends rows to ``path``."""
     gc.freeze()
     torch.set_num_threads(1)
@@ -169,12 +161,11 @@ def run_rank(
         torch.cuda.set_device(args.device)
     backend = "nccl" if args.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=count, timeout=TIMEOUT)
+    session = Session(BENCHMARK, source, path, Budget(seconds=args.seconds))
     for form, n in product(args.forms, args.sizes):
         k = 1 if form == "clip" else args.texts
         whole = synthetic_batch(n // k, k, args.dim, args.dtype, args.device)
-        comparison = RankComparison(form, whole, args.chosen, device)
-        measure(comparison, BENCHMARK, Budget(0, args.seconds), source, path, shown=rank == 0)
-        del comparison
+        session.measure(RankComparison(form, whole, args.chosen, session.budget), shown=rank == 0)
         release()
     dist.destroy_process_group()
 
@@ -184,8 +175,10 @@ def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callabl
         """In new processes, as torch.distributed.nn keeps the first group that it has seen."""
         before = len(read_rows(session.path)) if session.path.exists() else 0
         with tempfile.TemporaryDirectory() as folder:
-            same = args, session.source, session.device, session.path
-            mp.spawn(run_rank, (count, f"file://{folder}/ranks", *same), count)
+            same = count, f"file://{folder}/ranks", args, session.source, session.path
+            # A fork need not import everything again; CUDA cannot be forked.
+            method = "fork" if sys.platform == "linux" and args.device.type == "cpu" else "spawn"
+            mp.start_processes(run_rank, same, count, start_method=method)
         return read_rows(session.path)[before:]
 
     return {f"{count} ranks": partial(compare, count) for count in args.ranks}

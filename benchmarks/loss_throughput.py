@@ -19,13 +19,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common.batches import SIGLIP_BIAS, Batch, synthetic_batch
+from common.batches import Batch, synthetic_batch
+from common.budget import Budget
 from common.comparison import Call, Comparison
-from common.figures import PEAK, TIME, Figure
+from common.figures import Figure
 from common.harness import Unavailable, free_bytes
 from common.losses import FORMS, Implementation, implementations, loss_flop, reference
-from common.report import LOSS_ERRORS, memory, number
-from common.rows import Measurement, Row
+from common.report import LOSS_ERRORS
+from common.rows import Row
 from common.session import Benchmark, Session, at_least
 
 # The smallest are one device's share of a batch over many; sizes of several texts per image are multiples of 36.
@@ -43,29 +44,14 @@ def bound_bytes(row: Row) -> float:
     return 2 * inputs + 96 * 2**20 if row["device"].startswith("cpu") else 4 * inputs + 512 * 10**6
 
 
-def in_bound(row: Row) -> str:
-    """Whether betaclip's peak memory is what it promises."""
-    if not row["implementation"].startswith("betaclip") or not row["peak_bytes"]:
-        return ""
-    return "yes" if float(row["peak_bytes"]) <= bound_bytes(row) else "no"
-
-
 BENCHMARK = Benchmark(
     name="loss_throughput",
     suffix="",
     minutes=3,
-    columns={
-        "speed-up": number("speedup", ".2f"),
-        "of mm": number("share_of_mm", ".2f"),
-        "extra memory": memory("peak_bytes"),
-        "in bound": in_bound,
-        **LOSS_ERRORS,
-    },
+    columns=LOSS_ERRORS,
     figure=Figure(
-        panel=lambda row: f"{row['form']}, K = {row['k']}",
-        x="n",
-        x_label="N = images × texts per image",
-        quantities=(TIME, PEAK),
+        panel=("k", "K"),
+        x=("n", "N = images × texts per image"),
         same=("dim",),
         bound=bound_bytes,
     ),
@@ -75,14 +61,13 @@ BENCHMARK = Benchmark(
 class LossComparison(Comparison):
     """All implementations of one form on one batch."""
 
-    def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], device: str) -> None:
-        (images, k, dim), dtype, on = batch.image.shape, batch.image.dtype, batch.image.device
+    def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], budget: Budget) -> None:
+        images, k, dim = batch.image.shape
         self.batch, self.n, self.dim = batch, images * k, dim
-        self.baseline = "published" if form in PER_IMAGE else "open_clip"
-        chosen = {name: value for name, value in chosen.items() if form in value.forms}
         self.small = batch.to_leaves(images=slice(max(2, 512 // k)))
-        case = Measurement(BENCHMARK.name, form, str(dtype)[6:], device, sizes={"n": self.n, "k": k, "dim": dim})
-        super().__init__(case, chosen, (min(self.n, MATRIX_ROWS[on.type]), dim), on)
+        chosen = {name: value for name, value in chosen.items() if form in value.forms}
+        mm = min(self.n, MATRIX_ROWS[batch.image.device.type]), dim
+        super().__init__(form, {"n": self.n, "k": k, "dim": dim}, chosen, batch.image, budget, mm)
 
     def flop(self, phase: str) -> float:
         return loss_flop(self.form, phase, self.n, self.dim)
@@ -126,11 +111,10 @@ def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callabl
     def compare(form: str, n: int) -> list[Row]:
         k = args.texts if form in PER_IMAGE else 1
         batch = synthetic_batch(n // k, k, args.dim, args.dtype, args.device)
-        batch = batch.to_leaves(bias=SIGLIP_BIAS) if form == "siglip" else batch
-        return session.measure(LossComparison(form, batch, args.chosen, session.device))
+        return session.measure(LossComparison(form, batch, args.chosen, session.budget))
 
-    kind = args.device.type
-    sizes = {form: args.sizes or (SIZES if form in PER_IMAGE else PAIR_SIZES)[kind] for form in args.forms}
+    defaults = {form: (SIZES if form in PER_IMAGE else PAIR_SIZES)[args.device.type] for form in args.forms}
+    sizes = {form: args.sizes or defaults[form] for form in args.forms}
     ascending = sorted({n for form in args.forms for n in sizes[form]})
     return {f"{form}, N = {n}": partial(compare, form, n) for n in ascending for form in args.forms if n in sizes[form]}
 

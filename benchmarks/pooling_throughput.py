@@ -7,7 +7,6 @@
 
 Each of K texts pools its image's P patches by multi-head cross-attention; B images. Parts: "attention", from raw
 patches and queries to the output projection, and "block", the same and the MLP, which is alike everywhere.
-
 Gradients are those of patches, queries and all parameters of the part.
 
 "speed-up" and "saved ÷" are against nn.MultiheadAttention as published, in the same rounds. "saved" is what autograd
@@ -25,12 +24,13 @@ from itertools import product
 from typing import Any
 
 import torch
-from common.comparison import Call, Comparison
+from common.budget import Budget
+from common.comparison import BASELINES, Call, Comparison
 from common.figures import TIME, Figure
 from common.harness import Run
-from common.pools import PARTS, Pool, PoolBatch, least_flop, pool_implementations, published, synthetic_pool_batch
+from common.pools import PARTS, PoolBatch, least_flop, pool_implementations, published, synthetic_pool_batch
 from common.report import in_ms, memory, number
-from common.rows import BOTH, OK, Measurement, Row
+from common.rows import BOTH, OK, Row
 from common.session import Benchmark, Session, at_least
 from torch import Tensor
 
@@ -43,7 +43,7 @@ TEXTS = (1, 6, 36, 64)
 DIMS = {"cpu": (512,), "cuda": (512, 768)}
 DEFAULT_PARTS = {"cpu": ("attention",), "cuda": PARTS}  # the block takes minutes on a CPU, and adds little
 CROSSOVER_TEXTS = (8, 16, 24, 32, 36, 40, 44, 48, 56, 64)
-MATRIX_ROWS = {"cpu": 2304, "cuda": 9216}  # torch.mm's rate is measured with
+MATRIX_ROWS = {"cpu": 2304, "cuda": 9216}  # up to here torch.mm's rate is measured at the patches' number
 FOLDS, PROJECTS = "folds", "projects"
 
 
@@ -71,9 +71,6 @@ BENCHMARK = Benchmark(
     summary=crossover,
     columns={
         "path": lambda row: row.get("path", ""),
-        "speed-up": number("speedup", ".2f"),
-        "of mm": number("share_of_mm", ".2f"),
-        "extra memory": memory("peak_bytes"),
         "saved": memory("saved_bytes"),
         "saved ÷": number("saved_ratio", ".2f"),
         "error: output": number("output_error", ".1e"),
@@ -81,11 +78,10 @@ BENCHMARK = Benchmark(
         "parameters": number("parameter_error", ".1e"),
     },
     figure=Figure(
-        panel=lambda row: f"{row['form']}, P = {row['patches']}",
-        x="texts",
-        x_label="K, texts per image",
-        quantities=(TIME, ("saved_bytes", "saved activations, MiB", 2.0**20)),
+        panel=("patches", "P"),
+        x=("texts", "K, texts per image"),
         same=("images", "dim", "heads"),
+        quantities=(TIME, ("saved_bytes", "saved activations, MiB", 2.0**20)),
     ),
 )
 
@@ -116,18 +112,16 @@ class PoolComparison(Comparison):
 
     error_fields = ("output_error", "gradient_error", "parameter_error")
 
-    def __init__(
-        self, part: str, batch: PoolBatch, chosen: dict[str, Callable[[str, PoolBatch], Pool]], device: str
-    ) -> None:
-        (images, patches, dim), k = batch.patches.shape, batch.queries.shape[1]
-        dtype, on = batch.patches.dtype, batch.patches.device
-        sizes = {"images": images, "texts": k, "patches": patches, "dim": dim, "heads": batch.pool.attn.num_heads}
-        case = Measurement(BENCHMARK.name, part, str(dtype)[6:], device, sizes=sizes)
-        super().__init__(case, chosen, (MATRIX_ROWS[on.type], dim), on)
+    def __init__(self, part: str, batch: PoolBatch, chosen: dict[str, Any], budget: Budget) -> None:
+        images, patches, dim = batch.patches.shape
+        k, heads = batch.queries.shape[1], batch.pool.attn.num_heads
+        sizes = {"images": images, "texts": k, "patches": patches, "dim": dim, "heads": heads}
+        mm = min(images * patches, MATRIX_ROWS[batch.patches.device.type]), dim
+        super().__init__(part, sizes, chosen, batch.patches, budget, mm)
         self.batch, self.sizes = batch, tuple(sizes.values())
-        self.grad_output = torch.randn(images, k, dim, device=on).to(dtype)
+        self.grad_output = torch.randn_like(batch.queries)
         self.published_bytes = 0
-        self.model_folds = folding_pays(*self.sizes, dtype, on.type)
+        self.model_folds = folding_pays(*self.sizes, self.dtype, self.device.type)
 
     def flop(self, phase: str) -> float:
         return least_flop(self.form, phase, *self.sizes)
@@ -148,7 +142,7 @@ class PoolComparison(Comparison):
         if phase == BOTH:
             call, _ = self.calls[name]
             values["saved_bytes"] = saved_bytes(call.function, call.leaves)
-            if name == self.baseline:
+            if name in BASELINES:
                 self.published_bytes = values["saved_bytes"]
             values["saved_ratio"] = values["saved_bytes"] / self.published_bytes if self.published_bytes else None
         return values
@@ -181,7 +175,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callable[[], list[Row]]]:
     def compare(part: str, dim: int, patches: int, k: int) -> list[Row]:
         batch = synthetic_pool_batch(args.batch, k, patches, dim, args.heads, args.dtype, args.device)
-        return session.measure(PoolComparison(part, batch, args.chosen, session.device))
+        return session.measure(PoolComparison(part, batch, args.chosen, session.budget))
 
     sizes = product(args.parts, args.dim, args.patches, args.texts)
     return {f"{part}, D = {d}, P = {p}, K = {k}": partial(compare, part, d, p, k) for part, d, p, k in sizes}

@@ -9,48 +9,43 @@ A step is forward and backward of everything: towers, pooling, CLIP's loss and �
 are real captions with their sentences and phrases (common/steps.py).
 
 "speed-up" is against the published form with its checkpointing of texts, in the same rounds. "tokens" are those that
-the text tower's linear layers compute, of the tokens that exist. "of mm" is the least FLOP (common/steps.py) over the
-time, over the rate of torch.mm in the same rounds. Extra memory is the peak above what existed before, gradients
-included. "differs": ‖difference‖ / ‖value‖ of loss and of all gradients to the published form.
+the text tower's linear layers compute, of the tokens that exist. Extra memory is the peak above what existed before,
+gradients included. "differs": ‖difference‖ / ‖value‖ of loss and of all gradients to the published form.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
-from common.comparison import Call, Comparison
-from common.figures import PEAK, TIME, Figure
-from common.report import memory, number
-from common.rows import Measurement, Row
+from common.budget import Budget
+from common.comparison import BASELINES, Call, Comparison
+from common.figures import Figure
+from common.report import number
+from common.rows import Row
 from common.session import Benchmark, Session, at_least
-from common.steps import PARTS, OurStep, StepBatch, least_flop, part_call, step_implementations, synthetic_step_batch
+from common.steps import PARTS, OurStep, StepBatch, part_call, step_implementations, synthetic_step_batch
 from torch import Tensor
 
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 
 IMAGES = {"cpu": (4, 12), "cuda": (64,)}
-MATRIX_ROWS = {"cpu": 2304, "cuda": 9216}  # torch.mm's rate is measured with
 BENCHMARK = Benchmark(
     name="train_step",
     suffix="-train-step",
     columns={
-        "speed-up": number("speedup", ".2f"),
         "images/s": lambda row: f"{int(row['images']) / float(row['time_ms_p50']) * 1e3:.3g}",
         "tokens": lambda r: f"{r['tokens_computed']} of {r['tokens_existing']}" if r.get("tokens_computed") else "",
-        "of mm": number("share_of_mm", ".2f"),
-        "extra memory": memory("peak_bytes"),
         "differs: loss": number("loss_difference", ".1e"),
         "gradients": number("gradient_difference", ".1e"),
     },
     figure=Figure(
-        panel=lambda row: row["form"],
-        x="images",
-        x_label="images of a step",
-        quantities=(TIME, PEAK),
-        same=("model", "context", "texts"),
+        panel=("texts", "K"),
+        x=("images", "images of a step"),
+        same=("model", "context"),
     ),
 )
 
@@ -62,18 +57,13 @@ class StepComparison(Comparison):
     baseline, which comes first.
     """
 
-    def __init__(self, part: str, model: BetaCLIP, batch: StepBatch, chosen: dict[str, Any], device: str) -> None:
-        images, k = batch.shape
-        dtype, on = batch.images.dtype, batch.images.device
-        sizes = {"model": model.config.name, "context": model.context_length, "images": images, "texts": k}
-        case = Measurement(BENCHMARK.name, part, str(dtype)[6:], device, sizes=sizes)
-        super().__init__(case, chosen, (MATRIX_ROWS[on.type], model.embed_dim), on)
+    def __init__(self, part: str, model: BetaCLIP, batch: StepBatch, chosen: dict[str, Any], budget: Budget) -> None:
+        sizes = {"model": model.config.name, "context": model.context_length}
+        sizes |= {"images": batch.texts.num_images, "texts": batch.texts.max_texts_per_image}
+        super().__init__(part, sizes, chosen, batch.images, budget)
         self.model, self.batch = model, batch
         self.steps: dict[str, OurStep] = {name: build(model) for name, build in chosen.items()}
         self.expected: tuple[Tensor, ...] = ()
-
-    def flop(self, phase: str) -> float:
-        return least_flop(self.model, self.form, phase, self.batch)
 
     def prepare(self, name: str) -> Call:
         return part_call(self.steps[name], self.form, self.batch)
@@ -83,7 +73,7 @@ class StepComparison(Comparison):
         if self.form in ("step", "text"):
             values["tokens_computed"] = self.steps[name].tokens(self.batch)
             values["tokens_existing"] = len(self.batch.texts.tokens)
-        if name == self.baseline:
+        if name in BASELINES:
             self.expected = tuple(outputs)
         elif self.expected:
             loss, *gradients = zip(outputs, self.expected, strict=False)  # the baseline may have failed in one phase
@@ -92,13 +82,11 @@ class StepComparison(Comparison):
         return values
 
 
-def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+@torch.no_grad()
+def difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """‖a - b‖ / ‖b‖ over all pairs (a, b)"""
-    differences, values = (
-        torch.stack([torch.linalg.vector_norm(x.detach(), dtype=torch.float64) for x in xs]).norm()
-        for xs in zip(*((a - b, b) for a, b in pairs), strict=True)
-    )
-    return float(differences / values)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    return math.hypot(*(norm(a - b) for a, b in pairs)) / math.hypot(*(norm(b) for _, b in pairs))
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -109,7 +97,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--images", nargs="+", type=at_least(1), metavar="B", help="of a step (default: 4 12, on a GPU 64)")
     add("--texts", type=at_least(2), default=36, metavar="K", help="per image (default 36)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    smoke = {"model": "scenes", "context": 248, "images": [2], "texts": 8}
+    smoke = {"model": "scenes", "context": 77, "images": [2], "texts": 8}
     return BENCHMARK.parse(parser, argv, step_implementations(), smoke, {"images": IMAGES})
 
 
@@ -119,7 +107,7 @@ def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callabl
     batch = cache(lambda images: synthetic_step_batch(model, images, args.texts, args.dtype))
 
     def compare(images: int, part: str) -> list[Row]:
-        return session.measure(StepComparison(part, model, batch(images), args.chosen, session.device))
+        return session.measure(StepComparison(part, model, batch(images), args.chosen, session.budget))
 
     return {f"{part}, {images} images": partial(compare, images, part) for images in args.images for part in args.parts}
 

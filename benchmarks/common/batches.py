@@ -13,35 +13,24 @@ SIGLIP_BIAS = -10.0  # where SigLIP's starts
 
 @dataclass(frozen=True)
 class Batch:
-    """image, text: (B, K, D) raw; scale: (); bias: () for the form "siglip"."""
+    """image, text: (B, K, D) raw; scale: (); bias: (), which only the form "siglip" uses."""
 
     image: Tensor
     text: Tensor
     scale: Tensor
-    bias: Tensor | None = None
+    bias: Tensor
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors that gradients are taken with respect to."""
-        return (self.image, self.text, self.scale) + (() if self.bias is None else (self.bias,))
+        return self.image, self.text, self.scale, self.bias
 
-    def to_leaves(
-        self, dtype: torch.dtype | None = None, *, images: slice = slice(None), bias: float | None = None
-    ) -> "Batch":
-        """A copy as new leaves: in another dtype, of some images only, with a bias. Scalars stay float32 or float64."""
+    def to_leaves(self, dtype: torch.dtype | None = None, images: slice = slice(None)) -> "Batch":
+        """A copy as new leaves: in another dtype, of some images only. Scalars stay float32 or float64."""
         dtype = dtype or self.image.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        given = self.bias if bias is None else torch.tensor(bias, device=self.image.device)
-
-        def leaf(x: Tensor, kind: torch.dtype) -> Tensor:
-            return x.detach().to(kind, copy=True).requires_grad_()
-
-        return Batch(
-            leaf(self.image[images], dtype),
-            leaf(self.text[images], dtype),
-            leaf(self.scale, wide),
-            None if given is None else leaf(given, wide),
-        )
+        kinds = (self.image[images], dtype), (self.text[images], dtype), (self.scale, wide), (self.bias, wide)
+        return Batch(*(x.detach().to(kind, copy=True).requires_grad_() for x, kind in kinds))
 
 
 def synthetic_batch(images: int, texts_per_image: int, dim: int, dtype: torch.dtype, device: torch.device) -> Batch:
@@ -63,4 +52,5 @@ def synthetic_batch(images: int, texts_per_image: int, dim: int, dtype: torch.dt
         * torch.empty(*shape, 1, device=device).uniform_(0.5, 2, generator=generator)
         for _ in range(2)
     )
-    return Batch(image, text, torch.tensor(INVERSE_TEMPERATURE, device=device)).to_leaves(dtype)
+    scalars = (torch.tensor(x, device=device) for x in (INVERSE_TEMPERATURE, SIGLIP_BIAS))
+    return Batch(image, text, *scalars).to_leaves(dtype)

@@ -8,8 +8,7 @@ applied to these.
 All take raw (B, K, D) embeddings and a () scale, normalise along D, and return one () loss. No text is padding.
 """
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +36,9 @@ def _published_logits(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tenso
 
 def _published_pairs(image: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """(N, N) indicators, in the logits' dtype: same image, and own text."""
-    images, texts, _ = image.shape
-    image_of_row = torch.arange(images * texts, device=image.device) // texts
+    image_of_row = torch.arange(len(logits), device=image.device) // image.shape[1]
     same_image = (image_of_row[:, None] == image_of_row[None, :]).to(logits.dtype)
-    return same_image, torch.eye(images * texts, dtype=logits.dtype, device=image.device)
+    return same_image, torch.eye(len(logits), dtype=logits.dtype, device=image.device)
 
 
 def published_ce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5) -> Tensor:
@@ -93,5 +91,5 @@ def lean_bce(image: Tensor, text: Tensor, scale: Tensor, beta: float = 0.5, bias
     return (F.softplus(logits).sum() + (positives - F.softplus(block)).sum()) / logits.numel()
 
 
-PUBLISHED: MappingProxyType[str, DenseLoss] = MappingProxyType({"ce": published_ce, "bce": published_bce})
-LEAN: MappingProxyType[str, DenseLoss] = MappingProxyType({"ce": lean_ce, "bce": lean_bce})
+PUBLISHED: Mapping[str, DenseLoss] = {"ce": published_ce, "bce": published_bce}
+LEAN: Mapping[str, DenseLoss] = {"ce": lean_ce, "bce": lean_bce}

@@ -7,70 +7,82 @@ from typing import Any
 
 from common.rows import BOTH, OK, OUT_OF_MEMORY, Row, read_rows
 
-OURS = "betaclip"
 # betaclip is blue in every figure, its variants differ by dashes; the others take the remaining colours in order.
 OUR_COLOUR, DASHES = "C0", ("-", "--", ":", "-.")
+BOUND: dict[str, Any] = {"linestyle": ":", "color": "black", "label": "bound of betaclip"}
 TIME = ("time_ms_p50", "forward + backward, ms", 1.0)
 PEAK = ("peak_bytes", "peak extra memory, MiB", 2.0**20)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Quantities of forward + backward, a row of axes for each, against the field x; a column of axes per ``panel``.
+    """Quantities of forward + backward, a row of axes for each, against the field ``x``; a column of axes for each form
+    and value of the field ``panel``. Both fields come with their labels.
 
-    quantities: field, label, and the unit to divide by. same: fields in which, as in the dtype, all rows of a figure
-    agree with the last row of the file; the title says them. bound: what our peak memory is promised to stay below.
+    same: fields in which, as in the dtype, all rows of a figure agree with the last row of the file; the title says
+    them. quantities: field, label, and the unit to divide by. bound: what our peak memory is promised to stay below.
     """
 
-    panel: Callable[[Row], str]
-    x: str
-    x_label: str
-    quantities: tuple[tuple[str, str, float], ...]
+    panel: tuple[str, str]
+    x: tuple[str, str]
     same: tuple[str, ...]
+    quantities: tuple[tuple[str, str, float], ...] = (TIME, PEAK)
     bound: Callable[[Row], float] | None = None
 
 
 def draw(path: Path, benchmark: str, shown: Figure) -> str:
     """Draw the figure beside a CSV file from its rows; says where it is, or why there is none.
 
-    Of several rows of one case the last counts. Cases that ran out of memory are crosses at the top edge.
+    Of several rows of one case the last counts. Cases that ran out of memory are crosses at the top edge. Panels of a
+    single size are drawn only if there are no others.
     """
     try:
         import matplotlib
 
         matplotlib.use("agg")
         from matplotlib import pyplot
+        from matplotlib.lines import Line2D
     except ImportError:
         return "no figure: matplotlib is not installed (pip install matplotlib)"
     rows = [row for row in read_rows(path) if row["benchmark"] == benchmark]
     rows = [row for row in rows if all(row[key] == rows[-1][key] for key in ("dtype", *shown.same))]
-    latest = {(shown.panel(row), row["implementation"], int(row[shown.x])): row for row in rows if row["phase"] == BOTH}
-    drawn = {key: row for key, row in latest.items() if row["status"] in (OK, OUT_OF_MEMORY)}
-    sizes = {panel: {x for p, _, x in drawn if p == panel} for panel in dict.fromkeys(p for p, _, _ in drawn)}
-    panels = [panel for panel in sizes if len(sizes[panel]) > 1] or list(sizes)
-    if not panels:
+    (by, letter), (x, x_label), forms = shown.panel, shown.x, list(dict.fromkeys(row["form"] for row in rows))
+    latest = {
+        (forms.index(row["form"]), int(row[by]), row["implementation"], int(row[x])): row
+        for row in rows
+        if row["phase"] == BOTH
+    }
+    known = [case for case in sorted(latest) if latest[case]["status"] in (OK, OUT_OF_MEMORY)]
+    if not known:
         return "no figure: there is no row of forward + backward"
-    styles = _styles(list(dict.fromkeys(name for p, name, _ in drawn if p in panels)))
-    height, width = len(shown.quantities), len(panels)
-    size = (max(1 + 3.4 * width, 6.5), 1.2 + 3 * height)
-    figure, grid = pyplot.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
-    same = (f"{key} = {rows[-1][key]}" for key in shown.same)
-    figure.suptitle(", ".join((rows[-1]["device"], rows[-1]["dtype"], *same)))
-    for column, panel in enumerate(panels):
-        for axes, (field, label, unit) in zip(grid[:, column], shown.quantities, strict=True):
+    panels = list(dict.fromkeys(case[:2] for case in known))
+    panels = [panel for panel in panels if len({case[3] for case in known if case[:2] == panel}) > 1] or panels
+    drawn = {case: latest[case] for case in known if case[:2] in panels}
+    names, ran = dict.fromkeys(case[2] for case in latest if case[:2] in panels), {case[2] for case in drawn}
+    styles, absent = _styles([name for name in names if name in ran]), [name for name in names if name not in ran]
+    shape, shared = (len(shown.quantities), len(panels)), {"sharex": True, "sharey": "row"}
+    size = (max(1 + 2.8 * shape[1], 6.5), 1.5 + 2.6 * shape[0])
+    figure, grid = pyplot.subplots(*shape, figsize=size, squeeze=False, layout="constrained", **shared)
+    title = ", ".join([rows[-1]["device"], rows[-1]["dtype"], *(f"{key} = {rows[-1][key]}" for key in shown.same)])
+    figure.suptitle(title + (f"\ndid not run: {', '.join(absent)}" if absent else ""))
+    for line, (field, label, unit) in zip(grid, shown.quantities, strict=True):
+        for axes, panel in zip(line, panels, strict=True):
             for name in styles:
-                own = {x: drawn[p, i, x] for p, i, x in sorted(drawn) if (p, i) == (panel, name)}
+                own = {case[3]: row for case, row in drawn.items() if case[:3] == (*panel, name)}
                 _line(axes, own, field, unit, name, styles)
             if shown.bound is not None and field == "peak_bytes":
-                bounds = {x: shown.bound(row) / unit for (p, _, x), row in sorted(drawn.items()) if p == panel}
-                axes.plot(list(bounds), list(bounds.values()), ":", color="black", label="bound of betaclip")
-            axes.set(xscale="log", yscale="log", xlabel=shown.x_label, ylabel="" if column else label)
-            _plain_ticks(axes, sorted(sizes[panel]))
+                bounds = {case[3]: shown.bound(row) / unit for case, row in drawn.items() if case[:2] == panel}
+                axes.plot(*zip(*sorted(bounds.items()), strict=True), **BOUND)
             axes.grid(alpha=0.3)
-        grid[0, column].set(title=panel)
-    found = [axes.get_legend_handles_labels() for axes in grid.flat]
-    legend = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=max(1, int(size[0] / 2.4)))
+        line[0].set(xscale="log", yscale="log", ylabel=label)
+        _plain_ticks(line[0], sorted({case[3] for case in drawn}))
+    for top, bottom, (form, value) in zip(grid[0], grid[-1], panels, strict=True):
+        top.set(title=f"{forms[form]}, {letter} = {value:,}")
+        bottom.set(xlabel=x_label)
+    legend = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    if shown.bound is not None:
+        legend.append(Line2D([], [], **BOUND))
+    figure.legend(handles=legend, loc="outside lower center", ncols=max(1, int(size[0] / 2.4)))
     to = path.with_suffix(".png")
     figure.savefig(to, dpi=110)
     pyplot.close(figure)
@@ -79,7 +91,7 @@ def draw(path: Path, benchmark: str, shown: Figure) -> str:
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each implementation is drawn: ours last, so that it lies on top."""
-    ours = [name for name in names if name.startswith(OURS)]
+    ours = [name for name in names if name.startswith("betaclip")]
     others = [name for name in names if name not in ours]
     styles: dict[str, dict[str, Any]] = {
         name: {"color": f"C{1 + i % 9}", "linewidth": 1.2, "marker": "os^vD"[i // 9]} for i, name in enumerate(others)
@@ -92,29 +104,26 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _plain_ticks(axes: Any, sizes: Sequence[int]) -> None:
     """Plain numbers: along x the sizes, as far as there is room; along y as few round numbers as will do."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator
 
-    ticks = [sizes[-1]]
+    ticks, share = [sizes[-1]], 0.05 + 0.03 * len(f"{sizes[-1]:,}")  # of the width, that a label needs
     for x in reversed(sizes[:-1]):
-        if ticks[-1] / x >= (sizes[-1] / sizes[0]) ** 0.12:
+        if ticks[-1] / x >= (sizes[-1] / sizes[0]) ** share:
             ticks.append(x)
     axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
     bottom, top = axes.get_ylim()
-    subs = (1,) if top > 1000 * bottom else (1, 2, 5) if top > 10 * bottom else range(1, 10)
+    subs = (1,) if top > 1000 * bottom else (1, 2, 5) if top > 10 * bottom else (1, 1.5, 2, 3, 5, 7)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter("{x:,.6g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
 
 
 def _line(axes: Any, own: dict[int, Row], field: str, unit: float, name: str, styles: dict[str, Any]) -> None:
     """One implementation in one pair of axes, without values that a logarithmic axis cannot show."""
-    points = [(x, float(row[field]) / unit) for x, row in own.items() if row["status"] == OK and row[field]]
-    points = [(x, y) for x, y in points if y > 0]
+    points = [(x, y) for x, row in own.items() if row["status"] == OK and (y := float(row[field] or 0) / unit) > 0]
     failed = [x for x, row in own.items() if row["status"] == OUT_OF_MEMORY]
     if points:
         axes.plot(*zip(*points, strict=True), label=name, **styles[name])
     if failed:
-        label = None if points else f"{name} (out of memory)"
-        place = {"transform": axes.get_xaxis_transform(), "color": styles[name]["color"], "label": label}
-        axes.plot(failed, [1 - 0.03 * list(styles).index(name)] * len(failed), "x", **place)
+        heights = [1 - 0.03 * list(styles).index(name)] * len(failed)
+        axes.plot(failed, heights, "x", transform=axes.get_xaxis_transform(), color=styles[name]["color"])

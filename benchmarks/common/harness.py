@@ -7,6 +7,7 @@ becomes a row; nothing is reported that was not measured.
 import ctypes
 import gc
 import importlib
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,48 +119,45 @@ def interleave(
     called at least once. A run that has had its share drops out, the others go on.
     """
     shuffle, share_ms = random.Random(0).shuffle, seconds * 1e3 / max(len(runs), 1)
-    times: dict[str, list[float] | str] = {}
-    spent: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, Any] = {name: [] for name in runs}
     active = list(runs)
     while active:
         shuffle(active)
         for name in list(active):
-            elapsed, status = attempt(lambda run=runs[name]: clock(run, device))  # type: ignore[misc]
-            if status != OK:
-                times[name] = status
-                active.remove(name)
-                continue
-            spent[name].append(elapsed)
-            used, rounds = sum(spent[name]), len(spent[name])
+            elapsed, status = attempt(partial(clock, runs[name], device))
+            times[name] = [*times[name], elapsed] if status == OK else status
+            used, rounds = (sum(times[name]), len(times[name])) if status == OK else (math.inf, MAX_ROUNDS)
             if rounds >= MAX_ROUNDS or (used >= share_ms and (rounds >= 3 or used >= 400 * seconds)):
                 active.remove(name)
-    return {name: times.get(name, spent[name]) for name in runs}
+    return times
 
 
-def busy_core_seconds() -> float | None:
-    """How long all cores together have been busy since the machine started; None where that is unknown."""
-    try:
-        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
+def usage(own_s: Callable[[], float] = time.process_time) -> tuple[float, float] | None:
+    """Seconds that passed, and in which all cores together were busy with other processes; None if that is unknown."""
+    passed, own, stat = time.perf_counter(), own_s(), Path("/proc/stat")
+    if not stat.exists():
         return None
-    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, ticks)
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, stat.read_text().split(maxsplit=9)[1:9])
+    return passed, (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
 
-def usage(own_s: Callable[[], float] = time.process_time) -> tuple[float, float, float | None]:
-    """Seconds that passed, and in which this process and all cores together were busy."""
-    return time.perf_counter(), own_s(), busy_core_seconds()
-
-
-def foreign_cores(begin: tuple[float, float, float | None], end: tuple[float, float, float | None]) -> float | None:
+def foreign_cores(begin: tuple[float, float] | None, end: tuple[float, float] | None) -> float | None:
     """How many cores other processes kept busy between two usages; None where that is unknown."""
-    if begin[2] is None or end[2] is None:
+    if begin is None or end is None:
         return None
-    return max(0.0, (end[2] - begin[2]) - (end[1] - begin[1])) / max(end[0] - begin[0], 1e-3)
+    return max(0.0, end[1] - begin[1]) / max(end[0] - begin[0], 1e-3)
 
 
-def with_peak_bytes(run: Run, device: torch.device, seconds: float = 0.4) -> tuple[Any, int | None, float]:
-    """The result, how far memory rose above what was in use before (None where that cannot be measured), and ms.
+def age_s() -> float:
+    """How long ago this process started, as Linux says; elsewhere how long it has computed."""
+    stat = Path("/proc/self/stat")
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else 0  # some containers say 0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else time.process_time()
+
+
+def with_peak_bytes(run: Run, device: torch.device, seconds: float) -> tuple[Any, int | None, float]:
+    """The result, how far memory rose above what was in use before (None where that cannot be measured), and how many
+    seconds one call took.
 
     On the CPU it is resident memory, whose high-water mark Linux lets a process reset: it counts everything
     (libraries' scratch, temporaries, the results), needs no child process, and after ``release`` nothing freed
@@ -177,7 +176,7 @@ def with_peak_bytes(run: Run, device: torch.device, seconds: float = 0.4) -> tup
         result = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        elapsed = (time.perf_counter() - called) * 1e3
+        elapsed = time.perf_counter() - called
         peaks.append(None if before is None else max(0, _peak(device) - before))
     known = [peak for peak in peaks if peak is not None]
     return result, statistics.median_low(known) if known else None, elapsed
@@ -192,15 +191,16 @@ def _reset_peak(device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    return _resident_bytes("VmRSS")
+    return _bytes("self/status", "VmRSS")
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _bytes("self/status", "VmHWM")
 
 
-def _resident_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+def _bytes(file: str, field: str) -> int:
+    """A field of a file of /proc."""
+    line = next(x for x in Path("/proc", file).read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -209,8 +209,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        free = int(line.split()[1]) * 1024
+        free = _bytes("meminfo", "MemAvailable")
     except (OSError, StopIteration):
         return None
     try:  # a container's own limit

@@ -20,7 +20,7 @@ from betaclip import BetaCALLoss
 from betaclip.kernels.similarity.operators import BACKENDS
 from betaclip.losses.across_ranks import TRANSPORTS
 from common.batches import Batch
-from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, within_images
+from common.dense_losses import LEAN, PUBLISHED, target_logits, unit, wide, within_images
 from common.harness import Unavailable, compiled_afresh, peer, require
 
 FORMS = ("ce", "bce", "clip", "siglip")
@@ -73,14 +73,12 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
 
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK[batch.image.device.type])
     own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
-    half = batch.image.dtype in (torch.bfloat16, torch.float16)
+    # "mean" would round the loss to the inputs' dtype; "none" forms S once more instead.
+    reduction = "none" if batch.image.dtype in (torch.bfloat16, torch.float16) else "mean"
 
     def over_own(x: Tensor, y: Tensor) -> Tensor:
         """() mean of logsumexp_j S_ij - S_ii"""
-        if not half:
-            return F.linear_cross_entropy(x, y, own[: len(x)], options=options)
-        # reduction="mean" would round the loss to the inputs' dtype; this forms S once more instead.
-        return F.linear_cross_entropy(x, y, own[: len(x)], reduction="none", options=options).float().mean()
+        return wide(F.linear_cross_entropy(x, y, own[: len(x)], reduction=reduction, options=options)).mean()
 
     def loss(b: Batch) -> Tensor:
         v, t = unit(b.image, b.scale), unit(b.text)
@@ -91,9 +89,10 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
     return loss
 
 
-def _betaclip(backend: str, form: str, batch: Batch) -> Loss:
-    require(backend, batch.image, BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1)))
-    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend)
+def _betaclip(backend: str, form: str, batch: Batch, gather: bool | str = False) -> Loss:
+    if backend != "auto":
+        require(backend, batch.image, BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1)))
+    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend, gather=gather)
     if form != "siglip":
         return lambda b: loss(b.image, b.text, b.scale)
     return lambda b: len(b.image) * loss(b.image, b.text, b.scale, logit_bias=b.bias)
@@ -121,7 +120,7 @@ def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
 
     def loss(b: Batch) -> Tensor:
         with torch.autocast(device, dtype if half else None, enabled=half):  # as its training script does
-            return module(*_units(b), *b.leaves[2:])
+            return module(*_units(b), *((b.scale, b.bias) if form == "siglip" else (b.scale,)))
 
     return loss
 
@@ -152,8 +151,7 @@ def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
 
 def implementations() -> dict[str, Implementation]:
     """Losses on one device by name, in the order of the tables."""
-    backends = [x for x in BACKENDS if x != "reference"]
-    ours = {f"betaclip/{x}": Implementation(FORMS, partial(_betaclip, x)) for x in backends}
+    ours = {f"betaclip/{x}": Implementation(FORMS, partial(_betaclip, x)) for x in BACKENDS if x != "reference"}
     return {
         "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), 14),
         "dense": Implementation(FORMS, partial(_dense, LEAN), 8),
@@ -167,14 +165,9 @@ def implementations() -> dict[str, Implementation]:
     }
 
 
-def beta_cal_over_ranks(gather: bool | str, form: str, batch: Batch, backend: str = "auto") -> Loss:
-    module = BetaCALLoss("bce" if form == "bce" else "ce", BETA, backend=backend, gather=gather)
-    return lambda b: module(b.image, b.text, b.scale)
-
-
 def rank_implementations() -> dict[str, Implementation]:
     """Losses over the ranks of the default process group by name, in the order of the tables."""
-    ours = {f"betaclip/{x}": Implementation(RANK_FORMS, partial(beta_cal_over_ranks, x)) for x in TRANSPORTS}
+    ours = {f"betaclip/{x}": Implementation(RANK_FORMS, partial(_betaclip, "auto", gather=x)) for x in TRANSPORTS}
     return {
         "open_clip": Implementation(("clip",), partial(_open_clip, over_ranks=True)),
         "inf_cl/ring": Implementation(("clip",), partial(_inf_cl, "cal_ring_loss", needs_gpu=False)),

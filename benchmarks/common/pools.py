@@ -64,27 +64,17 @@ def synthetic_pool_batch(
     return PoolBatch(x, t, pool.to(device)).to(dtype)
 
 
-def forward_flop(
-    part: str, images: int, texts_per_image: int, patches: int, dim: int, heads: int, *, fold: bool
-) -> int:
-    """FLOP of the products. Projected: keys and values of each patch, query and output of each text, and in between
-    scores and means of all heads, together P·D wide. Folded: each of H latent queries per text is D wide and needs its
-    own scores and means; per text four projections: query, its folding, values, output.
+def least_flop(part: str, phase: str, images: int, texts_per_image: int, patches: int, dim: int, heads: int) -> int:
+    """FLOP of the products, folded or projected, whichever is less; the gradients are two more products for each.
+
+    Projected: keys and values of each patch, query and output of each text, and in between scores and means of all
+    heads, together P·D wide. Folded: each of H latent queries per text is D wide and needs its own scores and means;
+    per text four projections: query, its folding, values, output.
     """
-    if fold:
-        products = 2 * heads * texts_per_image * patches * dim + 4 * texts_per_image * dim**2
-    else:
-        products = 2 * patches * dim**2 + 2 * texts_per_image * patches * dim + 2 * texts_per_image * dim**2
+    projected = 2 * patches * dim**2 + 2 * texts_per_image * patches * dim + 2 * texts_per_image * dim**2
+    folded = 2 * heads * texts_per_image * patches * dim + 4 * texts_per_image * dim**2
     mlp = 2 * MLP_RATIO * texts_per_image * dim**2 if part == "block" else 0
-    return 2 * images * (products + mlp)
-
-
-def least_flop(part: str, phase: str, *sizes: int) -> int:
-    """Folded or projected, whichever is less; the gradients are two more products for each.
-
-    sizes: images, texts per image, patches, dim, heads.
-    """
-    return min(forward_flop(part, *sizes, fold=fold) for fold in (False, True)) * (1 if phase == "forward" else 3)
+    return 2 * images * (min(projected, folded) + mlp) * (1 if phase == "forward" else 3)
 
 
 class PublishedPool(nn.Module):

@@ -36,6 +36,12 @@ def memory(field: str) -> Callable[[Row], str]:
     return lambda row: in_bytes(row.get(field, ""))
 
 
+# Of all tables.
+COMMON = {
+    "speed-up": number("speedup", ".2f"),
+    "of mm": number("share_of_mm", ".2f"),
+    "extra memory": memory("peak_bytes"),
+}
 LOSS_ERRORS = {
     "error: loss": number("loss_error", ".1e"),
     "gradients": number("gradient_error", ".1e"),
@@ -52,8 +58,10 @@ def spread(row: Row) -> str:
 def table(rows: Sequence[Row], columns: Columns) -> str:
     """One line per implementation of a form at a size, both phases side by side; below, why others have no time.
 
-    ``columns`` show the row of forward + backward, or that of forward where it is the only one.
+    ``columns`` follow those that all tables have. They show the row of forward + backward, or that of forward where it
+    is the only one; a column without any entry is left out.
     """
+    columns = {**COMMON, **columns}
     phases: dict[str, dict[str, Row]] = {}
     for row in rows:
         phases.setdefault(row["implementation"], {})[row["phase"]] = row
@@ -66,8 +74,9 @@ def table(rows: Sequence[Row], columns: Columns) -> str:
         else:
             times = (spread(by_phase[x]) or by_phase[x]["status"] if x in by_phase else "" for x in (FORWARD, BOTH))
             lines.append((name, *times, *(show(main) for show in columns.values())))
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    padded = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in lines)
+    filled = [cells for cells in zip(*lines, strict=True) if any(cells[1:]) or not lines[1:]]
+    widths = [max(map(len, cells)) for cells in filled]
+    padded = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in zip(*filled, strict=True))
     shown = ["  " + "  ".join(cells).rstrip() for cells in padded]
     return "\n".join([shown[0], "  " + "-" * (len(shown[0]) - 2), *shown[1:], *reasons])
 

@@ -1,10 +1,10 @@
 """Measurements and their provenance, and the CSV files whose rows they become."""
 
 import csv
-import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from betaclip.env import report
 
 OK, OUT_OF_MEMORY, SKIPPED = "ok", "out of memory", "skipped"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -31,10 +33,8 @@ class Measurement:
     values: errors and whatever else this benchmark reports.
     """
 
-    benchmark: str
     form: str
     dtype: str
-    device: str
     implementation: str = ""
     phase: str = ""
     sizes: Mapping[str, int | str] = field(default_factory=dict)
@@ -50,30 +50,27 @@ class Measurement:
     note: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def timed(self, times_ms: list[float], flop: float, mm_tflops: float) -> "Measurement":
+    def timed(self, times_ms: list[float], flop: float, mm_tflops: float | None) -> "Measurement":
         """This measurement with the percentiles of ``times_ms`` and their share of the matrix product's rate."""
         p20, p50, p80 = percentiles(times_ms)
         times: dict[str, Any] = {"time_ms_p20": p20, "time_ms_p50": p50, "time_ms_p80": p80, "rounds": len(times_ms)}
-        return replace(self, **times, mm_tflops=mm_tflops, share_of_mm=flop / (p50 * 1e9) / mm_tflops)
+        share = flop / (p50 * 1e9) / mm_tflops if mm_tflops else None
+        return replace(self, **times, mm_tflops=mm_tflops, share_of_mm=share)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile, interpolated."""
-    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return float(p20), float(p50), float(p80)
+    points = torch.tensor((0.2, 0.5, 0.8), dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
+    return p20, p50, p80
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    cpu = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", cpu.read_text() if cpu.exists() else "", re.MULTILINE)
+    model = named[1] if named else platform.processor() or platform.machine()
     return f"CPU {torch.get_num_threads()}x {re.sub(r'[(](R|TM)[)]', '', model)}"
 
 
@@ -81,14 +78,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def provenance(command: str) -> Row:
-    """The columns that say where a row comes from: versions, commit, date and the command."""
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "none"
+def provenance(benchmark: str, device: str, argv: list[str]) -> Row:
+    """The columns that say where a row comes from: the benchmark, the device, versions, commit, date, and the command
+    as typed, without this machine's folders."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent
@@ -97,16 +89,16 @@ def provenance(command: str) -> Row:
         except (OSError, subprocess.CalledProcessError):
             return ""
 
-    import betaclip
-
+    versions = report()["versions"]
+    typed = (Path(x).name if Path(x).is_absolute() else x for x in argv)
     changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return {
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "betaclip": betaclip.__version__,
+        "benchmark": benchmark,
+        "device": device,
+        **{name: versions[name] for name in ("torch", "triton", "betaclip")},
         "commit": (git("rev-parse", "--short", "HEAD") or "none") + ("+changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *typed]),
     }
 
 

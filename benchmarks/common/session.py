@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,20 +15,19 @@ import torch
 from common.budget import Budget
 from common.comparison import Comparison
 from common.figures import Figure, draw
-from common.harness import release
+from common.harness import age_s, release
 from common.report import Columns, kept_within, table, untrustworthy
 from common.rows import PHASES, Row, append_rows, as_row, device_name, provenance, slug
 
 RESULTS = Path(__file__).parents[1] / "results"
-Arguments = Callable[[list[str]], argparse.Namespace]
-Comparisons = Callable[[argparse.Namespace, "Session"], Mapping[str, Callable[[], list[Row]]]]
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One of the commands; ``suffix`` ends the names of its results.
 
-    minutes: the default of --minutes; None: there is no such option. summary: lines below the tables.
+    columns: of the tables, after those that all have. minutes: the default of --minutes; None: there is no such option.
+    summary: lines below the tables.
     """
 
     name: str
@@ -67,11 +65,14 @@ class Benchmark:
         smoke: Mapping[str, Any],
         by_device: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> argparse.Namespace:
-        """The options, with the values of ``smoke`` if that is asked for, and defaults that depend on the device.
+        """The options, with the defaults of ``smoke`` if that is asked for, and others that depend on the device.
 
         ``chosen`` are the implementations asked for, of ``known``.
         """
         args = parser.parse_args(argv)
+        if args.smoke:
+            parser.set_defaults(**smoke, seconds=0.02, minutes=0)
+            args = parser.parse_args(argv)
         args.device = torch.device(args.device)
         if args.device.type not in ("cpu", "cuda"):
             parser.error(f"--device: expected cpu or cuda, got {args.device}")
@@ -81,7 +82,6 @@ class Benchmark:
         if not args.chosen:
             parser.error(f"--implementations: expected some of {', '.join(known)}, got {' '.join(prefixes)}")
         if args.smoke:
-            vars(args).update(smoke, seconds=0.02)
             args.output = args.output or Path(tempfile.mkdtemp(prefix=f"{self.name}_"))
             if not args.implementations:  # compilation takes longer than everything else together
                 args.chosen = {name: value for name, value in args.chosen.items() if "compiled" not in name}
@@ -90,15 +90,60 @@ class Benchmark:
             setattr(args, name, getattr(args, name) or default[args.device.type])
         return args
 
-    def main(self, arguments: Arguments, comparisons: Comparisons, argv: list[str] | None = None) -> int:
+    def main(
+        self,
+        arguments: Callable[[list[str]], argparse.Namespace],
+        comparisons: Callable[[argparse.Namespace, "Session"], Mapping[str, Callable[[], list[Row]]]],
+        argv: list[str] | None = None,
+    ) -> int:
         """Run the command; the exit status."""
         argv = sys.argv[1:] if argv is None else argv
         args = arguments(argv)
         if args.plot_only:
             print(draw(args.plot_only, self.name, self.figure))
             return 0
-        session = Session(self, args, argv)
+        budget, device = Budget(getattr(args, "minutes", 0), args.seconds, started_s=age_s()), device_name(args.device)
+        source = provenance(self.name, slug(device), argv)
+        print(f"{device}   torch {source['torch']}   betaclip {source['betaclip']}   {source['date']}")
+        print("Times: median (20th-80th percentile) of interleaved rounds. Other columns: of forward+backward; --help.")
+        gc.freeze()  # looking through all that was imported, again and again, takes longer than small cases
+        session = Session(self, source, args.output / f"{slug(device)}{self.suffix}.csv", budget)
         return session.run(comparisons(args, session))
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a benchmark: measures, and says where the results are.
+
+    source: the columns that say where rows come from. path: the file that they are appended to.
+    """
+
+    benchmark: Benchmark
+    source: Row
+    path: Path
+    budget: Budget
+
+    def measure(self, comparison: Comparison, shown: bool = True) -> list[Row]:
+        """The rows of both phases; appended to the file and printed, if ``shown``."""
+        rows = [as_row(row, self.source) for phase in PHASES for row in comparison.measure(phase)]
+        if shown:
+            append_rows(self.path, rows)
+            print(f"\n{comparison.heading(rows)}\n{table(rows, self.benchmark.columns)}", flush=True)
+        return rows
+
+    def run(self, comparisons: Mapping[str, Callable[[], list[Row]]]) -> int:
+        """Call each function, which measures something and is known by its name; then say where everything is and
+        whether to trust it. The exit status."""
+        rows: list[Row] = []
+        left = dict(comparisons)
+        while left and self.budget.left_s > 0:
+            rows += left.pop(next(iter(left)))()
+            release()
+        said = kept_within(rows, self.budget.minutes, self.benchmark.figure.x[0], list(left)) + untrustworthy(rows)
+        print("", *self.benchmark.summary(rows), *said, f"rows: {self.path}", sep="\n")
+        print(draw(self.path, self.benchmark.name, self.benchmark.figure))
+        ours = (row for row in rows if row["implementation"].startswith("betaclip"))
+        return int(any(row["status"].startswith("failed") for row in ours))
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -110,53 +155,3 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def command(benchmark: str, argv: list[str]) -> str:
-    """The command line as typed, without this machine's folders."""
-    shown = (Path(x).name if Path(x).is_absolute() else x for x in argv)
-    return shlex.join(["python", f"benchmarks/{benchmark}.py", *shown])
-
-
-def measure(
-    comparison: Comparison, benchmark: Benchmark, budget: Budget, source: Row, path: Path, shown: bool = True
-) -> list[Row]:
-    """The rows of both phases, appended to the file at ``path`` and printed, if ``shown``."""
-    rows = [as_row(row, source) for phase in PHASES for row in comparison.measure(phase, budget)]
-    if shown:
-        append_rows(path, rows)
-        print(f"\n{comparison.heading(rows)}\n{table(rows, benchmark.columns)}", flush=True)
-    return rows
-
-
-class Session:
-    """One run of a benchmark: says what is measured where, measures, and says where the results are."""
-
-    def __init__(self, benchmark: Benchmark, args: argparse.Namespace, argv: list[str]) -> None:
-        self.budget = Budget(getattr(args, "minutes", 0), args.seconds)
-        self.benchmark, self.source = benchmark, provenance(command(benchmark.name, argv))
-        name = device_name(args.device)
-        self.device = slug(name)
-        self.path = args.output / f"{self.device}{benchmark.suffix}.csv"
-        print(f"{name}   torch {self.source['torch']}   betaclip {self.source['betaclip']}   {self.source['date']}")
-        print(
-            "Times: median (20th-80th percentile) of interleaved rounds. Other columns: forward+backward; see --help."
-        )
-        gc.freeze()  # looking through all that was imported, again and again, takes longer than small cases
-
-    def measure(self, comparison: Comparison) -> list[Row]:
-        return measure(comparison, self.benchmark, self.budget, self.source, self.path)
-
-    def run(self, comparisons: Mapping[str, Callable[[], list[Row]]]) -> int:
-        """Call each function, which measures something and is known by its name; then say where everything is and
-        whether to trust it. The exit status."""
-        rows: list[Row] = []
-        left = dict(comparisons)
-        while left and self.budget.left_s > 0:
-            rows += left.pop(next(iter(left)))()
-            release()
-        said = kept_within(rows, self.budget.minutes, self.benchmark.figure.x, list(left)) + untrustworthy(rows)
-        print("", *self.benchmark.summary(rows), *said, f"rows: {self.path}", sep="\n")
-        print(draw(self.path, self.benchmark.name, self.benchmark.figure))
-        ours = (row for row in rows if row["implementation"].startswith("betaclip"))
-        return int(any(row["status"].startswith("failed") for row in ours))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +29,7 @@ from betaclip.model.tokenizer import Tokenizer
 from betaclip.training.objective import Objective
 from common import pools
 from common.comparison import Call
-from common.dense_losses import PUBLISHED, wide
-from common.losses import loss_flop
+from common.dense_losses import PUBLISHED
 
 PARTS = ("step", "text", "vision", "pooling", "losses")
 SENTENCES = 5
@@ -48,11 +46,6 @@ class StepBatch:
     images: Tensor
     texts: RaggedTexts
     embeds: tuple[Tensor, Tensor, Tensor, Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """B, K"""
-        return self.texts.num_images, self.texts.max_texts_per_image
 
 
 def synthetic_step_batch(model: BetaCLIP, images: int, texts_per_image: int, dtype: torch.dtype) -> StepBatch:
@@ -164,11 +157,8 @@ class PublishedStep(OurStep):
         return cast(Tensor, self.pool(patches, texts))
 
     def losses(self, cls: Tensor, texts: Tensor, pooled: Tensor) -> Tensor:
-        scales = self.model.logit_scale.exp(), self.model.pool.logit_scale.exp()
-        logits = scales[0] * F.normalize(wide(cls), dim=-1) @ F.normalize(wide(texts[:, 0]), dim=-1).T
-        own = torch.arange(len(cls), device=cls.device)
-        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return contrast + PUBLISHED["ce"](pooled, texts, scales[1])
+        loss, scale, pool_scale = PUBLISHED["ce"], self.model.logit_scale.exp(), self.model.pool.logit_scale.exp()
+        return loss(cls[:, None], texts[:, :1], scale) + loss(pooled, texts, pool_scale)  # of one text it is CLIP's
 
     def step(self, batch: StepBatch) -> Tensor:
         texts = self.text(batch)
@@ -198,32 +188,4 @@ def part_call(step: OurStep, part: str, batch: StepBatch) -> Call:
         "pooling": lambda: step.pooling(patches, texts).square().mean(),
         "losses": lambda: step.losses(cls, texts, pooled),
     }
-    return Call(functions[part], [*batch.embeds, *trained(step.model)])
-
-
-def trained(module: nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def least_flop(model: BetaCLIP, part: str, phase: str, batch: StepBatch) -> int:
-    """FLOP of the products: patches and distinct prefixes of texts through their towers, and what pools.least_flop and
-    losses.loss_flop count. Gradients are two more products for each; the losses need four in all."""
-    images, k = batch.shape
-    patches = model.patch_grid[0] * model.patch_grid[1]
-    lengths = batch.texts.packing.positions + 1  # how many tokens each attends to
-    visual, tower = model.clip.visual.transformer, text_modules(model.clip).transformer
-    passes = 1 if phase == "forward" else 3
-    attended = torch.full((1 + patches,), 1 + patches)
-    flop = {
-        "vision": passes * images * transformer_flop(visual.width, visual.layers, attended),
-        "text": passes * transformer_flop(tower.width, tower.layers, lengths),
-        "pooling": pools.least_flop("block", phase, images, k, patches, model.embed_dim, model.config.pool_heads),
-        "losses": loss_flop("ce", phase, images * k, model.embed_dim),
-    }
-    return sum(flop.values()) if part == "step" else flop[part]
-
-
-def transformer_flop(width: int, layers: int, attended: Tensor) -> int:
-    """FLOP of the forward, where token i attends to ``attended[i]``: 12 width² multiply-adds in a block's linear layers
-    (MLP of four widths), and scores and means."""
-    return layers * (24 * width**2 * len(attended) + 4 * width * int(attended.sum()))
+    return Call(functions[part], [*batch.embeds, *(p for p in step.model.parameters() if p.requires_grad)])

@@ -8,20 +8,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Bytes that one of W ranks sends for the tensors that it receives into (0) or gives (1), by the rings of NCCL's
-# collectives.
-_SENT: dict[str, tuple[int, Callable[[int, int], float]]] = {
-    "_allgather_base_": (1, lambda size, ranks: (ranks - 1) * size),
-    "allgather_": (1, lambda size, ranks: (ranks - 1) * size),
-    "_reduce_scatter_base_": (0, lambda size, ranks: (ranks - 1) * size),
-    "reduce_scatter_": (0, lambda size, ranks: (ranks - 1) * size),
-    "allreduce_": (0, lambda size, ranks: 2 * (ranks - 1) * size / ranks),
-    "alltoall_base_": (1, lambda size, ranks: (ranks - 1) * size / ranks),
-    "alltoall_": (1, lambda size, ranks: (ranks - 1) * size / ranks),
-    "scatter_": (1, lambda size, ranks: (ranks - 1) * size / ranks),  # given by the root only
-    "send": (0, lambda size, ranks: size),
-    "recv_": (0, lambda size, ranks: 0),
-    "barrier": (0, lambda size, ranks: 0),
+# Bytes that one of W ranks sends for each byte of the tensors that it receives into (0) or gives (1), by the rings of
+# NCCL's collectives. Names are c10d's, without "_" at their ends and "_base".
+_SENT: dict[str, tuple[int, Callable[[int], float]]] = {
+    "allgather": (1, lambda ranks: ranks - 1),
+    "reduce_scatter": (0, lambda ranks: ranks - 1),
+    "allreduce": (0, lambda ranks: 2 * (ranks - 1) / ranks),
+    "alltoall": (1, lambda ranks: (ranks - 1) / ranks),
+    "scatter": (1, lambda ranks: (ranks - 1) / ranks),  # given by the root only
+    "send": (0, lambda ranks: 1),
+    "recv": (0, lambda ranks: 0),
+    "barrier": (0, lambda ranks: 0),
 }
 
 
@@ -39,10 +36,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.split("::")[1]
+            name = func._schema.name.split("::")[1].strip("_").removesuffix("_base")
             place, sent = _SENT[name]
             self.calls[name] += 1
-            self.sent_bytes += sent(_nbytes(args[place]), dist.get_world_size())
+            self.sent_bytes += _nbytes(args[place]) * sent(dist.get_world_size())
         return func(*args, **(kwargs or {}))
 
 

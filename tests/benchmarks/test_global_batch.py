@@ -26,9 +26,9 @@ def test_bad_options(argv, message, capsys):
 
 @needs_gloo
 @pytest.mark.slow
-def test_smoke_run(tmp_path):
+def test_smoke_run(tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
-    measured, shown = smoke_run("global_batch.py", tmp_path)
+    measured, shown = smoke_run("global_batch.py", tmp_path, monkeypatch, capfd)
     assert_drawn(tmp_path)
     expected = {
         (form, name, phase, "2")

@@ -14,6 +14,7 @@ from common.rows import PHASES
 from common.traffic import Traffic
 from support.paths import ROOT
 from support.ranks import processes
+from support.tiny import START
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -100,7 +101,7 @@ def losses_send_what_the_formula_says():
     work = cost.Work("", ranks, 4 * 36, 64, 4)
     for form in ("ce", "bce"):
         for transport in cost.TRANSPORTS:
-            loss = losses.beta_cal_over_ranks(transport, form, batch)
+            loss = losses.rank_implementations()[f"betaclip/{transport}"].build(form, batch)
             for phase in PHASES:
                 run = Call(lambda loss=loss: loss(batch), batch.leaves).run(phase, torch.ones(()))
                 with Traffic() as seen:
@@ -112,4 +113,4 @@ def losses_send_what_the_formula_says():
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 @pytest.mark.parametrize("count", [2, 3])
 def test_losses_send_what_the_formula_says(count, tmp_path):
-    processes(count, losses_send_what_the_formula_says, tmp_path)
+    processes(count, losses_send_what_the_formula_says, tmp_path, start_method=START)

@@ -63,8 +63,8 @@ def test_crossover_says_what_the_choice_loses():
 def test_ratios_to_the_published_form():
     chosen = {name: pools.pool_implementations()[name] for name in ("published", "betaclip/folded")}
     batch = pools.synthetic_pool_batch(3, 4, 10, 32, 4, torch.float32, CPU)
-    compared = pooling_throughput.PoolComparison("attention", batch, chosen, "cpu")
-    base, ours = compared.measure("forward+backward", Budget(seconds=0.01))
+    compared = pooling_throughput.PoolComparison("attention", batch, chosen, Budget(seconds=0.01))
+    base, ours = compared.measure("forward+backward")
     assert ours.values["speedup"] == pytest.approx(base.time_ms_p50 / ours.time_ms_p50)
     assert ours.values["saved_ratio"] == pytest.approx(ours.values["saved_bytes"] / base.values["saved_bytes"])
     assert base.values["speedup"] == base.values["saved_ratio"] == 1
@@ -115,24 +115,24 @@ def test_a_failure_of_ours_fails_the_run(monkeypatch, tmp_path, capsys):
 
     chosen = {"betaclip/x": broken, "published": pools.published}
     monkeypatch.setattr(pooling_throughput, "pool_implementations", lambda: chosen)
-    assert run(["--smoke", "--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert run(["--smoke", "--parts", "attention", "--device", "cpu", "--output", str(tmp_path)]) == 1
     assert "failed: ValueError: no" in capsys.readouterr().out
 
 
 def test_crossover_run(tmp_path, capsys):
-    argv = ["--smoke", "--crossover", "--device", "cpu", "--output", str(tmp_path)]
+    argv = ["--smoke", "--crossover", "--parts", "attention", "--device", "cpu", "--output", str(tmp_path)]
     assert run(argv) == 0
     assert "the model " in capsys.readouterr().out
     measured = rows.read_rows(next(tmp_path.glob("*-pooling.csv")))
-    assert {row["form"] for row in measured} == set(pools.PARTS)
+    assert {row["form"] for row in measured} == {"attention"}
     paths = {row["implementation"]: row["path"] for row in measured if row["status"] == "ok"}
     assert paths == {"betaclip/folded": "folds", "betaclip/sdpa": "projects"}
 
 
 @pytest.mark.slow
-def test_smoke_run(tmp_path):
+def test_smoke_run(tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
-    measured, shown = smoke_run("pooling_throughput.py", tmp_path)
+    measured, shown = smoke_run("pooling_throughput.py", tmp_path, monkeypatch, capfd)
     assert_drawn(tmp_path)
     expected = {
         (part, name, phase)

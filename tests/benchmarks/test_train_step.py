@@ -6,6 +6,7 @@ import train_step
 from common import rows, steps
 from common.budget import Budget
 from support.smoke import assert_drawn, assert_timed, smoke_run
+from support.tiny import TOKENIZER_MODEL
 
 from betaclip.model.beta_clip import ModelConfig, create_model
 
@@ -16,10 +17,10 @@ def test_difference():
 
 
 def test_rates_and_differences():
-    model = create_model(ModelConfig(context_length=77))
+    model = create_model(ModelConfig(TOKENIZER_MODEL))
     batch = steps.synthetic_step_batch(model, 2, 3, torch.float32)
-    compared = train_step.StepComparison("losses", model, batch, steps.step_implementations(), "cpu")
-    base, _, ours = compared.measure("forward+backward", Budget(seconds=0.01))
+    compared = train_step.StepComparison("losses", model, batch, steps.step_implementations(), Budget(seconds=0.01))
+    base, _, ours = compared.measure("forward+backward")
     for row in (base, ours):
         shown = train_step.BENCHMARK.columns["images/s"](rows.as_row(row, {}))
         assert float(shown) == pytest.approx(2 / (row.time_ms_p50 / 1e3), rel=1e-2)
@@ -43,9 +44,9 @@ def test_bad_options(argv, message, capsys):
 
 
 @pytest.mark.slow
-def test_smoke_run(tmp_path):
+def test_smoke_run(tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
-    measured, shown = smoke_run("train_step.py", tmp_path)
+    measured, shown = smoke_run("train_step.py", tmp_path, monkeypatch, capfd, "--model", TOKENIZER_MODEL)
     assert_drawn(tmp_path)
     expected = {
         (part, name, phase) for part in steps.PARTS for name in steps.step_implementations() for phase in rows.PHASES

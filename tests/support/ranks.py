@@ -17,19 +17,22 @@ from support.forkserver import CONTEXT, HANG_S
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
 
-def processes(count: int, function: Callable[..., None], folder: Path, *args: Any) -> None:
+def processes(
+    count: int, function: Callable[..., None], folder: Path, *args: Any, start_method: str = CONTEXT.get_start_method()
+) -> None:
     """Call ``function(*args)``, a top-level function of its file, on ``count`` ranks; a failure of any raises here."""
-    context = start(count, function, folder, *args)
+    context = start(count, function, folder, *args, start_method=start_method)
     while not context.join():
         pass
 
 
-def start(count: int, function: Callable[..., None], folder: Path, *args: Any) -> Any:
+def start(
+    count: int, function: Callable[..., None], folder: Path, *args: Any, start_method: str = CONTEXT.get_start_method()
+) -> Any:
     """The same without waiting: the context of the processes."""
     called = inspect.getsourcefile(function), function.__name__, args
-    return mp.start_processes(
-        _enter, (count, str(folder / "rendezvous"), *called), count, join=False, start_method=CONTEXT.get_start_method()
-    )
+    options = count, str(folder / "rendezvous"), *called
+    return mp.start_processes(_enter, options, count, join=False, start_method=start_method)
 
 
 def _enter(rank: int, count: int, file: str, source: str, name: str, args: Any) -> None:

@@ -1,24 +1,27 @@
-"""Runs of the benchmarks' scripts, as a user starts them."""
+"""Runs of the benchmarks' scripts, as a user starts them, in this process: libraries are imported once."""
 
 import csv
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import pytest
 from support.paths import ROOT
 
 
-def smoke_run(script: str, folder: Path) -> tuple[list[dict[str, str]], str]:
+def smoke_run(
+    script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *options: str
+) -> tuple[list[dict[str, str]], str]:
     """The rows that ``python benchmarks/<script> --smoke`` writes into a folder, and what it prints."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, ROOT / "benchmarks" / script, "--smoke", "--device", "cpu", "--output", folder]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    given = ["--smoke", "--device", "cpu", "--output", str(folder), *options]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / script), *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert ended.value.code == 0
     (file,) = folder.glob("*.csv")
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
     assert not any(str(folder) in "".join(row.values()) for row in rows)
-    return rows, done.stdout
+    return rows, capfd.readouterr().out
 
 
 def assert_timed(row: dict[str, str]) -> float:

@@ -22,7 +22,7 @@ def test_synthetic_batches_look_like_training():
 
 def test_leaves():
     batch = batches.synthetic_batch(4, 3, 8, torch.float32, CPU)
-    part = batch.to_leaves(torch.float64, images=slice(1, 3), bias=-2.0)
+    part = batch.to_leaves(torch.float64, slice(1, 3))
     assert torch.equal(part.image, batch.image.detach()[1:3].double())
-    assert part.bias.item() == -2 and len(part.leaves) == 4
+    assert part.bias.item() == batches.SIGLIP_BIAS and len(part.leaves) == 4
     assert batch.to_leaves(torch.bfloat16).scale.dtype == torch.float32

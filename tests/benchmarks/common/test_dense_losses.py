@@ -48,6 +48,6 @@ def test_dense_forms_do_no_more_products_than_they_need(table, products, form):
     batch = batches.synthetic_batch(8, 3, 32, torch.float32, CPU)
     n, dim, within = 24, 32, 2 * 8 * 3 * 3 * 32
     with FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(table[form](batch.image, batch.text, batch.scale), batch.leaves)
+        torch.autograd.grad(table[form](batch.image, batch.text, batch.scale), batch.leaves[:3])
     excess = counter.get_total_flops() - products * 3 * 2 * n * n * dim
     assert excess == (0 if table is dense.PUBLISHED else 3 * within)

@@ -1,6 +1,6 @@
 """The losses that are compared are one loss; FLOP and memory are what the formulas say."""
 
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +14,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, known in losses.implementations().items() for form in known.forms]
 )
-def test_implementations_compute_the_same_loss(name, form):
+def test_implementations_compute_the_same_loss(name, form, monkeypatch):
     if name == "compiled" and form == "bce":
         pytest.skip("compiles the code of dense: once is enough")
+    if name == "compiled":  # the compiler's machine code is its own affair, and takes it long
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     batch = small_batch(form)
     try:
         loss = losses.implementations()[name].build(form, batch)
@@ -34,8 +36,7 @@ def test_forms_of_one_text_are_clip_and_siglip():
     clip = (torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)) / 2
     sign = 2 * torch.eye(len(v), dtype=torch.float64) - 1
     siglip = -torch.nn.functional.logsigmoid(sign * (logits + batch.bias)).sum() / len(v)
-    without_bias = replace(batch, bias=None)
-    assert abs(losses.reference("clip", without_bias)(without_bias) - clip) < 1e-12
+    assert abs(losses.reference("clip", batch)(batch) - clip) < 1e-12
     assert abs(losses.reference("siglip", batch)(batch) - siglip) < 1e-12
 
 
@@ -50,9 +51,9 @@ def test_flop_formulas():
 @pytest.mark.parametrize("name", ["published", "dense"])
 def test_memory_estimates_are_from_above_and_not_wild(name, form):
     """A run is refused by the estimate, so one that is too low would let the machine run out of memory."""
-    if harness.with_peak_bytes(lambda: None, CPU)[1] is None:
+    if harness.with_peak_bytes(lambda: None, CPU, 0)[1] is None:
         pytest.skip("peak memory needs Linux's /proc/self/clear_refs")
-    rows = 3300  # matrices beyond malloc's largest heap block
+    rows = 2900  # matrices beyond malloc's largest heap block
     batch = batches.synthetic_batch(rows, 1, 16, torch.float32, CPU)
     implementation = losses.implementations()[name]
     loss = implementation.build(form, batch)

@@ -8,11 +8,12 @@ from common.rows import BOTH
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
-IMAGES, TEXTS, PATCHES, DIM, HEADS = SIZES = (3, 5, 7, 32, 4)
+IMAGES, TEXTS, PATCHES, DIM, HEADS = SIZES = (3, 5, 7, 32, 4)  # projecting takes fewer FLOP
+FEW_TEXTS = (3, 1, 7, 32, 4)  # folding does
 
 
-def small_batch(dtype=torch.float64):
-    return pools.synthetic_pool_batch(*SIZES, dtype, CPU)
+def small_batch(sizes=SIZES):
+    return pools.synthetic_pool_batch(*sizes, torch.float64, CPU)
 
 
 def explicit_attention(q, k, v):
@@ -35,18 +36,20 @@ class FoldedPool(pools.PublishedPool):
         return self.attn.out_proj(pooled.transpose(1, 2).flatten(2))
 
 
-PLAIN = {False: lambda: pools.ProjectedPool(DIM, HEADS, explicit_attention), True: lambda: FoldedPool(DIM, HEADS)}
-
-
 @pytest.mark.parametrize("part", pools.PARTS)
-@pytest.mark.parametrize("fold", [False, True])
-def test_flop_formulas(fold, part):
-    batch = small_batch()
-    pool = pools.bound(PLAIN[fold](), part, batch)
-    with FlopCounterMode(display=False) as counter:
-        value = pool()
-    assert counter.get_total_flops() == pools.forward_flop(part, *SIZES, fold=fold)
-    torch.testing.assert_close(value, pools.published(part, batch)())
+@pytest.mark.parametrize("sizes", [SIZES, FEW_TEXTS])
+def test_least_flop_is_counted(sizes, part):
+    batch = small_batch(sizes)
+    counts = []
+    for plain in (pools.ProjectedPool(DIM, HEADS, explicit_attention), FoldedPool(DIM, HEADS)):
+        pool = pools.bound(plain, part, batch)
+        with FlopCounterMode(display=False) as counter:
+            value = pool()
+        counts.append(counter.get_total_flops())
+        torch.testing.assert_close(value, pools.published(part, batch)())
+    assert counts.index(min(counts)) == (sizes is FEW_TEXTS)
+    assert pools.least_flop(part, "forward", *sizes) == min(counts)
+    assert pools.least_flop(part, "forward+backward", *sizes) == 3 * min(counts)
 
 
 def test_least_flop_switches_where_folding_costs_more():
@@ -62,7 +65,7 @@ def test_least_flop_switches_where_folding_costs_more():
 @pytest.mark.parametrize("name", pools.pool_implementations())
 def test_implementations_compute_the_same(name, part):
     if "compiled" in name:
-        pytest.skip("compiles the code of projected sdpa; test_losses compiles once")
+        pytest.skip("compiles the code of projected sdpa; test_losses has compiled_afresh")
     batch = small_batch()
     try:
         pool = pools.pool_implementations()[name](part, batch)

@@ -20,14 +20,20 @@ def row(name="dense", phase="forward+backward", **fields):
 def test_table():
     rows = [
         row(phase="forward", time_ms_p20="1", time_ms_p50="2", time_ms_p80="3.5"),
-        row(rounds="1", time_ms_p50="1234.5", peak_bytes=str(3 * 2**20)),
+        row(rounds="1", time_ms_p50="1234.5", peak_bytes=str(3 * 2**20), error="0.002"),
         row("gone", status="out of memory", note="not tried"),
     ]
-    shown = report.table(rows, {"memory": report.memory("peak_bytes"), "error": report.number("error", ".1e")})
+    columns = {"saved": report.memory("saved_bytes"), "error": report.number("error", ".1e")}
+    shown = report.table(rows, columns)
     heading, _, timed, reason = (line.split("  ") for line in shown.splitlines())
-    assert [cell.strip() for cell in heading if cell][-2:] == ["memory", "error"]
-    assert [cell.strip() for cell in timed if cell.strip()] == ["dense", "2 (1-3.5)", "1,234", "3 MiB"]
+    assert [cell.strip() for cell in heading if cell][-2:] == ["extra memory", "error"]  # no others have entries
+    assert [cell.strip() for cell in timed if cell.strip()] == ["dense", "2 (1-3.5)", "1,234", "3 MiB", "2.0e-03"]
     assert [cell.strip() for cell in reason if cell.strip()] == ["gone: out of memory (not tried)"]
+
+
+def test_a_table_of_failures_has_its_heading():
+    shown = report.table([row("gone", status="out of memory")], {}).splitlines()
+    assert shown[0].split()[:2] == ["implementation", "forward"] and len(shown) == 3
 
 
 def test_what_a_limit_of_time_cost_is_said():

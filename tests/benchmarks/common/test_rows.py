@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from common import rows
 
 
@@ -12,9 +13,10 @@ def test_percentiles():
 
 
 def test_share_of_the_matrix_rate():
-    row = rows.Measurement("b", "ce", "float32", "cpu").timed([8.0, 10.0, 12.0], flop=3e9, mm_tflops=0.6)
+    row = rows.Measurement("ce", "float32").timed([8.0, 10.0, 12.0], flop=3e9, mm_tflops=0.6)
     assert (row.time_ms_p50, row.rounds) == (10.0, 3)
     assert row.share_of_mm == pytest.approx(0.5)  # 3e9 FLOP in 10 ms are 0.3 TFLOP/s
+    assert rows.Measurement("step", "float32").timed([8.0], flop=0.0, mm_tflops=None).share_of_mm is None
 
 
 def test_rows_are_appended_and_columns_may_be_added(tmp_path):
@@ -31,7 +33,7 @@ def test_rows_are_appended_and_columns_may_be_added(tmp_path):
 
 def test_a_row_holds_sizes_values_and_provenance():
     sizes, values = {"n": 72, "model": "x"}, {"loss_error": None, "speedup": 2.0}
-    case = rows.Measurement("b", "ce", "float32", "cpu", "dense", "forward", sizes)
+    case = rows.Measurement("ce", "float32", "dense", "forward", sizes)
     measured = replace(case, time_ms_p50=1.234567, values=values)
     row = rows.as_row(measured, {"commit": "abc"})
     assert (row["n"], row["model"], row["implementation"], row["commit"]) == ("72", "x", "dense", "abc")
@@ -40,9 +42,13 @@ def test_a_row_holds_sizes_values_and_provenance():
 
 
 def test_provenance_names_versions_and_the_command():
-    source = rows.provenance("python x.py")
-    assert source["command"] == "python x.py"
-    assert all(source[name] for name in ("torch", "betaclip", "commit", "date"))
+    source = rows.provenance("loss_throughput", "cpu-2x", ["--output", "/srv/me/x", "--sizes", "72"])
+    assert (source["benchmark"], source["device"]) == ("loss_throughput", "cpu-2x")
+    assert (
+        source["command"] == "python benchmarks/loss_throughput.py --output x --sizes 72"
+    )  # no folder of this machine
+    assert source["torch"] == torch.__version__
+    assert all(source[name] for name in ("betaclip", "triton", "commit", "date"))
 
 
 def test_device_names_make_file_names():

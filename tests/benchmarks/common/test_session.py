@@ -1,16 +1,12 @@
-"""Commands are recorded as typed, figures are redrawn on demand, and a limit of time ends a run."""
+"""Options are resolved for the device, and a limit of time ends a run."""
 
 import pytest
 from common import session
+from common.budget import Budget
 from common.figures import Figure
 
-FIGURE = Figure(lambda row: "", "n", "N", (("time_ms_p50", "ms", 1.0),), ())
+FIGURE = Figure(("k", "K"), ("n", "N"), ())
 BENCHMARK = session.Benchmark("b", "-b", {}, FIGURE, minutes=3)
-
-
-def test_command_holds_no_folder_of_this_machine():
-    command = session.command("loss_throughput", ["--output", "/srv/me/x", "--sizes", "72"])
-    assert command == "python benchmarks/loss_throughput.py --output x --sizes 72"
 
 
 def resolved(*argv):
@@ -26,6 +22,7 @@ def test_options(tmp_path):
     assert (args.minutes, args.seconds, args.output) == (3, 1.5, tmp_path)
     assert resolved().output == session.RESULTS
     assert (resolved().size, resolved("--size", "3").size, resolved("--smoke").size) == (8, 3, 2)
+    assert resolved("--smoke", "--size", "5").size == 5
     assert resolved("--smoke").output != session.RESULTS
     assert list(resolved("--smoke").chosen) == ["dense", "betaclip/a", "betaclip/b"]
 
@@ -45,9 +42,7 @@ def test_bad_options(argv, message, capsys):
 
 
 def test_nothing_is_begun_after_the_limit(tmp_path, capsys):
-    args = resolved("--output", str(tmp_path), "--minutes", "1e-9")
-    run = session.Session(BENCHMARK, args, [])
-    run.path.parent.mkdir(exist_ok=True)
+    run = session.Session(BENCHMARK, {}, tmp_path / "x.csv", Budget(minutes=1e-9))
     run.path.write_text("benchmark\n")
 
     def never():

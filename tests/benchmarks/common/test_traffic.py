@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from common.traffic import Traffic
 from support.ranks import processes
+from support.tiny import START
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
@@ -23,10 +24,10 @@ def known_calls():
 
     others = (ranks - 1) * size
     for name, call, expected in (
-        ("_allgather_base_", lambda: gather(torch.empty_like(whole), own), others),
-        ("_reduce_scatter_base_", lambda: reduce(torch.empty_like(own), whole.clone()), others),
-        ("alltoall_base_", lambda: dist.all_to_all_single(torch.empty_like(whole), whole), others),
-        ("allreduce_", lambda: dist.all_reduce(whole.clone()), 2 * others),
+        ("allgather", lambda: gather(torch.empty_like(whole), own), others),
+        ("reduce_scatter", lambda: reduce(torch.empty_like(own), whole.clone()), others),
+        ("alltoall", lambda: dist.all_to_all_single(torch.empty_like(whole), whole), others),
+        ("allreduce", lambda: dist.all_reduce(whole.clone()), 2 * others),
         ("send", send, size),
     ):
         call()  # connections are made at the first
@@ -37,4 +38,4 @@ def known_calls():
 
 
 def test_known_calls(tmp_path):
-    processes(3, known_calls, tmp_path)
+    processes(3, known_calls, tmp_path, start_method=START)
