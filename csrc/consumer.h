@@ -12,8 +12,6 @@
 
 namespace betaclip {
 
-constexpr int kConsumers = 2;
-
 // Partial sums as sums.h stores them, those of nothing before the launch: rows (kRowSums, kConsumers * ranges,
 // row_count) and cols (kConsumers * strips, col_count), counted from the origin of the launch.
 struct PartialSums {

@@ -9,9 +9,11 @@
 #if defined(__CUDACC__)
 #define BETACLIP_HD __host__ __device__ __forceinline__
 #define BETACLIP_UNROLL _Pragma("unroll")
+#define BETACLIP_NO_UNROLL _Pragma("unroll 1")
 #else
 #define BETACLIP_HD inline
 #define BETACLIP_UNROLL
+#define BETACLIP_NO_UNROLL
 #endif
 
 namespace betaclip {

@@ -14,6 +14,7 @@
 
 #include "betaclip.h"
 #include "consumer.h"
+#include "ring.h"
 #include "warpgroup.cuh"
 
 namespace betaclip {
@@ -101,36 +102,31 @@ struct Mainloop {
     const uint16_t everyone = (1 << kCluster) - 1;
     const auto to_x = args.x.get_slice(0).partition_D(make_tensor(make_smem_ptr(storage.x.data()), SmemLayout{}));
     const auto to_y = args.y.get_slice(rank).partition_D(make_tensor(make_smem_ptr(storage.y.data()), SmemLayout{}));
-    PipelineState state = cutlass::make_producer_start_state<Pipeline>();
-    for (auto walk = walk_of<Terms>(job, place_of(job.grid, program)); !walk.done(); walk.next()) {
+    const auto load_tile = [&](const auto &walk) {
       const int32_t row = int32_t(job.row_begin) + walk.row() * kTile;
       const int32_t col = int32_t(job.col_begin) + walk.col() * kTile;
       const auto from_x = share_of_tile(args.x, 0, args.n, args.d, row);
       const auto from_y = share_of_tile(args.y, rank, args.m, args.d, col);
-      for (int step = 0; step < args.steps(); ++step, ++state) {
-        pipeline.producer_acquire(state);
+      return [&, from_x, from_y](int step, const PipelineState &state) {
         auto *barrier = pipeline.producer_get_barrier(state);
         copy(args.x.with(*barrier), from_x(_, _, _, step), to_x(_, _, _, state.index()));
         copy(args.y.with(*barrier, everyone), from_y(_, _, _, step), to_y(_, _, _, state.index()));
-      }
-    }
-    pipeline.producer_tail(state);
+      };
+    };
+    fill_stages(walk_of<Terms>(job, place_of(job.grid, program)), args.steps(), pipeline,
+                cutlass::make_producer_start_state<Pipeline>(), load_tile);
   }
 
-  // One consumer's products: every other tile's stages are its own.
+  // One consumer's products.
   class Products {
    public:
     CUTLASS_DEVICE Products(int steps, int which, Pipeline &pipeline, Turns &turns, Storage &storage)
-        : steps_(steps), pipeline_(pipeline), turns_(turns), storage_(storage) {
-      state_.advance(which * steps);
-    }
+        : reader_(PipelineState(), steps, which, pipeline, turns), storage_(storage) {}
 
     CUTLASS_DEVICE auto accumulators() const {
       return cute::partition_fragment_C(TiledMma{}, cute::Shape<Tile, Tile>{});
     }
 
-    // A stage is released when the products that read it have finished, one step later than they were issued. The
-    // other consumer may start issuing while this one's last products are under way.
     template <class Accumulators>
     CUTLASS_DEVICE void operator()(Accumulators &accumulators) {
       using namespace cute;
@@ -141,36 +137,22 @@ struct Mainloop {
       Tensor x = thread.make_fragment_A(thread.partition_A(smem_x));
       Tensor y = thread.make_fragment_B(thread.partition_B(smem_y));
       mma.accumulate_ = GMMA::ScaleOut::Zero;
-      turns_.wait();
-      PipelineState finished = state_;
-      warpgroup_fence_operand(accumulators);
-      for (int step = 0; step < steps_; ++step, ++state_) {
-        pipeline_.consumer_wait(state_);
+      const auto issue = [&](int stage) {
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
         for (int k = 0; k < size<2>(x); ++k) {
-          gemm(mma, x(_, _, k, state_.index()), y(_, _, k, state_.index()), accumulators);
+          gemm(mma, x(_, _, k, stage), y(_, _, k, stage), accumulators);
           mma.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
-        if (step > 0) {
-          warpgroup_wait<1>();
-          pipeline_.consumer_release(finished);
-          ++finished;
-        }
-      }
-      turns_.arrive();
-      warpgroup_wait<0>();
+      };
       warpgroup_fence_operand(accumulators);
-      pipeline_.consumer_release(finished);
-      state_.advance(steps_);
+      reader_.read_tile(issue, [] { warpgroup_wait<1>(); }, [] { warpgroup_wait<0>(); });
+      warpgroup_fence_operand(accumulators);
     }
 
    private:
-    int steps_;
-    PipelineState state_;
-    Pipeline &pipeline_;
-    Turns &turns_;
+    StageReader<Pipeline, PipelineState, Turns> reader_;
     Storage &storage_;
   };
 };

@@ -15,6 +15,9 @@ constexpr int kBandTiles = 8;
 // tile of y and sends it to all of them, which saves a quarter of the reads from L2 if they are two.
 constexpr int kCluster = 2;
 
+// Warpgroups of a block that take the tiles of its walk in turns.
+constexpr int kConsumers = 2;
+
 // The rectangles: `strips` x `ranges` of them, each strip_tiles x range_tiles tiles but for the last ones.
 struct Grid {
   int32_t row_tiles, col_tiles;

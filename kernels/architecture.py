@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# What Triton's interpreter computes as hardware does. It takes bfloat16 for integers, unless mended as in the tests.
+INTERPRETED_DTYPES = {torch.float16, torch.float32, torch.float64}
 
 _Entry = TypeVar("_Entry")
 
@@ -73,8 +75,9 @@ def triton_not_supported_reasons(x: Tensor, *others: Tensor) -> list[str]:
     """Why Triton cannot run an operation on ``x`` and others of its dtype and device; from metadata alone."""
     reasons = list(_REASONS_ON_EVERY_DEVICE)
     if INTERPRETED:
-        if x.dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 products wrongly")
+        if x.dtype not in INTERPRETED_DTYPES:
+            dtype = str(x.dtype).removeprefix("torch.")
+            reasons.append(f"Triton's interpreter (TRITON_INTERPRET=1) computes {dtype} products wrongly")
     elif not x.is_cuda:
         reasons.append(f"needs a GPU, the tensors are on {x.device} (TRITON_INTERPRET=1 interprets the kernels)")
     elif x.dtype == torch.float64:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     or by function, and for all where they share a GPU."""
     folders = any(os.path.isdir(argument) for argument in config.args)
     return None if folders and not torch.cuda.is_available() else 0
+
+
+def pytest_configure() -> None:
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from support.interpreted_bfloat16 import mend
+
+        mend()
 
 
 def pytest_collection_finish() -> None:
@@ -50,6 +58,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def interpreter_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backend "triton" refuse bfloat16 where it is interpreted, as it does for users."""
+    from betaclip.kernels import architecture
+
+    monkeypatch.setattr(architecture, "INTERPRETED_DTYPES", architecture.INTERPRETED_DTYPES - {torch.bfloat16})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
     python tools/aot.py sm_90 bfloat16     # one line of JSON per kernel
     python tools/aot.py --update           # all targets, into tools/aot_verdicts.json
+    python tools/aot.py --report           # what it says of speed, into benchmarks/results/machine-code-*.csv
 
 This is a program of its own because it needs compiled kernels, where the tests' process has interpreted ones. The
 launchers do all that they would do on a GPU, except that kernels are compiled and not started; their results are
@@ -9,9 +10,14 @@ meaningless.
 
 Compiling all targets takes minutes, so the verdicts are recorded, under a hash of all that they depend on.
 The tests use the record if the hash is that of the sources and the installed Triton, and compile otherwise.
+
+The report holds the figures that were last accepted. A test compares the machine code with it, so that a kernel that
+has grown, or stores in smaller pieces, fails until ``--report`` is run again.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,8 +44,10 @@ from betaclip.kernels.similarity.triton_kernels import Triton
 
 ROOT = Path(__file__).resolve().parents[1]
 VERDICTS = ROOT / "tools" / "aot_verdicts.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = [
     "tools/aot.py",
+    "tools/machine_code.py",
     "kernels/architecture.py",
     "kernels/memory.py",
     "kernels/precision.py",
@@ -54,6 +63,8 @@ SOURCES = [
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
 TARGETS = [(name, dtype) for name, size in TILES if name != "interpreter" for dtype in _DTYPES[size]]
+FLAGS = ("HAS_IMAGE_ID", "HAS_BIAS", "HAS_GRADIENT", "NORMALIZE", "HAS_MASK", "MANY_BLOCKS")  # of a launch
+GROWTH = 1.05  # how many times the accepted instructions per tile a kernel may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -73,19 +84,20 @@ class CompileOnly:
         return 0
 
 
-def compile_launches(architecture: str) -> list[Any]:
-    """Make launchers and compiler take ``architecture``; return the list to which compiled kernels will be added."""
+def compile_launches(architecture: str) -> list[tuple[Any, dict[str, Any]]]:
+    """Make launchers and compiler take ``architecture``; return the list to which compiled kernels will be added, with
+    the constants that they were launched with."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     driver.set_active(CompileOnly(target))
     architectures.architecture = lambda device: architecture
     architectures.multiprocessors = lambda device: 132
-    compiled: list[Any] = []
+    compiled: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
+        compiled.append((run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
+        return compiled[-1][0]
 
     JITFunction.run = compile_only
     return compiled
@@ -135,33 +147,55 @@ def launch_attention_pool(dtype: torch.dtype) -> None:
         Fused().backward(x, zg, lse, lse.view(images, queries, heads, 1), weights, no_tiles)
 
 
-def nvidia_spills(cubin: bytes) -> int:
-    """Bytes of stack and local memory per thread."""
+def nvidia_code(cubin: bytes) -> tuple[machine_code.Code, int, int]:
+    """The code, its registers per thread, and its bytes of stack and local memory per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        sass, usage = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump: unexpected output: {usage}")
-    return int(found[1]) + int(found[2])
+    return machine_code.nvidia(sass), int(found[1]), int(found[2]) + int(found[3])
 
 
-def amd_spills(text: str) -> int:
-    """Spilled vector registers plus bytes of scratch memory; scalar registers spill to vector ones, not to memory."""
-    found = [re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_spill_count", "private_segment_fixed_size")]
+def amd_code(text: str) -> tuple[machine_code.Code, int, int]:
+    """The code, its vector registers, and how many spilled plus bytes of scratch memory; scalar registers spill to
+    vector ones, not to memory."""
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    found = [re.search(rf"\.{name}:\s*(\d+)", text) for name in names]
     if None in found:
-        raise ValueError("no spill counts in the AMD assembly")
-    return sum(int(match[1]) for match in found if match)
+        raise ValueError("no register counts in the AMD assembly")
+    registers, *spilled = (int(match[1]) for match in found if match)
+    return machine_code.amd(text), registers, sum(spilled)
 
 
-def describe(kernel: Any) -> dict[str, Any]:
+def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize: int) -> dict[str, Any]:
     amd = "amdgcn" in kernel.asm
     text = kernel.asm["amdgcn" if amd else "ptx"]
+    code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"])
+    # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
+    products = 1 + ("attention_pool" in kernel.metadata.name)
+    rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
+    flop = 2 * rows * cols * -(-depth // block) * block * products
+    read = (rows * products + cols) * depth * itemsize
+    passes = 3 if constants["PRECISION"] == "tf32x3" else 1
+    in_steps, rest = code.per_tile(passes * flop // constants["num_warps"])
+    share = machine_code.MACHINES[architecture].matrix_share(
+        itemsize, flop, read, constants["num_warps"], in_steps, rest
+    )
     return {
         "kernel": kernel.metadata.name,
-        "spilled": amd_spills(text) if amd else nvidia_spills(kernel.asm["cubin"]),
+        "launch": " ".join([f"D={depth}", *(flag.lower() for flag in FLAGS if constants.get(flag))]),
+        "spilled": spilled,
         "shared": kernel.metadata.shared,
+        "registers": registers,
+        "store_bytes": code.widest_store(),
+        "instructions": {pipe: in_steps[pipe] + rest[pipe] for pipe in machine_code.PIPES},
+        "matrix_share": round(share, 2),
         "tma": "cp.async.bulk.tensor" in text,
         "wgmma": "wgmma.mma_async" in text,
         "mma": "mma.sync" in text,
@@ -207,14 +241,64 @@ def update() -> None:
     VERDICTS.write_text(f'{head}"targets": {{\n{lines}\n}}\n}}\n')
 
 
+def report_rows(architecture: str) -> list[dict[str, Any]]:
+    """A row per dtype, kernel and launch: what the machine code says of its speed, as in :mod:`machine_code`."""
+    return [
+        {
+            "dtype": dtype,
+            **{name: kernel[name] for name in ("kernel", "launch", "registers", "shared", "spilled", "store_bytes")},
+            **kernel["instructions"],
+            "total": sum(kernel["instructions"].values()),
+            "matrix_share": kernel["matrix_share"],
+        }
+        for name, dtype in TARGETS
+        if name == architecture
+        for kernel in verdicts(name, dtype)
+    ]
+
+
+def report_file(architecture: str) -> Path:
+    return RESULTS / f"machine-code-{architecture}.csv"
+
+
+def report() -> None:
+    """Accept the kernels as they are: write the reports of all architectures."""
+    for architecture in dict(TARGETS):
+        rows = report_rows(architecture)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        report_file(architecture).write_text(out.getvalue())
+
+
+def regressions(architecture: str) -> list[str]:
+    """What has become worse since the report was written, kernel by kernel."""
+    with report_file(architecture).open(newline="") as file:
+        accepted = {(row["dtype"], row["kernel"], row["launch"]): row for row in csv.DictReader(file)}
+    found = []
+    for row in report_rows(architecture):
+        name = f"{architecture} {row['dtype']} {row['kernel']} {row['launch']}"
+        before = accepted.pop((row["dtype"], row["kernel"], row["launch"]), None)
+        if before is None:
+            found.append(f"{name}: not in the report")
+            continue
+        if row["total"] > GROWTH * int(before["total"]):
+            found.append(f"{name}: {row['total']} instructions per tile, accepted were {before['total']}")
+        if row["store_bytes"] < int(before["store_bytes"]):
+            found.append(f"{name}: stores {row['store_bytes']} bytes at a time, accepted were {before['store_bytes']}")
+    return found + [f"{architecture} {' '.join(key)}: in the report, but not compiled" for key in accepted]
+
+
 def main(architecture: str, dtype: str = "") -> None:
-    if architecture == "--update":
-        return update()
+    commands = {"--update": update, "--report": report}
+    if architecture in commands:
+        return commands[architecture]()
     compiled = compile_launches(architecture)
     launch_similarity(getattr(torch, dtype))
     launch_attention_pool(getattr(torch, dtype))
-    for kernel in {id(kernel): kernel for kernel in compiled}.values():
-        print(json.dumps(describe(kernel)), flush=True)
+    for kernel, constants in {id(kernel): (kernel, constants) for kernel, constants in compiled}.values():
+        print(json.dumps(describe(kernel, constants, architecture, getattr(torch, dtype).itemsize)), flush=True)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,24 @@ def _included(x_image_id, y_image_id, HAS_IMAGE_ID: tl.constexpr):
     return included
 
 
+@triton.jit
+def _exp(x, ACC: tl.constexpr):
+    """e^x. In float32, as in tl.exp, by the special function unit; results below 2^-126 are 0, which saves the three
+    instructions that would keep them."""
+    if ACC == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _store_ds(ds_ptr, ds, top, left, stride_ds, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the tile of a (rows, cols) chunk at (top, left); columns up to a multiple of 16, for which the chunk has
+    room, so that threads store 16 bytes at a time."""
+    offs_m, offs_n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
+    mask = (offs_m < rows)[:, None] & (offs_n < tl.cdiv(cols, 16) * 16)[None, :]
+    tl.store(ds_ptr + offs_m[:, None] * stride_ds + offs_n[None, :], ds.to(ds_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "M", "strip_tiles", "range_tiles", "ranges"])
 def _similarity_logsumexp_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr,
@@ -107,7 +125,7 @@ def _similarity_logsumexp_fwd_kernel(
                 D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
             )  # fmt: skip
             included = _included(x_image_id, _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID), HAS_IMAGE_ID)
-            e = tl.where(included, tl.exp(s * scale - lse_shift), 0.0)
+            e = tl.where(included, _exp(s * scale - lse_shift, ACC), 0.0)
             row_sum += tl.sum(e, 1)
             # This program alone touches these sums; the barrier orders its threads from one row of tiles to the next.
             col_sum = tl.load(col_sum_ptr + offs_n, mask=offs_n < M, other=0.0) + tl.sum(e, 0)
@@ -148,7 +166,7 @@ def _similarity_logsumexp_merge_kernel(
             s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
-            l_i = l_i * tl.exp(m_i - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
+            l_i = l_i * _exp(m_i - finite, ACC) + tl.sum(_exp(s - finite[:, None], ACC), 1)
             m_i = m_new
         lse = tl.where(lost, tl.log(l_i) + tl.where(tl.abs(m_i) == float("inf"), 0.0, m_i), lse)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < N)
@@ -159,7 +177,7 @@ def _similarity_logsumexp_bwd_kernel(
     x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr,
     # chunks.LogsumexpVectors: (N,) or (M,), single_exp_ok ()
     stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
-    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n)
+    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
     D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -181,7 +199,7 @@ def _similarity_logsumexp_bwd_kernel(
         s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
         stat_x = tl.load(stat_x_ptr + offs_m, mask=offs_m < end_m, other=float("inf"))
         weight_x = tl.load(weight_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
-        ds = tl.exp(s - stat_x[:, None])
+        ds = _exp(s - stat_x[:, None], ACC)
         if single_exp_ok:
             factor_x = tl.load(factor_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
             factor_y = tl.load(factor_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
@@ -189,10 +207,8 @@ def _similarity_logsumexp_bwd_kernel(
         else:
             stat_y = tl.load(stat_y_ptr + offs_n, mask=offs_n < end_n, other=float("inf"))
             weight_y = tl.load(weight_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
-            ds = weight_x[:, None] * ds + weight_y[None, :] * tl.exp(s - stat_y[None, :])
-        ds_offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
-        mask = (offs_m < end_m)[:, None] & (offs_n < end_n)[None, :]
-        tl.store(ds_ptr + ds_offsets, ds.to(ds_ptr.dtype.element_ty), mask=mask)
+            ds = weight_x[:, None] * ds + weight_y[None, :] * _exp(s - stat_y[None, :], ACC)
+        _store_ds(ds_ptr, ds, top, left, stride_ds, end_m - chunk_m, end_n - chunk_n, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -217,7 +233,7 @@ def _similarity_softplus_kernel(
     x_ptr, y_ptr, scale_ptr, bias_ptr, x_image_id_ptr, y_image_id_ptr,
     weight_ptr,  # (N,) incoming gradients
     softplus_ptr, sigmoid_ptr,  # (column tiles, end_m - chunk_m): sums of each tile's rows
-    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n)
+    ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
     D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -241,7 +257,7 @@ def _similarity_softplus_kernel(
         x_image_id = _image_id(x_image_id_ptr, offs_m, end_m, HAS_IMAGE_ID)
         y_image_id = _image_id(y_image_id_ptr, offs_n, end_n, HAS_IMAGE_ID)
         s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s, -float("inf"))
-        e = tl.exp(-tl.abs(s))
+        e = _exp(-tl.abs(s), ACC)
         softplus = tl.maximum(s, 0.0) + _log1p(e, ACC)
         sum_offsets = tile % tiles_n * (end_m - chunk_m) + top + tl.arange(0, BLOCK_M)
         tl.store(softplus_ptr + sum_offsets, tl.sum(softplus, 1), mask=offs_m < end_m)
@@ -250,10 +266,8 @@ def _similarity_softplus_kernel(
             if HAS_BIAS:
                 tl.store(sigmoid_ptr + sum_offsets, tl.sum(sigmoid, 1), mask=offs_m < end_m)
             weight = tl.load(weight_ptr + offs_m, mask=offs_m < end_m, other=0.0)
-            ds = (sigmoid * weight[:, None]).to(ds_ptr.dtype.element_ty)
-            ds_offsets = (top + tl.arange(0, BLOCK_M))[:, None] * stride_ds + left + tl.arange(0, BLOCK_N)[None, :]
-            mask = (offs_m < end_m)[:, None] & (offs_n < end_n)[None, :]
-            tl.store(ds_ptr + ds_offsets, ds, mask=mask)
+            ds = sigmoid * weight[:, None]
+            _store_ds(ds_ptr, ds, top, left, stride_ds, end_m - chunk_m, end_n - chunk_n, BLOCK_M, BLOCK_N)
 
 
 @dataclass(frozen=True)

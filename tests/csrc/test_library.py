@@ -204,6 +204,8 @@ def test_machine_code_uses_the_matrix_unit_and_tma(cuobjdump):
     for text in heavy:
         count = {code: len(re.findall(rf"\b{code}\b", text)) for code in ("HGMMA", "UTMALDG", "STL", "LDL")}
         assert count["HGMMA"] >= 8 and count["UTMALDG"] == 2 and count["STL"] == count["LDL"] == 0, count
+    # Both gradients in both dtypes store dS 16 bytes at a time.
+    assert [text.count("STG.E.128") for text in heavy if "STG.E.128" in text] == [16] * 4
     atomic = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?(?:ATOM|ATOMG|ATOMS|RED)\b", re.MULTILINE)
     # Atomic operations would have another order, and other sums, in every run.
     assert not [text.partition("\n")[0] for text in functions if atomic.search(text)]
@@ -225,6 +227,27 @@ def test_program(program, build_library, tmp_path):
     nvcc, executable = build_library.compiler(), tmp_path / "program"
     run(nvcc, *build_library.FLAGS, f"-I{CSRC}", *includes, CSRC / "tests" / program, "-o", executable)
     run(executable)
+
+
+def test_pipeline_model(tmp_path):
+    """Every interleaving at the barriers of the ring, for few stages and tiles, and every fault planted in it."""
+    executable = tmp_path / "model"
+    options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
+    run(compiler("c++"), *options, CSRC / "tests" / "pipeline_model.cpp", "-o", executable)
+    lines = run(executable).splitlines()
+    proven, planted = ([line for line in lines if ("no fault in" in line) == right] for right in (True, False))
+    assert len(proven) >= 8 and len(planted) >= 18
+    for kind in ("deadlock", "something else", "a load overwrites", "has exited"):  # each check finds some fault
+        assert any(kind in line for line in planted), kind
+
+
+def test_the_kernel_passes_barriers_in_the_order_that_the_model_searches():
+    """All of its waits and arrivals at the ring's barriers are those of ring.h, which the model runs."""
+    passes = re.compile(r"producer_(?:acquire|tail)|consumer_(?:wait|release)|turns_?\.(?:wait|arrive)")
+    sources = [file for file in CSRC.iterdir() if file.suffix in (".h", ".cuh", ".cu")]
+    calls = {file.name: passes.findall(file.read_text()) for file in sources}
+    assert {name for name, found in calls.items() if found} == {"ring.h"}
+    assert len(calls["ring.h"]) == 7
 
 
 def test_example_of_the_readme(path, build_library, tmp_path):

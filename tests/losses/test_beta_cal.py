@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.paths import GOLDEN
-from support.precision import HALF, widest
+from support.precision import HALF, usual, widest
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
@@ -193,7 +193,7 @@ def test_small_gradients_are_lost_by_nothing_but_their_dtype(backend, divisor):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_valid_text(backend, form, padding):
-    b = batch(dtype=widest(backend, torch.float32))
+    b = batch(dtype=usual(backend))
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
     loss = BetaCALLoss(form, padding=padding, backend=backend)(*leaves, mask=torch.zeros_like(b.mask))
     for value in gradients(loss, *leaves):
@@ -203,7 +203,7 @@ def test_no_valid_text(backend, form, padding):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, form):
-    rows = torch.zeros(0, 8, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
+    rows = torch.zeros(0, 8, dtype=usual(backend), device=DEVICE, requires_grad=True)
     index = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     loss = BetaCALLoss(form, backend=backend)(rows, rows, 5.0, image_index=index)
     loss.backward()
@@ -225,7 +225,7 @@ def test_one_image_or_one_text(backend, form, images, texts):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_anything_may_stand_in_padded_slots(backend, form):
-    b = batch(dtype=widest(backend, torch.float32))
+    b = batch(dtype=usual(backend))
     clean = LOSSES[form](b.image, b.text, b.scale, mask=b.mask, backend=backend)
     b.image[~b.mask], b.text[~b.mask] = torch.nan, torch.inf
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
@@ -272,7 +272,7 @@ def test_any_norm(backend, form, dtype, norm):
 def test_all_similarities_at_the_limit(backend, form, sign):
     """Every logit +100 or -100: the loss is log N (or known in closed form), the gradients finite."""
     # Rows have length 2: normalising is exact in every precision.
-    image = torch.ones(5, 3, 4, dtype=widest(backend, torch.float32), device=DEVICE, requires_grad=True)
+    image = torch.ones(5, 3, 4, dtype=usual(backend), device=DEVICE, requires_grad=True)
     text = (sign * image.detach()).requires_grad_()
     scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
     loss = LOSSES[form](image, text, scale, backend=backend)
@@ -487,7 +487,7 @@ def test_double_backward_raises(form, by):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diverged_embeddings_show(backend, form, poison):
     """NaN or infinity in a valid row must reach the loss, where a gradient scaler or a guard looks for it."""
-    b = batch(dtype=widest(backend, torch.float32))
+    b = batch(dtype=usual(backend))
     b.text[2, 1, 3] = poison
     assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
 

@@ -74,7 +74,7 @@ def test_module_rejects(options, message):
         BetaCALLoss(**options)
 
 
-def test_named_backend_that_cannot_serve_says_why():
+def test_named_backend_that_cannot_serve_says_why(interpreter_as_it_is):
     with pytest.raises(NotImplementedError, match="triton: "):
         beta_cal_ce_loss(E3.bfloat16(), E3.bfloat16(), 10.0, backend="triton")
 

@@ -39,6 +39,61 @@ def test_launches_compile_without_spills(architecture, dtype):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", dict(aot.TARGETS))
+def test_kernels_are_no_worse_than_the_report(architecture):
+    """5 % more instructions per tile or narrower stores are accepted by python tools/aot.py --report alone."""
+    assert aot.regressions(architecture) == []
+    writes_ds = [
+        row
+        for row in aot.report_rows(architecture)
+        if row["kernel"] == "_similarity_logsumexp_bwd_kernel" or "has_gradient" in row["launch"]
+    ]
+    assert len(writes_ds) >= 20
+    assert min(row["store_bytes"] for row in writes_ds) >= (16 if architecture.startswith("sm_") else 8)
+
+
+@pytest.fixture
+def accepted(tmp_path, monkeypatch):
+    """A function that changes a kernel's description after its report was written."""
+    kernel = {
+        **{"kernel": "_kernel", "launch": "D=64", "registers": 200, "shared": 1024, "spilled": 0, "store_bytes": 16},
+        **{"instructions": {"matrix": 100, "other": 100}, "matrix_share": 0.5},
+    }
+    kernels = [kernel]
+    monkeypatch.setattr(aot, "RESULTS", tmp_path)
+    monkeypatch.setattr(aot, "TARGETS", [("sm_90", "bfloat16")])
+    monkeypatch.setattr(aot, "verdicts", lambda architecture, dtype: kernels)
+    aot.report()
+
+    def change(**values):
+        kernels[:] = [kernel | values]
+        return aot.regressions("sm_90")
+
+    return change
+
+
+def test_the_report_accepts_what_it_was_written_from(accepted):
+    assert accepted() == []
+    assert accepted(registers=255, store_bytes=32, instructions={"matrix": 100, "other": 110}) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"instructions": {"matrix": 100, "other": 111}}, "211 instructions per tile, accepted were 200"),
+        ({"store_bytes": 2}, "stores 2 bytes at a time, accepted were 16"),
+        ({"launch": "D=128"}, "D=128: not in the report"),
+        ({"launch": "D=128"}, "D=64: in the report, but not compiled"),
+    ],
+)
+def test_a_kernel_worse_than_the_report_is_named(change, message, accepted):
+    found = accepted(**change)
+    assert any(message in line for line in found), found
+    aot.report()
+    assert aot.regressions("sm_90") == []
+
+
 def test_stale_and_missing_verdicts_are_compiled_anew(tmp_path, monkeypatch):
     class Compiled(Exception):
         pass

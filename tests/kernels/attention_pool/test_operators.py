@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.precision import HALF, usual
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,6 @@ from betaclip.kernels.attention_pool.operators import (
 from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = [torch.float16, torch.bfloat16]
 # B, K, P, D, H, no two alike where it matters: within one tile of the interpreter; ragged everything; one patch.
 SIZES = [(2, 4, 16, 32, 4), (3, 5, 37, 40, 8), (5, 3, 1, 24, 2)]
 NAMES = ("x", "q", "k_weight", "v_weight", "v_bias")
@@ -140,7 +140,7 @@ def test_matches_reference_in_half_precision(backend, dtype):
 @pytest.mark.parametrize("p, d", [(19, 64), (300, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
 @pytest.mark.parametrize("backend", FOLDED)
 def test_matches_reference_at_every_width(backend, p, d):
-    check(backend, torch.float32, (2, 3, p, d, 8))
+    check(backend, usual(backend), (2, 3, p, d, 8))
 
 
 @pytest.mark.gpu
@@ -346,11 +346,11 @@ def test_noncontiguous(backend):
 @pytest.mark.parametrize("backend", ["folded", "triton"])
 def test_offsets_beyond_int32(backend, apart, pitch):
     """Images or patches so far apart that their offsets, or the pitch itself, pass 2^31; only touched pages exist."""
-    require(backend, torch.float16)
+    require(backend, torch.bfloat16)
     if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("needs 8 GiB of device memory for the stride alone")
-    near, *rest = arguments(3, 4, 3, 16, torch.float16)
-    storage = torch.empty(2 * pitch + 64, dtype=torch.float16, device=DEVICE)
+    near, *rest = arguments(3, 4, 3, 16, torch.bfloat16)
+    storage = torch.empty(2 * pitch + 64, dtype=torch.bfloat16, device=DEVICE)
     strides = (pitch, 16, 1) if apart == "images" else (16, pitch, 1)
     far = storage.as_strided(near.shape, strides)
     far.copy_(near)
@@ -366,8 +366,8 @@ def test_offsets_beyond_int32(backend, apart, pitch):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deterministic(backend):
-    require(backend, torch.float32)
-    tensors, weight = arguments(5, 4, 37, 32, torch.float32), torch.randn(5, 4, 32, device=DEVICE)
+    tensors, weight = arguments(5, 4, 37, 32, usual(backend)), torch.randn(5, 4, 32, device=DEVICE)
+    require(backend, tensors[0].dtype)
     runs = [value_and_gradients(lambda *x: attention_pool(*x, 4, backend=backend), weight, tensors) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
@@ -537,7 +537,7 @@ def test_rejects(change, message):
         attention_pool(**given)
 
 
-def test_named_backend_that_cannot_serve_says_why():
+def test_named_backend_that_cannot_serve_says_why(interpreter_as_it_is):
     tensors = arguments(2, 3, 5, 16)
     dtype = torch.float64 if DEVICE == "cuda" else torch.bfloat16
     with pytest.raises(NotImplementedError, match=r"attention_pool: .*\n  triton: .*"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.precision import HALF, widest
+from support.precision import HALF, usual, widest
 from support.similarity import (
     CHECKS,
     DEVICE,
@@ -53,7 +53,7 @@ def test_matches_reference_in_half_precision(check, backend, dtype):
 @pytest.mark.parametrize("d", [64, 96, 384, 640])
 @pytest.mark.parametrize("backend", FAST)
 def test_matches_reference_at_every_depth(check, backend, d):
-    check(backend, widest(backend, torch.float32), 20.0, 49, 66, d, True)
+    check(backend, usual(backend), 20.0, 49, 66, d, True)
 
 
 @CHECKS
@@ -77,7 +77,7 @@ def test_matches_reference_on_gpu(check, backend, dtype, d):
 @pytest.mark.parametrize("backend", FAST)
 def test_extreme_logits(check, backend, scale):
     """Logits far beyond the range of one shift: rows are computed again with their true maximum."""
-    check(backend, widest(backend, torch.float32), scale, 101, 75, 8, True)
+    check(backend, usual(backend), scale, 101, 75, 8, True)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -85,7 +85,7 @@ def test_extreme_logits(check, backend, scale):
 def test_all_similarities_at_the_limit(backend, sign):
     """Every logit +100 or -100 at ragged sizes: what pads a tile (S = 0) must not show."""
     n, m, d = 45, 71, 16
-    x, y = (torch.zeros(rows, d, dtype=widest(backend, torch.float32), device=DEVICE) for rows in (n, m))
+    x, y = (torch.zeros(rows, d, dtype=usual(backend), device=DEVICE) for rows in (n, m))
     x[:, 0], y[:, 0] = 1, sign
     s = torch.tensor(100.0, device=DEVICE)
     x.requires_grad_(), y.requires_grad_()
@@ -104,7 +104,7 @@ def test_all_similarities_at_the_limit(backend, sign):
 @pytest.mark.parametrize("backend", FAST)
 def test_row_far_below_the_others(backend):
     """A row whose statistic lies 187 nats under the largest logit of its tile keeps float32's accuracy."""
-    x, y = (torch.zeros(20, 4, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    x, y = (torch.zeros(20, 4, dtype=usual(backend), device=DEVICE) for _ in range(2))
     x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.875
     x.requires_grad_()
     lse_x, _ = similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), backend=small(backend))
@@ -116,7 +116,7 @@ def test_row_far_below_the_others(backend):
 @pytest.mark.parametrize("backend", FAST)
 def test_tiny_softplus_keeps_its_relative_accuracy(backend):
     """softplus(-25) = 1.4e-11 is far below float32's spacing at 1: log(1 + e) would give 0."""
-    x, y = (torch.ones(33, 1, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    x, y = (torch.ones(33, 1, dtype=usual(backend), device=DEVICE) for _ in range(2))
     rows = similarity_softplus(
         x, y, torch.tensor(-20.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE), backend=backend
     )
@@ -137,7 +137,7 @@ def test_tiny_softplus_in_float64(backend):
 @pytest.mark.parametrize("logit", [-20.0, -3.0, -1.0, -0.3, 0.0, 0.3, 60.0])
 @pytest.mark.parametrize("backend", FAST)
 def test_softplus_over_its_range(backend, logit):
-    x, y = (torch.ones(3, 1, dtype=widest(backend, torch.float32), device=DEVICE) for _ in range(2))
+    x, y = (torch.ones(3, 1, dtype=usual(backend), device=DEVICE) for _ in range(2))
     rows = similarity_softplus(x, y, torch.tensor(logit, device=DEVICE), backend=small(backend))
     expected = 3 * F.softplus(torch.tensor(logit, dtype=torch.float64)).item()
     assert rows[0].item() == pytest.approx(expected, rel=1e-6, abs=0)
@@ -146,7 +146,7 @@ def test_softplus_over_its_range(backend, logit):
 @pytest.mark.parametrize("scale, bias", [(-300.0, -1.0), (3.0, 2.0), (3.0, 200.0)])
 @pytest.mark.parametrize("backend", FAST)
 def test_negative_scale_and_positive_bias(backend, scale, bias):
-    x = F.normalize(torch.randn(41, 8, device=DEVICE), dim=1).to(widest(backend, torch.float32))
+    x = F.normalize(torch.randn(41, 8, device=DEVICE), dim=1).to(usual(backend))
     s, b = torch.tensor(scale, device=DEVICE), torch.tensor(bias, device=DEVICE)
     for operation, arguments in ((similarity_logsumexp, (x, -x[:30], s)), (similarity_softplus, (x, -x[:30], s, b))):
         ours, truth = (operation(*arguments, backend=name) for name in (backend, "reference"))
@@ -180,7 +180,7 @@ def test_exact_integers(backend):
     256 or 1, so exp(lse) counts the pairs of either kind.
     """
     n, m, d = 50, 67, 8
-    eye = torch.eye(d, dtype=widest(backend, torch.float32), device=DEVICE)
+    eye = torch.eye(d, dtype=usual(backend), device=DEVICE)
     x, y = (eye[torch.arange(rows, device=DEVICE) % d] for rows in (n, m))
     x *= 8
     x_group, y_group = torch.arange(n, device=DEVICE) // 3, torch.arange(m, device=DEVICE) // 5
@@ -247,7 +247,7 @@ def test_groups_on_one_side_only_mark_padding(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_rows_may_hold_anything(backend):
-    x, y, x_group, y_group = operands(41, 30, 16, widest(backend, torch.float32))
+    x, y, x_group, y_group = operands(41, 30, 16, usual(backend))
     require(backend, x.dtype)
     clean = [
         similarity_softplus(x, y, torch.tensor(9.0, device=DEVICE), None, x_group, y_group, backend=small(backend))
@@ -267,7 +267,7 @@ def test_padded_rows_may_hold_anything(backend):
 @pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (1, 1), (3, 4)])
 def test_degenerate_sizes(backend, n, m):
     """No row, no column, or nothing but pairs of one group: no statistic, finite gradients."""
-    ones = {"dtype": widest(backend, torch.float32), "device": DEVICE, "requires_grad": True}
+    ones = {"dtype": usual(backend), "device": DEVICE, "requires_grad": True}
     x, y = torch.ones(n, 8, **ones), torch.ones(m, 8, **ones)
     groups = torch.zeros(n, dtype=torch.int64, device=DEVICE), torch.zeros(m, dtype=torch.int64, device=DEVICE)
     scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
@@ -282,7 +282,7 @@ def test_degenerate_sizes(backend, n, m):
 @pytest.mark.parametrize("padded", ["x", "y"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_side_all_padding(backend, padded):
-    ones = {"dtype": widest(backend, torch.float32), "device": DEVICE, "requires_grad": True}
+    ones = {"dtype": usual(backend), "device": DEVICE, "requires_grad": True}
     x, y = (torch.ones(rows, 8, **ones) for rows in (5, 6))
     groups = [torch.arange(rows, device=DEVICE) for rows in (5, 6)]
     groups["xy".index(padded)] -= 100
@@ -373,7 +373,7 @@ def test_noncontiguous(backend):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deterministic(backend):
-    x, y, x_group, y_group = operands(75, 64, 32, widest(backend, torch.float32))
+    x, y, x_group, y_group = operands(75, 64, 32, usual(backend))
     require(backend, x.dtype)
     runs = []
     for _ in range(2):
@@ -394,11 +394,11 @@ def test_offsets_beyond_int32(backend, pitch):
     rows = 3
     if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("needs 8 GiB of device memory for the stride alone")
-    storage = torch.empty((rows - 1) * pitch + 16, dtype=torch.float16, device=DEVICE)
+    storage = torch.empty((rows - 1) * pitch + 16, dtype=torch.bfloat16, device=DEVICE)
     far = storage.as_strided((rows, 16), (pitch, 1))
-    near = torch.randn(rows, 16, device=DEVICE).to(torch.float16)
+    near = torch.randn(rows, 16, device=DEVICE).to(torch.bfloat16)
     far.copy_(near)
-    other = torch.randn(5, 16, device=DEVICE).to(torch.float16)
+    other = torch.randn(5, 16, device=DEVICE).to(torch.bfloat16)
     scale = torch.tensor(2.0, device=DEVICE)
     for pair, expected in (((far, other), (near, other)), ((other, far), (other, near))):
         ours = similarity_logsumexp(*pair, scale, backend=small(backend))
@@ -539,7 +539,7 @@ def test_rejects(operation, change, message):
         operation(**arguments)
 
 
-def test_named_backend_that_cannot_serve_says_why():
+def test_named_backend_that_cannot_serve_says_why(interpreter_as_it_is):
     x = torch.ones(2, 8, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match=r"similarity_logsumexp: .*\n  triton: .*"):
         similarity_logsumexp(x, x, torch.tensor(1.0), backend="triton")
@@ -556,10 +556,10 @@ def test_backend_from_the_environment(monkeypatch):
 @CHECKS
 def test_chunks_that_end_within_a_tile(check):
     """Rows and columns of the next chunk must count once."""
-    require("triton", torch.float32)
+    require("triton", torch.bfloat16)
     from betaclip.kernels.similarity.triton_kernels import Triton
 
-    check(Triton(chunk_rows=40), torch.float32, 20.0, 101, 75, 32, True)
+    check(Triton(chunk_rows=40), torch.bfloat16, 20.0, 101, 75, 32, True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="exercises the descriptor path in Triton's interpreter")
@@ -572,6 +572,6 @@ def test_tensor_descriptors(check, monkeypatch):
     made = []
     make = tensor_descriptor.TensorDescriptor
     monkeypatch.setattr(tensor_descriptor, "TensorDescriptor", lambda *args: made.append(args) or make(*args))
-    require("triton", torch.float32)
-    check(Triton(Tile(32, 16, 32, 4, 1, tma=True)), torch.float32, 20.0, 101, 75, 40, True)
+    require("triton", torch.bfloat16)
+    check(Triton(Tile(32, 16, 32, 4, 1, tma=True)), torch.bfloat16, 20.0, 101, 75, 40, True)
     assert made

@@ -1,0 +1,191 @@
+"""What the machine code of a kernel says of its speed: registers, stores, instructions per tile by pipe.
+
+NVIDIA's machine code comes from cuobjdump (SASS), AMD's from the compiler (assembly). A step is an innermost loop that
+multiplies matrices, a tile the loop around it, or all where there is none. How often a tile takes a step follows from
+its FLOP; where the compiler has unrolled the steps, once. Both sides of a branch within a tile are counted.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import networkx
+
+PIPES = ("matrix", "fma", "alu", "special", "shared", "global", "other")
+# The first pattern that matches the beginning of an opcode decides.
+_SASS = [
+    ("matrix", r"HGMMA|HMMA|UTC\w*MMA|QGMMA"),
+    ("special", r"MUFU"),
+    ("fma", r"[FH](?:FMA|ADD|MUL)|IMAD"),
+    ("shared", r"LDS|STS|LDSM|STSM|SHFL|LDTM|STTM"),
+    ("global", r"LD(?!C)|ST|UTMA|RED|ATOM"),
+    ("other", r"LDC|U[A-Z]|S2U?R|R2UR|BAR|SYNCS|WARP|DEPBAR|B\w*SYNC|BSSY|NANOSLEEP|FENCE|MEMBAR|CCTL"),
+    ("other", r"BRA|EXIT|RET|CALL|NOP"),
+    ("alu", r"."),
+]
+_GCN = [
+    ("matrix", r"v_s?mfmac?"),
+    ("special", r"v_(?:exp|log|rcp|rsq|sqrt|sin|cos)"),
+    ("fma", r"v_(?:pk_)?(?:fma|add|sub|mul|mad|fmac)_f"),
+    ("shared", r"ds_"),
+    ("global", r"buffer_|global_|flat_"),
+    ("alu", r"v_"),
+    ("other", r"."),
+]
+_AMD_BYTES = {"byte": 1, "b8": 1, "short": 2, "b16": 2, "dword": 4, "b32": 4, "dwordx2": 8, "b64": 8}
+_AMD_BYTES |= {"dwordx3": 12, "b96": 12, "dwordx4": 16, "b128": 16}
+
+
+class Code(NamedTuple):
+    """Opcodes in order, and the loops that they make, each as the places of its instructions."""
+
+    opcodes: list[str]
+    loops: list[frozenset[int]]
+    pipe: Callable[[str], str]
+
+    def widest_store(self) -> int:
+        """Bytes that one thread stores to global memory by one instruction, at most."""
+        return max((_store_bytes(opcode) for opcode in self.opcodes), default=0)
+
+    def per_tile(self, flop: int) -> tuple[Counter[str], Counter[str]]:
+        """Instructions of one warp by pipe, in the steps of a tile and beside them; ``flop``: of a warp and tile.
+
+        Raises:
+            ValueError: no number of steps gives so many FLOP.
+        """
+        flops = [_matrix_flop(opcode) for opcode in self.opcodes]
+        products = {place for place, count in enumerate(flops) if count}
+        multiplying = [loop for loop in self.loops if loop & products]
+        inner = {loop for loop in multiplying if not any(other < loop for other in multiplying)}
+        repeated = frozenset[int]().union(*inner)
+        looped = sum(flops[place] for place in products & repeated)
+        steps, remainder = divmod(flop - sum(flops) + looped, looped or 1)
+        if remainder or (steps and not looped):
+            raise ValueError(f"expected {flop} FLOP per tile, got {sum(flops) - looped} and steps of {looped}")
+        if steps == 1:
+            inner, repeated = set(), frozenset()
+        outer = [loop for loop in self.loops if loop not in inner and products <= loop]
+        in_steps: Counter[str] = Counter()
+        rest: Counter[str] = Counter()
+        for place in min(outer, key=len, default=frozenset(range(len(flops)))):
+            counts, times = (in_steps, steps) if place in repeated else (rest, 1)
+            counts[self.pipe(self.opcodes[place])] += times
+        return in_steps, rest
+
+
+def _classify(patterns: list[tuple[str, str]]) -> Callable[[str], str]:
+    compiled = [(pipe, re.compile(pattern)) for pipe, pattern in patterns]
+    return lambda opcode: next(pipe for pipe, pattern in compiled if pattern.match(opcode))
+
+
+def _matrix_flop(opcode: str) -> int:
+    """FLOP of one warp in an instruction of the matrix unit, 0 for any other."""
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):  # of four warps
+        return 2 * math.prod(map(int, found.groups())) // 4
+    if found := re.match(r"HMMA\.16(8)(16|8|4)\b", opcode):
+        return 2 * 16 * math.prod(map(int, found.groups()))
+    if found := re.match(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)", opcode):
+        return 2 * math.prod(map(int, found.groups()))
+    return 0
+
+
+def _store_bytes(opcode: str) -> int:
+    if opcode.startswith("STG"):
+        bits = next((part.lstrip("US") for part in opcode.split(".") if part.lstrip("US").isdigit()), "32")
+        return int(bits) // 8
+    found = re.match(r"(?:buffer|global)_store_([a-z]+\d*)", opcode)
+    return _AMD_BYTES[found[1]] if found else 0
+
+
+def _loops(count: int, jumps: dict[int, int], ends: set[int]) -> list[frozenset[int]]:
+    """The natural loops of ``count`` instructions, of which some jump to another, and those in ``ends`` do not go on to
+    the next. Each jump back makes one, since compilers let a loop and the loop around it begin at one place."""
+    graph = networkx.DiGraph([(place, place + 1) for place in range(count - 1) if place not in ends])
+    graph.add_edges_from(jumps.items())
+    dominators = networkx.immediate_dominators(graph, 0)
+
+    def dominates(place: int, other: int) -> bool:
+        while other > place and other in dominators:
+            other = dominators[other]
+        return other == place
+
+    return [
+        frozenset(networkx.ancestors(graph.subgraph(dominators.keys() - {head}), tail) | {head, tail})
+        for tail, head in jumps.items()
+        if tail in dominators and dominates(head, tail)
+    ]
+
+
+def nvidia(sass: str) -> Code:
+    """The code in the output of ``cuobjdump -sass``."""
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
+    place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    jumps, ends = {}, set()
+    for i, (_, predicate, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
+        if target:
+            jumps[i] = place[int(target[1], 16)]
+        always = not predicate and "," not in operands
+        if always and opcode.startswith(("BRA", "EXIT", "RET")):
+            ends.add(i)
+    return Code([opcode for _, _, opcode, _ in lines], _loops(len(lines), jumps, ends), _classify(_SASS))
+
+
+def amd(assembly: str) -> Code:
+    """The code in AMD's assembly, as Triton's compiler keeps it."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    branches: dict[int, str] = {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+)\s*(\S*)", line):
+            if found[1].startswith(("s_branch", "s_cbranch")):
+                branches[len(opcodes)] = found[2]
+            opcodes.append(found[1])
+    jumps = {place: labels[label] for place, label in branches.items()}
+    ends = {place for place, opcode in enumerate(opcodes) if opcode in ("s_branch", "s_endpgm")}
+    return Code(opcodes, _loops(len(opcodes), jumps, ends), _classify(_GCN))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one multiprocessor and clock.
+
+    matrix_flop: of the matrix unit, by bytes per element; float32 products of three TF32 ones count once. l2_bytes:
+    what arrives from L2 while all multiprocessors read, an assumption. clocks: how long one of the four schedulers is
+    busy with one instruction of a warp; 1 for pipes that are not named.
+    """
+
+    matrix_flop: dict[int, float]
+    l2_bytes: float
+    clocks: dict[str, float]
+
+    def matrix_share(
+        self, itemsize: int, flop: float, l2_bytes: float, warps: int, in_steps: Counter[str], rest: Counter[str]
+    ) -> float:
+        """The predicted share of the matrix unit's rate, for a tile of ``flop`` that reads ``l2_bytes``.
+
+        One program of ``warps`` warps runs on a multiprocessor. Its steps take as long as products, instructions or
+        L2 do, whichever is longest; the rest of a tile is not overlapped with them.
+        """
+        products = flop / self.matrix_flop[itemsize]
+        steps = max(products, l2_bytes / self.l2_bytes, warps / 4 * self._issue(in_steps))
+        return products / (steps + warps / 4 * self._issue(rest))
+
+    def _issue(self, counts: Counter[str]) -> float:
+        return max(counts.total(), *(clocks * counts[pipe] for pipe, clocks in self.clocks.items()))
+
+
+_NVIDIA_CLOCKS = {"fma": 1, "alu": 2, "special": 8, "shared": 4, "global": 4}
+MACHINES = {
+    # H100: 989 TFLOP/s at 132 x 1.83 GHz; 6.2 TB/s at 1.72 GHz.
+    "sm_90": Machine({2: 4096, 4: 2048 / 3}, 27, _NVIDIA_CLOCKS),
+    # A100: 312 TFLOP/s at 108 x 1.41 GHz; 4.5 TB/s. Float32 has half of a scheduler's lanes.
+    "sm_80": Machine({2: 2048, 4: 1024 / 3}, 30, _NVIDIA_CLOCKS | {"fma": 2}),
+    # MI300X: 1307 and 163 TFLOP/s at 304 x 2.1 GHz; two thirds of 54 bytes. A wave has 64 threads, a SIMD 16 lanes.
+    "gfx942": Machine({2: 2048, 4: 256}, 36, {"fma": 4, "alu": 4, "special": 16, "shared": 8, "global": 8}),
+}
