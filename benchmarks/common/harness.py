@@ -145,7 +145,7 @@ def foreign_cores(begin: tuple[float, float] | None, end: tuple[float, float] | 
     """How many cores other processes kept busy between two usages; None where that is unknown."""
     if begin is None or end is None:
         return None
-    return max(0.0, end[1] - begin[1]) / max(end[0] - begin[0], 1e-3)
+    return max(0.0, end[1] - begin[1]) / max(end[0] - begin[0], 0.1)  # ticks are of 10 ms
 
 
 def age_s() -> float:

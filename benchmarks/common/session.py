@@ -71,7 +71,7 @@ class Benchmark:
         """
         args = parser.parse_args(argv)
         if args.smoke:
-            parser.set_defaults(**smoke, seconds=0.02, minutes=0)
+            parser.set_defaults(**smoke, seconds=0, minutes=0)
             args = parser.parse_args(argv)
         args.device = torch.device(args.device)
         if args.device.type not in ("cpu", "cuda"):

@@ -109,6 +109,7 @@ def test_foreign_cores_counts_other_processes_only():
     assert harness.foreign_cores((100.0, 1000.0), (110.0, 1012.0)) == pytest.approx((19 - 7) / 10)
     assert harness.foreign_cores(None, None) is None
     assert harness.foreign_cores((0.0, 0.0), (1.0, -0.5)) == 0.0  # the clocks differ in resolution
+    assert harness.foreign_cores((0.0, 0.0), (1e-3, 0.01)) == pytest.approx(0.1)  # one tick says nothing
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/stat")
