@@ -4,9 +4,9 @@
 which text that was, whatever the picture shows, and nothing objects. The embeddings that the same text pools from other
 pictures object: if they do not depend on the picture, they are as near to the text as its own.
 
-The softmax form has them in a term of its own, and not in the denominators of β-CAL's text-to-image direction: there
-they compete with the texts of the same image, most of whose weight a β above 0 calls for, and their share of the
-gradient falls with it.
+The softmax form has them in a term of its own, and not in the denominators of β-CAL's text-to-image direction. There
+they compete with the texts of the same image, which a β above 0 asks for, and no weight makes up for that: on scenes
+they then changed nothing (docs/training.md).
 """
 
 from typing import NamedTuple
