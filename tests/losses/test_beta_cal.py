@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.paths import GOLDEN
-from support.precision import HALF, usual, widest
+from support.precision import HALF, usual
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
