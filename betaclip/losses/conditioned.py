@@ -39,7 +39,7 @@ class Conditioned(NamedTuple):
     def softplus_sum(self, scale: Tensor, bias: Tensor | None) -> Tensor:
         """() the sum of softplus(scale * cosine + bias) over all pairs."""
         logits = scale * self.cosines.masked_fill(~self.valid, 0)
-        losses = F.softplus(logits if bias is None else logits + bias)
+        losses = -F.logsigmoid(-logits if bias is None else -logits - bias)  # softplus, which F.softplus rounds
         return losses.masked_fill(~self.valid, 0).sum()
 
 
@@ -86,6 +86,7 @@ def conditioned_loss(
     form: str = "ce",
     mask: Tensor | None = None,
     logit_bias: Tensor | float | None = None,
+    padding: str = "ignore",
     divisor: str = "pairs",
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -93,14 +94,15 @@ def conditioned_loss(
     of :class:`betaclip.BetaCALLoss`; the mean is over the texts of all ranks of ``group``."""
     check_choice("form", form, FORMS)
     check_choice("divisor", divisor, DIVISORS)
-    batch = prepare(image_embeds, text_embeds, logit_scale, mask, None, "ignore")
+    batch = prepare(image_embeds, text_embeds, logit_scale, mask, None, padding)
     conditioned = prepare_conditioned(batch, conditioned_negatives, conditioned_mask)
     assert conditioned is not None
     if form == "ce":
         total, count = over_ranks(*conditioned.softmax_terms(_own_cosines(batch), batch.scale), group)
         return total / count.clamp_min(1)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
-    rows = (batch.layout.image_id >= 0).sum()
+    layout = batch.layout if padding == "ignore" else batch.all_rows()
+    rows = (layout.image_id >= 0).sum()
     total, rows = over_ranks(conditioned.softplus_sum(batch.scale, bias), rows, group)
     return sigmoid_mean(total, rows, divisor)
 

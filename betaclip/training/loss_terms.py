@@ -99,14 +99,14 @@ class ConditionedTerm:
         outputs = {"pooled_embeds", "text_embeds", "mask", "pool_logit_scale", "conditioned_negatives"}
         outputs |= {"conditioned_mask", "conditioned_leak"}
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
-        self.form = config.form
+        self.form, self.padding = config.form, config.padding
         self.group = ProcessGroup.of() if several_ranks and config.gather != "false" else None
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         return conditioned_loss(
             out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"],
             out["conditioned_negatives"], out["conditioned_mask"],
-            form=self.form, mask=out["mask"], logit_bias=out.get("logit_bias"), group=self.group,
+            form=self.form, mask=out["mask"], logit_bias=out.get("logit_bias"), padding=self.padding, group=self.group,
         )  # fmt: skip
 
     def measure(self, out: dict[str, Tensor]) -> dict[str, Tensor]:

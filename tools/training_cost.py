@@ -1,19 +1,19 @@
 """What a run of the published recipe costs per image: the figures that docs/published_run.md multiplies.
 
-    python benchmarks/training_cost.py       # on a CPU, in a minute or two
+    python tools/training_cost.py       # on a CPU, in a minute or two
 
 FLOP and bytes are counted, and are the same on every machine. Times are CPU time of one thread.
 """
 
 import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common.steps import least_flop, synthetic_step_batch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,6 +22,10 @@ from betaclip.data.phrases.spacy_parser import SpacyExtractor
 from betaclip.data.phrases.spans import Phrase, cut_phrases
 from betaclip.data.sentences import clean, split_sentences
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from common.steps import least_flop, synthetic_step_batch  # noqa: E402
 
 LAYERS, MICRO_BATCH, TEXTS = 12, 64, 36  # of the recipe
 PICTURES = ((336, 336), (640, 480), (2250, 1500))  # width and height
@@ -89,7 +93,7 @@ def read_s(captions: list[str], phrases: Callable[[str], list[Phrase]], size: tu
 
 def main() -> None:
     torch.set_num_threads(1)
-    captions = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))["captions"]
+    captions = json.loads((BENCHMARKS / "captions.json").read_text(encoding="utf-8"))["captions"]
     model = vit_b16(LAYERS)
     batch = synthetic_step_batch(model, MICRO_BATCH, TEXTS, torch.float32)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million")

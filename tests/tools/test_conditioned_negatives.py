@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
-import conditioned_negatives
 import pytest
 import tyro
+from support.paths import ROOT
+from support.programs import load_program
 
 from betaclip.train import TrainConfig
+
+conditioned_negatives = load_program(ROOT / "tools" / "conditioned_negatives.py")
 
 
 @pytest.fixture
