@@ -22,10 +22,13 @@ from betaclip.data.phrases.spacy_parser import SpacyExtractor
 from betaclip.data.phrases.spans import Phrase, cut_phrases
 from betaclip.data.sentences import clean, split_sentences
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.text_tower import text_modules
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from common.steps import least_flop, synthetic_step_batch  # noqa: E402
+from common import pools  # noqa: E402
+from common.losses import loss_flop  # noqa: E402
+from common.steps import StepBatch, synthetic_step_batch  # noqa: E402
 
 LAYERS, MICRO_BATCH, TEXTS = 12, 64, 36  # of the recipe
 PICTURES = ((336, 336), (640, 480), (2250, 1500))  # width and height
@@ -56,6 +59,29 @@ def kept_bytes(call: Callable[[], object], module: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def least_flop(model: BetaCLIP, batch: StepBatch) -> dict[str, int]:
+    """FLOP of the products of a forward and backward, by part: patches and distinct prefixes of texts through their
+    towers, pooling, losses. Gradients are two more products for each; the losses need four in all."""
+    images, k = batch.embeds[2].shape[:2]
+    patches = model.patch_grid[0] * model.patch_grid[1]
+    lengths = batch.texts.packing.positions + 1  # how many tokens each attends to
+    visual, tower = model.clip.visual.transformer, text_modules(model.clip).transformer
+    attended = torch.full((1 + patches,), 1 + patches)
+    phase = "forward+backward"
+    return {
+        "vision": 3 * images * transformer_flop(visual.width, visual.layers, attended),
+        "text": 3 * transformer_flop(tower.width, tower.layers, lengths),
+        "pooling": pools.least_flop("block", phase, images, k, patches, model.embed_dim, model.config.pool_heads),
+        "losses": loss_flop("ce", phase, images * k, model.embed_dim),
+    }
+
+
+def transformer_flop(width: int, layers: int, attended: Tensor) -> int:
+    """FLOP of the forward, where token i attends to ``attended[i]``: 12 width² multiply-adds in a block's linear layers
+    (MLP of four widths), and scores and means."""
+    return layers * (24 * width**2 * len(attended) + 4 * width * int(attended.sum()))
 
 
 def extrapolated(count: Callable[[int, int], int], layers: int) -> tuple[int, int]:
@@ -97,9 +123,9 @@ def main() -> None:
     model = vit_b16(LAYERS)
     batch = synthetic_step_batch(model, MICRO_BATCH, TEXTS, torch.float32)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million")
-    for part in ("step", "vision", "text", "pooling", "losses"):
-        flop = least_flop(model, part, "forward+backward", batch) / MICRO_BATCH
-        print(f"FLOP of an image, forward and backward, {part}: {flop / 1e9:.1f}e9")
+    flop = least_flop(model, batch)
+    for part, count in {"step": sum(flop.values()), **flop}.items():
+        print(f"FLOP of an image, forward and backward, {part}: {count / MICRO_BATCH / 1e9:.1f}e9")
     for dtype in (torch.float32, torch.bfloat16):
         each, constant = (count / 2**20 for count in activations(dtype))
         print(f"activations, {dtype}: {each:.0f} MiB for each image and {constant:.0f} MiB")
