@@ -180,12 +180,12 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
     products = 1 + ("attention_pool" in kernel.metadata.name)
     rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
-    flop = 2 * rows * cols * -(-depth // block) * block * products
+    step_flop, steps = 2 * rows * cols * block * products, -(-depth // block)
     read = (rows * products + cols) * depth * itemsize
     passes = 3 if constants["PRECISION"] == "tf32x3" else 1
-    in_steps, rest = code.per_tile(passes * flop // constants["num_warps"])
+    in_steps, rest = code.per_tile(passes * step_flop // constants["num_warps"], steps)
     share = machine_code.MACHINES[architecture].matrix_share(
-        itemsize, flop, read, constants["num_warps"], in_steps, rest
+        itemsize, step_flop * steps, read, constants["num_warps"], in_steps, rest
     )
     return {
         "kernel": kernel.metadata.name,

@@ -50,11 +50,14 @@ class Code(NamedTuple):
         """Bytes that one thread stores to global memory by one instruction, at most."""
         return max((_store_bytes(opcode) for opcode in self.opcodes), default=0)
 
-    def per_tile(self, flop: int) -> tuple[Counter[str], Counter[str]]:
-        """Instructions of one warp by pipe, in the steps of a tile and beside them; ``flop``: of a warp and tile.
+    def per_tile(self, step_flop: int, steps: int) -> tuple[Counter[str], Counter[str]]:
+        """Instructions of one warp by pipe, in the steps of a tile and beside them.
+
+        ``step_flop``: of a warp in a step, of which a tile takes ``steps``. The compiler may unroll the loop over steps
+        or peel some off, and may let two warps form some of their products twice.
 
         Raises:
-            ValueError: no number of steps gives so many FLOP.
+            ValueError: no number of turns of the loop gives so many steps.
         """
         flops = [_matrix_flop(opcode) for opcode in self.opcodes]
         products = {place for place, count in enumerate(flops) if count}
@@ -62,16 +65,21 @@ class Code(NamedTuple):
         inner = {loop for loop in multiplying if not any(other < loop for other in multiplying)}
         repeated = frozenset[int]().union(*inner)
         looped = sum(flops[place] for place in products & repeated)
-        steps, remainder = divmod(flop - sum(flops) + looped, looped or 1)
-        if remainder or (steps and not looped):
-            raise ValueError(f"expected {flop} FLOP per tile, got {sum(flops) - looped} and steps of {looped}")
-        if steps == 1:
+        turns = 0
+        if looped:
+            beside = sum(flops) - looped
+            shared = not beside and step_flop < looped < 2 * step_flop
+            # A loop that the compiler has given an exit in its middle counts in full.
+            turns = steps if shared else -((beside - step_flop * steps) // looped)
+            if turns < 1:
+                raise ValueError(f"expected {steps} steps of {step_flop} FLOP, got turns of {looped} beside {beside}")
+        if turns == 1:
             inner, repeated = set(), frozenset()
         outer = [loop for loop in self.loops if loop not in inner and products <= loop]
         in_steps: Counter[str] = Counter()
         rest: Counter[str] = Counter()
         for place in min(outer, key=len, default=frozenset(range(len(flops)))):
-            counts, times = (in_steps, steps) if place in repeated else (rest, 1)
+            counts, times = (in_steps, turns) if place in repeated else (rest, 1)
             counts[self.pipe(self.opcodes[place])] += times
         return in_steps, rest
 

@@ -19,7 +19,7 @@ def mend() -> None:
     from triton.runtime import interpreter
 
     def is_bfloat16(value: Any) -> bool:
-        return isinstance(value, interpreter.TensorHandle) and value.dtype.scalar == tl.bfloat16
+        return isinstance(value, interpreter.TensorHandle) and value.dtype.name == "bf16"
 
     def widened(value: Any) -> Any:
         if not is_bfloat16(value):
@@ -31,10 +31,11 @@ def mend() -> None:
         return interpreter.TensorHandle(bits, tl.bfloat16)
 
     def in_float32(compute: Callable[..., Any]) -> Callable[..., Any]:
-        def computed(builder: Any, *args: Any) -> Any:
-            if not any(map(is_bfloat16, args)):
-                return compute(builder, *args)
-            result = compute(builder, *map(widened, args))
+        def computed(builder: Any, first: Any, *rest: Any) -> Any:
+            # All operands have one dtype. The condition of a selection comes first, and that needs no arithmetic.
+            if first.dtype.name != "bf16":
+                return compute(builder, first, *rest)
+            result = compute(builder, widened(first), *map(widened, rest))
             return rounded(result) if result.data.dtype == np.float32 else result  # comparisons give booleans
 
         return computed

@@ -57,7 +57,7 @@ def counted(**pipes: int) -> Counter[str]:
 @pytest.mark.parametrize("steps", [2, 7])
 def test_steps_and_tiles_of_nvidia(steps):
     code = machine_code.nvidia(SASS)
-    in_steps, rest = code.per_tile(steps * STEP_FLOP)
+    in_steps, rest = code.per_tile(STEP_FLOP, steps)
     assert in_steps == counted(**{"global": steps, "matrix": 2 * steps, "other": steps})
     assert rest == counted(fma=2, special=1, shared=1, other=2, **{"global": 2})
     assert code.widest_store() == 8
@@ -65,7 +65,7 @@ def test_steps_and_tiles_of_nvidia(steps):
 
 def test_steps_and_tiles_of_amd():
     code = machine_code.amd(GCN)
-    in_steps, rest = code.per_tile(5 * 2 * 32 * 32 * 8)
+    in_steps, rest = code.per_tile(2 * 32 * 32 * 8, 5)
     assert in_steps == counted(shared=4, matrix=4, other=4)
     assert rest == counted(matrix=1, special=1, fma=1, alu=1, other=1, **{"global": 2})
     assert code.widest_store() == 16
@@ -73,14 +73,30 @@ def test_steps_and_tiles_of_amd():
 
 def test_unrolled_steps_are_part_of_the_tile():
     """The loop over tiles is then the innermost one that multiplies: what is in it counts once."""
-    in_steps, rest = machine_code.nvidia(SASS.replace("BRA 0x20", "NOP")).per_tile(STEP_FLOP)
+    in_steps, rest = machine_code.nvidia(SASS.replace("BRA 0x20", "NOP")).per_tile(STEP_FLOP // 4, 4)
     assert not in_steps
     assert rest == counted(matrix=2, fma=2, special=1, shared=1, other=3, **{"global": 3})
 
 
-def test_rejects_flop_that_no_number_of_steps_gives():
-    with pytest.raises(ValueError, match="FLOP per tile"):
-        machine_code.nvidia(SASS).per_tile(3 * STEP_FLOP // 2)
+def test_turns_of_an_unrolled_loop_take_several_steps():
+    in_steps, _ = machine_code.nvidia(SASS).per_tile(STEP_FLOP // 2, 6)
+    assert in_steps["matrix"] == 2 * 3
+
+
+def test_products_that_warps_share_are_one_step():
+    """A step of 5/3 of a warp's own FLOP, as where two warps form a third of them twice."""
+    in_steps, _ = machine_code.nvidia(SASS).per_tile(STEP_FLOP * 3 // 5, 6)
+    assert in_steps["matrix"] == 2 * 6
+
+
+def test_an_exit_in_the_middle_of_a_loop_counts_the_last_turn_in_full():
+    in_steps, _ = machine_code.nvidia(SASS).per_tile(STEP_FLOP // 2, 5)
+    assert in_steps["matrix"] == 2 * 3
+
+
+def test_rejects_more_products_than_the_steps_have():
+    with pytest.raises(ValueError, match="expected 1 steps of 16384 FLOP, got turns of 16384 beside 16384"):
+        machine_code.amd(GCN).per_tile(2 * 32 * 32 * 8, 1)
 
 
 @pytest.mark.parametrize(
