@@ -14,7 +14,7 @@ int forward(const betaclip_operands &o, const Grid &grid, float *lse_x, float *l
   const LogSumExpWorkspace places(grid, o.n, o.m);
   float *norms = places.norms(workspace), *reference = places.reference(workspace);
   int32_t *any_lost = places.any_lost(workspace);
-  uint4 *lost_rows = places.lost_rows(workspace), *lost_cols = places.lost_cols(workspace);
+  TileBits *lost_rows = places.lost_rows(workspace), *lost_cols = places.lost_cols(workspace);
   const Job job = job_of(whole_matrix(o), grid, places.row_sums(workspace), places.col_sums(workspace),
                          {any_lost, lost_rows, lost_cols});
   const Side x = side_of_x(o), y = side_of_y(o);

@@ -1,8 +1,6 @@
 // How the matrix of tiles is cut into one rectangle per thread block, and in which order a block visits its tiles.
 #pragma once
 
-#include <vector_types.h>
-
 #include "host_device.h"
 
 namespace betaclip {
@@ -81,10 +79,15 @@ BETACLIP_HD Rectangle rectangle(const Grid &grid, const Place &place) {
           col + (grid.range_tiles < cols_left ? grid.range_tiles : cols_left)};
 }
 
-// Rows and columns of the matrix that have to be done again, a bit for each.
+// A bit for each of a tile's rows or columns, read by one load.
+struct alignas(16) TileBits {
+  uint32_t x, y, z, w;
+};
+
+// Rows and columns of the matrix that have to be done again.
 struct LostRows {
   const int32_t *any;        // () 0 if there are none
-  const uint4 *rows, *cols;  // (row_tiles), (col_tiles): the bits of a tile's 128 rows or columns
+  const TileBits *rows, *cols;  // (row_tiles), (col_tiles)
 };
 
 // What a walk visits: all tiles of its rectangle.
@@ -112,7 +115,7 @@ class LostTiles {
   }
 
  private:
-  BETACLIP_HD static bool is_any_set(const uint4 &bits) { return (bits.x | bits.y | bits.z | bits.w) != 0; }
+  BETACLIP_HD static bool is_any_set(const TileBits &bits) { return (bits.x | bits.y | bits.z | bits.w) != 0; }
 
   LostRows lost_;
   int32_t rank_, strip_tiles_, row_tiles_;

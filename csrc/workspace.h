@@ -18,13 +18,13 @@ class LogSumExpWorkspace {
         col_count_(size_t(kConsumers) * grid.strips * m) {}
 
   size_t sum_bytes() const { return (row_count_ + col_count_) * sizeof(float); }
-  size_t bytes() const { return kHead * sizeof(float) + (row_tiles_ + col_tiles_) * sizeof(uint4) + sum_bytes(); }
+  size_t bytes() const { return kHead * sizeof(float) + (row_tiles_ + col_tiles_) * sizeof(TileBits) + sum_bytes(); }
 
   float *reference(void *workspace) const { return static_cast<float *>(workspace); }
   int32_t *any_lost(void *workspace) const { return reinterpret_cast<int32_t *>(reference(workspace) + 1); }
   float *norms(void *workspace) const { return reference(workspace) + 4; }
-  uint4 *lost_rows(void *workspace) const { return reinterpret_cast<uint4 *>(reference(workspace) + kHead); }
-  uint4 *lost_cols(void *workspace) const { return lost_rows(workspace) + row_tiles_; }
+  TileBits *lost_rows(void *workspace) const { return reinterpret_cast<TileBits *>(reference(workspace) + kHead); }
+  TileBits *lost_cols(void *workspace) const { return lost_rows(workspace) + row_tiles_; }
   float *row_sums(void *workspace) const { return reinterpret_cast<float *>(lost_cols(workspace) + col_tiles_); }
   float *col_sums(void *workspace) const { return row_sums(workspace) + row_count_; }
 

@@ -439,17 +439,17 @@ void check_lost_tiles() {
     for (const int64_t n : {1, 129, 2600, 9000}) {
       for (const int one_in : {1, 4, 30, 0}) {
         const Grid grid = make_grid(n, 1500, programs);
-        std::vector<uint4> rows(grid.row_tiles), cols(grid.col_tiles);
+        std::vector<betaclip::TileBits> rows(grid.row_tiles), cols(grid.col_tiles);
         int32_t any = 0;
-        for (std::vector<uint4> *side : {&rows, &cols}) {
-          for (uint4 &bits : *side) {
+        for (std::vector<betaclip::TileBits> *side : {&rows, &cols}) {
+          for (betaclip::TileBits &bits : *side) {
             bits = {};
             if (one_in == 0 || random() % one_in != 0) continue;
             (&bits.x)[random() % 4] = 1u << random() % 32;
             any = 1;
           }
         }
-        const auto lost = [](const uint4 &bits) { return (bits.x | bits.y | bits.z | bits.w) != 0; };
+        const auto lost = [](const betaclip::TileBits &bits) { return (bits.x | bits.y | bits.z | bits.w) != 0; };
         std::vector<int> visits(size_t(grid.row_tiles) * grid.col_tiles, 0);
         for (int program = 0; program < grid.programs(); program += kCluster) {
           const auto walk_of_block = [&](int block) {

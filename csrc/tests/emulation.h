@@ -117,7 +117,7 @@ Effort logsumexp_forward(const betaclip_operands &o, float *lse_x, float *lse_y,
   std::vector<float> workspace(places.bytes() / sizeof(float), NAN);
   float *reference = places.reference(workspace.data());
   int32_t *any_lost = places.any_lost(workspace.data());
-  uint4 *lost_rows = places.lost_rows(workspace.data()), *lost_cols = places.lost_cols(workspace.data());
+  betaclip::TileBits *lost_rows = places.lost_rows(workspace.data()), *lost_cols = places.lost_cols(workspace.data());
   const Job job = betaclip::job_of(betaclip::whole_matrix(o), grid, places.row_sums(workspace.data()),
                                    places.col_sums(workspace.data()), {any_lost, lost_rows, lost_cols});
   std::memset(job.sums.rows, 0, places.sum_bytes());

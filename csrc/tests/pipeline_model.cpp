@@ -33,10 +33,12 @@ constexpr int kAgents = 1 + kConsumers;  // of a block: the loading thread, then
 
 struct Size {
   int stages, row_tiles, col_tiles, steps;  // tiles of each block
+  int lost_rows = 0;  // for a second pass, which visits tiles of lost rows alone: a bit for each row tile of the cluster
 };
 
 constexpr Size kSizes[] = {
     {2, 1, 1, 1}, {2, 2, 1, 2}, {3, 1, 1, 3}, {3, 1, 2, 2}, {3, 3, 1, 3}, {3, 2, 2, 2}, {3, 2, 1, 4}, {4, 2, 1, 1},
+    {3, 2, 2, 2, 0b0100}, {3, 1, 1, 1, 0b1000},
 };
 
 enum class Fault {
@@ -59,6 +61,7 @@ enum class Fault {
   kNoTurnOpen,
   kBlocksOfUnequalTiles,
   kBlocksInDifferentColumns,
+  kBlocksSkipDifferentTiles,
   kCount
 };
 
@@ -82,6 +85,7 @@ constexpr const char *kNames[] = {
     "neither consumer may start",
     "blocks of a cluster with unequal numbers of tiles",
     "blocks of a cluster in different columns",
+    "blocks of a cluster skip different tiles",
 };
 static_assert(sizeof kNames / sizeof *kNames == size_t(Fault::kCount), "a name for each fault");
 
@@ -182,25 +186,41 @@ class Recorder {
   std::vector<int> unfinished_;
 };
 
-// The walk of a block: strips of a cluster lie one below the other.
-using Walk = betaclip::TileWalk<betaclip::EveryTile>;
+// The tiles of a block: strips of a cluster lie one below the other.
+class Tiles {
+ public:
+  Tiles(const Size &size, Fault fault, int block)
+      : any_(1), rows_(kCluster * size.row_tiles), cols_(size.col_tiles + 1),
+        grid_{int(rows_.size()), size.col_tiles, kCluster, 1, size.row_tiles, size.col_tiles},
+        place_(betaclip::place_of(grid_, block)), rectangle_(betaclip::rectangle(grid_, place_)) {
+    for (size_t row = 0; row < rows_.size(); ++row) rows_[row].y = size.lost_rows >> row & 1;
+    for (betaclip::TileBits &col : cols_) col.w = size.lost_rows == 0;
+    if (fault == Fault::kBlocksOfUnequalTiles && block == 1) ++rectangle_.row_end;
+    if (fault == Fault::kBlocksInDifferentColumns && block == 1) ++rectangle_.col_begin, ++rectangle_.col_end;
+    if (fault == Fault::kBlocksSkipDifferentTiles && block == 1 && size.lost_rows) any_ = 0;
+  }
 
-Walk walk_of(const Size &size, Fault fault, int block) {
-  const betaclip::Grid grid = {kCluster * size.row_tiles, size.col_tiles, kCluster, 1, size.row_tiles, size.col_tiles};
-  betaclip::Rectangle rectangle = betaclip::rectangle(grid, betaclip::place_of(grid, block));
-  if (fault == Fault::kBlocksOfUnequalTiles && block == 1) ++rectangle.row_end;
-  if (fault == Fault::kBlocksInDifferentColumns && block == 1) ++rectangle.col_begin, ++rectangle.col_end;
-  return Walk(rectangle, betaclip::EveryTile({}, {}, {}));
-}
+  betaclip::TileWalk<betaclip::LostTiles> walk() const {
+    return {rectangle_, betaclip::LostTiles(grid_, place_, {&any_, rows_.data(), cols_.data()})};
+  }
+
+ private:
+  int32_t any_;
+  std::vector<betaclip::TileBits> rows_, cols_;
+  betaclip::Grid grid_;
+  betaclip::Place place_;
+  betaclip::Rectangle rectangle_;
+};
 
 std::vector<Operation> loading_thread(const Size &size, Fault fault, int block) {
   Recorder recorder(size, fault, block);
-  const auto load_tile = [&](const Walk &walk) {
+  const Tiles tiles(size, fault, block);
+  const auto load_tile = [&](const auto &walk) {
     return [&recorder, row = walk.row(), col = walk.col()](int step, const State &state) {
       recorder.load(state.index(), {row, col, step});
     };
   };
-  betaclip::fill_stages(walk_of(size, fault, block), size.steps, recorder,
+  betaclip::fill_stages(tiles.walk(), size.steps, recorder,
                         State(size.stages, fault != Fault::kProducerStartsLate), load_tile);
   return recorder.operations;
 }
@@ -210,7 +230,8 @@ std::vector<Operation> consumer(const Size &size, Fault fault, int block, int wh
   const bool skips = fault != Fault::kStagesOfTheOtherNotSkipped;
   const State start(size.stages, fault == Fault::kConsumersStartEarly);
   betaclip::StageReader<Recorder, State, Recorder> reader(start, size.steps, skips ? which : 0, recorder, recorder);
-  Walk walk = walk_of(size, fault, block);
+  const Tiles tiles(size, fault, block);
+  auto walk = tiles.walk();
   for (walk.skip(which); !walk.done(); walk.skip(kConsumers)) {
     int step = 0;
     const auto issue = [&](int stage) { recorder.issue(stage, {walk.row(), walk.col(), step++}); };
@@ -422,8 +443,8 @@ int main() {
   for (const Size &size : kSizes) {
     size_t states = 0;
     const char *error = Model(size, Fault::kNone).search(&states);
-    std::printf("%d stages, %d x %d tiles of %d steps: %s in %zu states\n", size.stages, size.row_tiles, size.col_tiles,
-                size.steps, error ? error : "no fault", states);
+    std::printf("%d stages, %d x %d tiles of %d steps%s: %s in %zu states\n", size.stages, size.row_tiles,
+                size.col_tiles, size.steps, size.lost_rows ? ", some skipped" : "", error ? error : "no fault", states);
     if (error) return 1;
   }
   for (int fault = 1; fault < int(Fault::kCount); ++fault) {

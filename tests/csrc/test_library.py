@@ -205,7 +205,7 @@ def test_machine_code_uses_the_matrix_unit_and_tma(cuobjdump):
         count = {code: len(re.findall(rf"\b{code}\b", text)) for code in ("HGMMA", "UTMALDG", "STL", "LDL")}
         assert count["HGMMA"] >= 8 and count["UTMALDG"] == 2 and count["STL"] == count["LDL"] == 0, count
     # Both gradients in both dtypes store dS 16 bytes at a time; the log-sum-exp's on either side of a branch.
-    assert sorted(text.count("STG.E.128") for text in heavy) == [0] * 4 + [16, 16, 32, 32]
+    assert sorted(text.count("STG.E.128") for text in heavy) == [0] * (HEAVY - 4) + [16, 16, 32, 32]
     atomic = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?(?:ATOM|ATOMG|ATOMS|RED)\b", re.MULTILINE)
     # Atomic operations would have another order, and other sums, in every run.
     assert not [text.partition("\n")[0] for text in functions if atomic.search(text)]
@@ -236,7 +236,7 @@ def test_pipeline_model(tmp_path):
     run(compiler("c++"), *options, CSRC / "tests" / "pipeline_model.cpp", "-o", executable)
     lines = run(executable).splitlines()
     proven, planted = ([line for line in lines if ("no fault in" in line) == right] for right in (True, False))
-    assert len(proven) >= 8 and len(planted) >= 18
+    assert len(proven) >= 10 and len(planted) >= 19
     for kind in ("deadlock", "something else", "a load overwrites", "has exited"):  # each check finds some fault
         assert any(kind in line for line in planted), kind
 
