@@ -1,7 +1,9 @@
 """Where a run's batches come from, starting at any step."""
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -119,3 +121,10 @@ def loader_options(device: torch.device) -> dict[str, Any]:
 
 def _initialize_worker(worker: int) -> None:
     ignore_stop_signals()
+    sys.excepthook = _worker_excepthook
+
+
+def _worker_excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print nothing when the run, which was stopped, no longer takes what a thread of this process hands it."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)

@@ -11,7 +11,7 @@ from betaclip.data.registry import DataConfig, MixtureSet, SetConfig
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import RunConfig, TrainingConfig
-from betaclip.training.data_source import DataSource, create_data_source
+from betaclip.training.data_source import DataSource, _worker_excepthook, create_data_source
 
 MODEL: Any = SimpleNamespace(image_size=8, context_length=77)
 SCENES: Any = SimpleNamespace(image_size=40, context_length=77)
@@ -98,3 +98,12 @@ def test_rejects(shards):
     ):
         with pytest.raises(ConfigError, match=message):
             create_data_source(replace(shards, data=replace(shards.data, **change)), MODEL, *alone(0, ranks))
+
+
+def test_workers_are_quiet_about_a_run_that_left(capsys):
+    """A run may be stopped between asking a worker for a tensor and taking it; other errors of its threads show."""
+    for error in (EOFError(), ConnectionResetError("gone"), BrokenPipeError()):
+        _worker_excepthook(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    _worker_excepthook(ValueError, ValueError("torn"), None)
+    assert capsys.readouterr().err == "ValueError: torn\n"
