@@ -58,10 +58,9 @@ def requirements() -> list[str]:
     """Return the packages that the build needs beside setuptools."""
     if reason_not_to_build():
         return []
-    # An isolated build finds, but cannot run, the ninja of another Python environment.
-    have_ninja = shutil.which("ninja") and subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
+    # Not the system's ninja: with another version than the next build's, each would compile everything anew.
     have_headers = bool(os.environ.get("CUTLASS_PATH")) or _fetched_headers().is_dir()
-    return [*([] if have_ninja else ["ninja"]), *([] if have_headers else ["pip"])]
+    return ["ninja", *([] if have_headers else ["pip"])]
 
 
 def install(folder: Path) -> None:

@@ -87,19 +87,12 @@ def test_compiler_of_cuda_home_comes_first(build, nvcc, tmp_path, monkeypatch):
     assert build.reason_not_to_build() is None
 
 
-def test_requirements_are_what_is_missing(build, nvcc, tmp_path, monkeypatch):
-    broken = tmp_path / "broken" / "ninja"
-    broken.parent.mkdir()
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    have = [] if shutil.which("ninja") else ["ninja"]
-    assert build.requirements() == have
-    monkeypatch.delenv("CUTLASS_PATH")
-    assert build.requirements() == [*have, "pip"]
-    monkeypatch.setenv("CUTLASS_PATH", "")
-    assert build.requirements() == [*have, "pip"]
-    monkeypatch.setenv("PATH", f"{broken.parent}{os.pathsep}{os.environ['PATH']}")
-    assert build.requirements() == ["ninja", "pip"]
+def test_requirements(build, nvcc, monkeypatch):
+    """Always ninja, since builds by different versions of it compile everything anew; pip, to fetch headers."""
+    assert build.requirements() == ["ninja"]
+    for unset in (lambda: monkeypatch.delenv("CUTLASS_PATH"), lambda: monkeypatch.setenv("CUTLASS_PATH", "")):
+        unset()
+        assert build.requirements() == ["ninja", "pip"]
 
 
 @needs_ninja
@@ -167,4 +160,4 @@ def test_headers_come_from_the_pinned_wheel_and_no_other(build, nvcc, tmp_path, 
         assert all((folder / "cutlass" / "version.h").is_file() for folder in includes)
         assert not (build.BUILD / "nvidia-cutlass-4.2.0.0" / "examples").exists()
         wheel.unlink(missing_ok=True)
-    assert build.requirements() == ([] if shutil.which("ninja") else ["ninja"])
+    assert build.requirements() == ["ninja"]
