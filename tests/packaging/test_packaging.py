@@ -109,7 +109,8 @@ def test_sdist_holds_what_runs(sdist, clone):
     with tarfile.open(sdist) as contents:
         members = {member.name.split("/", 1)[-1] for member in contents.getmembers() if member.isfile()}
     folders = ("csrc", "configs", "examples", "benchmarks")
-    files = [file for folder in folders for file in (clone / folder).rglob("*.*") if file.is_file()]
+    files = [file for folder in folders for file in (clone / folder).rglob("*.*")]
+    files = [file for file in files if file.is_file() and file.suffix != ".pyc"]
     assert members >= {*SOURCES, *(file.relative_to(clone).as_posix() for file in files)}
     assert members >= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "benchmarks/captions.json"}
     assert not [name for name in members if name.startswith("tests/") or name.endswith(".pyc")]
