@@ -19,7 +19,7 @@ inline bool is_stride(int64_t stride, int64_t width) {
   return stride >= width && stride % 8 == 0 && stride < (int64_t(1) << 39);
 }
 
-// Of pointers to float or int32.
+// Checks pointers to float or int32.
 inline int vector_error(std::initializer_list<const void *> pointers) {
   for (const void *pointer : pointers) {
     if (pointer == nullptr) return BETACLIP_ERROR_NULL;

@@ -36,7 +36,7 @@ def memory(field: str) -> Callable[[Row], str]:
     return lambda row: in_bytes(row.get(field, ""))
 
 
-# Of all tables.
+# These columns are in all tables.
 COMMON = {
     "speed-up": number("speedup", ".2f"),
     "of mm": number("share_of_mm", ".2f"),

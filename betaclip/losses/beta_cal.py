@@ -111,7 +111,7 @@ def beta_cal_ce_loss(
             is the largest number of texts per image if the batch is ragged.
         padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
             released code (``"published"``).
-        backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
+        backend: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
         gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, which holds all texts on each
             rank, or ``"ring"``, which holds one rank's at a time (``betaclip.losses.across_ranks``). ``"auto"``: as
             True if a process group of several ranks is initialised, else as False, this rank alone. The inputs are

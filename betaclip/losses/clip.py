@@ -19,7 +19,7 @@ class ClipLoss(nn.Module):
     in O(B·D) memory.
 
     Args:
-        backend: as for :func:`betaclip.kernels.similarity.operators.similarity_logsumexp`.
+        backend: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
         gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`.
         process_group: the ranks to gather from; None for the default group.

@@ -1,9 +1,9 @@
 """CLIP's loss over several ranks with the gradients of the released β-CLIP code."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from betaclip.kernels.precision import unit_rows
 from betaclip.kernels.similarity import similarity_logsumexp
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.across_ranks import over_ranks
@@ -53,7 +53,7 @@ def detached_clip_loss(
         None, "ignore",
     )  # fmt: skip
     images, scale = len(image_embeds), inputs.scale
-    image, text = (F.normalize(e.to(scale.dtype), dim=-1) for e in (inputs.image, inputs.text))
+    image, text = (unit_rows(e.to(scale.dtype)) for e in (inputs.image, inputs.text))
     # Ids that no other rank has; -1 for images without a text.
     valid = inputs.layout.image_id >= 0
     ids = torch.where(valid, torch.arange(images, device=scale.device) * group.size + group.rank, -1)

@@ -95,7 +95,7 @@ def shards(tmp_path):
 
 
 def stream(shards, rank=0, ranks=1, seed=0):
-    """Of 36 examples an epoch 9 are of shards and 27 of the set of 14, or one more or less."""
+    """An epoch of 36 examples has 9 from shards and 27 from the set of 14, or one more or less."""
     make = ExampleMaker(2, 77, PhrasesOnTheFly(RuleExtractor()))
     data = ShardDataset(shards, make, shuffle=3, epoch_samples=22, seed=seed, rank=rank, ranks=ranks)
     sets = {"shards": (data, 0.5), "own": (Named("own", 14), 1.5)}

@@ -76,3 +76,9 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = detached_clip_loss(image.bfloat16(), text, scale, SINGLE_PROCESS)
     assert rounded.dtype == torch.float32 and 0 < abs(rounded - exact) < 0.02 * exact
+
+
+def test_norms_whose_squares_overflow():
+    image, text, scale = (leaf.detach().float() for leaf in leaves())
+    usual = detached_clip_loss(image, text, scale, SINGLE_PROCESS)
+    torch.testing.assert_close(detached_clip_loss(1e20 * image, 1e30 * text, scale, SINGLE_PROCESS), usual)

@@ -60,7 +60,7 @@ def leak(
             if not readable:
                 continue
             _, patches = encode_images(model, [image for _, image in readable])
-            # Of each picture its own text, and that of the picture before it.
+            # Each picture is asked for its own text, and for that of the picture before it.
             asked = torch.tensor([[i, (i - 1) % len(texts)] for i, _ in readable], device=device)
             valid = torch.tensor([[True, texts[i - 1] not in chosen[i][1]] for i, _ in readable], device=device)
             number = asked.flatten()

@@ -23,7 +23,7 @@ def one(name):
 
 
 def test_by_known_model():
-    """Of four pictures one is labelled wrongly; the classes' means weigh a class of one picture as one of three."""
+    """One of four pictures is labelled wrongly; the classes' means weigh a class of one picture as one of three."""
     pictures = [(one("red"), 0), (one("red"), 0), (one("green"), 0), (one("green"), 1)]
     found = zero_shot_accuracy(
         colours.ColourModel(), Tokenizer(), pictures, colours.NAMES, PLAIN, Squash(colours.SIZE), batch_size=3
