@@ -113,7 +113,9 @@ def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callabl
         batch = synthetic_batch(n // k, k, args.dim, args.dtype, args.device)
         return session.measure(LossComparison(form, batch, args.chosen, session.budget))
 
-    defaults = {form: (SIZES if form in PER_IMAGE else PAIR_SIZES)[args.device.type] for form in args.forms}
+    defaults = {form: PAIR_SIZES[args.device.type] for form in args.forms}
+    per_image = [n for n in SIZES[args.device.type] if n >= 2 * args.texts]
+    defaults |= {form: per_image for form in args.forms if form in PER_IMAGE}
     sizes = {form: args.sizes or defaults[form] for form in args.forms}
     ascending = sorted({n for form in args.forms for n in sizes[form]})
     return {f"{form}, N = {n}": partial(compare, form, n) for n in ascending for form in args.forms if n in sizes[form]}

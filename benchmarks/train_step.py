@@ -37,7 +37,7 @@ BENCHMARK = Benchmark(
     name="train_step",
     suffix="-train-step",
     columns={
-        "images/s": lambda row: f"{int(row['images']) / float(row['time_ms_p50']) * 1e3:.3g}",
+        "images/s": lambda r: f"{int(r['images']) / float(r['time_ms_p50']) * 1e3:.3g}" if r["time_ms_p50"] else "",
         "tokens": lambda r: f"{r['tokens_computed']} of {r['tokens_existing']}" if r.get("tokens_computed") else "",
         "differs: loss": number("loss_difference", ".1e"),
         "gradients": number("gradient_difference", ".1e"),

@@ -1,6 +1,6 @@
-// In which order the loading thread and the consumers of a block pass the barriers of the ring of stages. kernel.cuh
-// runs this code on CUTLASS's pipeline. tests/pipeline_model.cpp runs it on one that records, and searches every
-// interleaving of what was recorded.
+// The order in which the loading thread and the consumers of a block pass the barriers of the ring of stages.
+// kernel.cuh runs this code on CUTLASS's pipeline. tests/pipeline_model.cpp runs it on one that records, and searches
+// every interleaving of what was recorded.
 #pragma once
 
 #include "tiles.h"

@@ -5,6 +5,7 @@ interrupted is continued, so the grid may be stopped at any time.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -28,7 +29,9 @@ Setting = tuple[float, int, float]  # β, J, the pooling block's learning rate
 def measure(folder: Path, steps: int, seed: int, weight: float, setting: Setting, rest: list[str]) -> dict[str, float]:
     """The results of one run, in percent; it is trained unless they are there."""
     beta, others, rate = setting
-    name = f"{steps}-beta{beta:g}-j{others}-weight{weight:g}-lr{rate:g}-seed{seed}"
+    name = f"{steps}-beta{beta:g}-j{others}-weight{weight if others else 0:g}-lr{rate:g}-seed{seed}"
+    if rest:
+        name += "-" + hashlib.sha256(" ".join(rest).encode()).hexdigest()[:8]
     if not (folder / name / "results.json").exists():
         options = {"run.folder": folder, "run.name": name, "run.steps": steps, "run.seed": seed, "loss.beta": beta}
         options |= {"run.compare-global": False, "loss.conditioned-negatives": others, "optimizer.pool.lr": rate}
@@ -70,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weight", type=float, default=1.0, help="weight of the term")
     chosen, rest = parser.parse_known_args(arguments)
     title = f"{chosen.steps} updates, weight {chosen.weight:g}: mean ± standard error over seeds, in %"
+    title += f" ({' '.join(rest)})" if rest else ""
     results: dict[Setting, list[dict[str, float]]] = {}
     grid = itertools.product(chosen.seeds, chosen.betas, chosen.negatives, chosen.pool_lrs)
     for seed, *setting in grid:  # the first seed of all settings, then the next

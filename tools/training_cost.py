@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from betaclip.data.example_maker import ExampleMaker
 from betaclip.data.phrases.spacy_parser import SpacyExtractor
@@ -29,6 +29,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from common import pools  # noqa: E402
 from common.losses import loss_flop  # noqa: E402
 from common.steps import StepBatch, synthetic_step_batch  # noqa: E402
+from pooling_throughput import saved_bytes  # noqa: E402
 
 LAYERS, MICRO_BATCH, TEXTS = 12, 64, 36  # of the recipe
 PICTURES = ((336, 336), (640, 480), (2250, 1500))  # width and height
@@ -43,22 +44,6 @@ def vit_b16(layers: int) -> BetaCLIP:
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": layers},
     }
     return create_model(ModelConfig(json.dumps(towers), context_length=248, quick_gelu=True))
-
-
-def kept_bytes(call: Callable[[], object], module: nn.Module) -> int:
-    """What autograd keeps for the backward of a call, without the module's parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def least_flop(model: BetaCLIP, batch: StepBatch) -> dict[str, int]:
@@ -100,7 +85,7 @@ def activations(dtype: torch.dtype) -> tuple[int, int]:
         model = models[layers]
         batch = synthetic_step_batch(model, images, TEXTS, torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            return kept_bytes(lambda: model(batch.images, batch.texts), model)
+            return saved_bytes(lambda: model(batch.images, batch.texts), model.parameters())
 
     return extrapolated(count, LAYERS)
 

@@ -5,8 +5,8 @@
 // is open. Barriers are modelled after PTX's mbarrier, and used as CUTLASS's PipelineTmaAsync and OrderedSequenceBarrier
 // use them: a phase ends when the expected arrivals have come and as many bytes as were announced; a wait for parity p
 // passes unless the current phase has it. The search finds deadlocks, products of a stage that holds anything but their
-// own columns, loads into a stage that products may still read, two loads of one place at a time, and arrivals and loads that
-// reach a block after its exit.
+// own columns, loads into a stage that products may still read, two loads of one place at a time, and arrivals and loads
+// that reach a block after its exit.
 //
 // Simplifications, none of which loses a fault:
 // * Loads start as soon as the loading thread has the stage, since TMA may deliver at any later time anyway; x and a

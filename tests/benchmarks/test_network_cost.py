@@ -1,9 +1,9 @@
 """The model of the network: bytes as counted of the losses, limits by hand, and the table that the page has."""
 
-import sys
 from dataclasses import replace
 from math import inf
 
+import network_cost as cost
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,10 +15,6 @@ from common.traffic import Traffic
 from support.paths import ROOT
 from support.ranks import processes
 from support.tiny import START
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import network_cost as cost
 
 BOTH, FORWARD = PHASES
 FREE = cost.Link(inf, 0.0)

@@ -60,3 +60,7 @@ def test_smoke_run(tmp_path, monkeypatch, capfd):
             assert float(row["loss_difference"]) < 1e-5
         if row["form"] in ("step", "text"):
             assert int(row["tokens_computed"]) > 0 < int(row["tokens_existing"])
+
+
+def test_a_step_that_failed_has_no_rate():
+    assert train_step.BENCHMARK.columns["images/s"]({"images": "2", "time_ms_p50": ""}) == ""

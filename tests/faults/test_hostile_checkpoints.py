@@ -57,7 +57,7 @@ def test_last_whole_checkpoint_is_found(tmp_path: Path, chosen: random.Random) -
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
 def test_damaged_weights(tmp_path: Path, chosen: random.Random, name: str) -> None:
-    """These files have no digest: the fault is told in one line, or the tensors are still of the same shapes."""
+    """These files have no digest: the fault is told in one line, or all tensors that are read are finite numbers."""
     path, weights = tmp_path / name, {f"weight {i}": torch.rand(3, 1 + i) for i in range(5)}
     save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
     whole, refused = path.read_bytes(), 0

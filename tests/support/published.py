@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 POOL = "text_conditioned_patches_block."
-# Tables and counts that have no gradient; the last rows of the first table are never read.
+# Parameters of the model that have no gradient.
 FROZEN = ("positional_embedding",)
 
 

@@ -9,14 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 training_cost = load_program(ROOT / "tools" / "training_cost.py")
 
 
-def test_kept_bytes() -> None:
-    """The input of the product and the output of the ReLU, each once; not the weights."""
-    module = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
-    x = torch.randn(5, 8, requires_grad=True)
-    assert training_cost.kept_bytes(lambda: module(x), module) == 4 * (5 * 8 + 5 * 4)
-    assert training_cost.kept_bytes(lambda: (module(x), module(x)), module) == 4 * (5 * 8 + 2 * 5 * 4)
-
-
 def test_extrapolated() -> None:
     def count(layers: int, images: int) -> int:
         return 5 + 3 * images + layers * (7 + 2 * images)
