@@ -26,7 +26,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one"),
-    "evaluate": Command("betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions and pointing"),
+    "evaluate": Command(
+        "betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions, pointing, classes"
+    ),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
     "export": Command("betaclip.export", "ExportConfig", "export", "write a model in the published layout"),

@@ -12,21 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from betaclip.checkpoint import load_checkpoint
-from betaclip.data.transforms import EvaluationTransform, UnreadableImageError, read_image
+from betaclip.data.transforms import EvaluationTransform, UnreadableImageError, read_image, to_rgb
 from betaclip.evaluation.encode import Squash, Transform, batches, encode_images, encode_slots, encode_texts, evaluating
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import local_device
 
-Picture = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+PictureLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 
 class Model:
     """A model in evaluation mode that encodes pictures and texts, a batch at a time, on its own device.
 
-    A picture is the path of a file, a PIL image, (H, W, 3) uint8, or a (3, S, S) tensor that is used as it is. Every
-    method that takes pictures takes one, a list of them, or a (B, 3, S, S) tensor. One that takes texts takes a string
-    or a list. Results are in the order of the arguments, in float32, without gradients.
+    A picture is the path of a file, a PIL image as it is turned, (H, W, 3) uint8, or a (3, S, S) tensor that is used as
+    it is. Every method that takes pictures takes one, a list of them, or a (B, 3, S, S) tensor. One that takes texts
+    takes a string or a list. Results are in the order of the arguments, in float32, without gradients.
 
     Args:
         model: the model; :func:`betaclip.load` reads one from a file.
@@ -52,7 +52,7 @@ class Model:
         self.tokenizer = Tokenizer(model.context_length)
         self.transform: Transform = EvaluationTransform(model.image_size)
 
-    def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
+    def encode_image(self, images: PictureLike | Sequence[PictureLike]) -> Tensor:
         """Encode B pictures into (B, D) unit embeddings.
 
         Raises:
@@ -64,12 +64,12 @@ class Model:
         """Encode M texts into (M, D) unit embeddings. A text that is too long loses its last tokens."""
         return _unit(self._queries(texts))
 
-    def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
+    def similarity(self, images: PictureLike | Sequence[PictureLike], texts: str | Sequence[str]) -> Tensor:
         """(B, M) cosines of B whole pictures with M texts, as CLIP compares them."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def conditioned_similarity(
-        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, top_k: int | None = None
+        self, images: PictureLike | Sequence[PictureLike], texts: str | Sequence[str], *, top_k: int | None = None
     ) -> Tensor:
         """Cosines of M texts with B pictures as each text pools them.
 
@@ -97,10 +97,10 @@ class Model:
             scores = self.model.pool.score(patches, queries, images=nearest).float()
         return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
-    def attention(self, image: Picture, texts: str | Sequence[str]) -> Tensor:
+    def attention(self, image: PictureLike, texts: str | Sequence[str]) -> Tensor:
         """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1.
 
-        The picture is squashed to a square, so that nothing of it is cut off. Averaged over heads.
+        A picture that is no tensor is squashed to a square, so that nothing of it is cut off. Averaged over heads.
 
         Raises:
             ValueError: the pooling block is not trained, or the picture cannot be read.
@@ -114,7 +114,7 @@ class Model:
         with evaluating(self.model):
             return encode_texts(self.model, self.tokenizer, _texts(texts), self.batch_size)
 
-    def _encode(self, images: Picture | Sequence[Picture], keep_patches: bool = False) -> tuple[Tensor, Tensor]:
+    def _encode(self, images: PictureLike | Sequence[PictureLike], keep_patches: bool = False) -> tuple[Tensor, Tensor]:
         """(B, D) unit embeddings, and the (B, P, D) patch embeddings where they are kept, else those of no picture."""
         pixels = (self._pixels(image, self.transform) for image in _pictures(images))
         device, size = self.model.logit_scale.device, self.model.embed_dim
@@ -128,7 +128,7 @@ class Model:
                     patches.append(tokens)
         return torch.cat(embeds), torch.cat(patches)
 
-    def _pixels(self, picture: Picture, transform: Transform) -> Tensor:
+    def _pixels(self, picture: PictureLike, transform: Transform) -> Tensor:
         size = self.model.image_size
         if isinstance(picture, Tensor):
             if picture.shape != (3, size, size):
@@ -141,7 +141,10 @@ class Model:
                 raise ValueError(f"images: {picture}: {error}") from error
         elif not isinstance(picture, Image.Image):
             picture = Image.fromarray(picture)
-        return transform(picture.convert("RGB"))
+        try:
+            return transform(to_rgb(picture))
+        except UnreadableImageError as error:
+            raise ValueError(f"images: {error}") from error
 
     def _need_pool(self) -> None:
         if not self.pooled:
@@ -204,10 +207,10 @@ def attention(model: BetaCLIP, tokenizer: Tokenizer, pixels: Tensor, texts: Sequ
         _, patches = encode_images(model, [pixels])
         queries, _ = encode_slots(model, tokenizer, [texts])
         weights: Tensor = model.pool(patches, queries, need_weights=True)[1]
-    return weights[0].unflatten(1, model.patch_grid).float().cpu()
+    return weights[0].unflatten(1, model.patch_grid).float()
 
 
-def _pictures(images: Picture | Sequence[Picture]) -> Sequence[Any]:
+def _pictures(images: PictureLike | Sequence[PictureLike]) -> Sequence[Any]:
     """A list of pictures, of which a tensor of four dimensions is one already."""
     many = (
         images.dim() == 4

@@ -45,7 +45,7 @@ class VisualizeConfig:
     texts: tyro.conf.Positional[tuple[str, ...]]
     """The texts, with one panel each."""
     out: Path = Path("attention.png")
-    """The file to write; its suffix gives the format."""
+    """The file to write; its suffix gives the format, .png if it has none."""
     head_width: int = 64
     """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
     pool_heads: int = 8
@@ -109,7 +109,7 @@ def attention_figure(
         A figure that needs no window system; ``savefig`` writes it.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    maps = attention(model, tokenizer, Squash(model.image_size)(picture), texts)
+    maps = attention(model, tokenizer, Squash(model.image_size)(picture), texts).cpu()
     maps = maps * maps[0].numel()
     top = max(2.0, float(maps.max()))
     width, height = picture.size

@@ -62,7 +62,7 @@ def distinct_phrases(phrases: Iterable[Phrase]) -> list[str]:
 
 
 def published_phrases(phrases: Iterable[Phrase]) -> list[str]:
-    """Each phrase once: noun phrases, then verbs, then spatial phrases, in lower case."""
+    """Each phrase once: noun phrases, then verbs, then spatial phrases; only the last are put in lower case."""
     texts = (
         phrase.text.lower() if phrase.kind == SPATIAL else phrase.text
         for phrase in sorted(phrases, key=lambda phrase: phrase.kind)

@@ -51,7 +51,7 @@ def read_image(source: str | Path | IO[bytes], *, upright: bool = True) -> Image
         with Image.open(source) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise UnreadableImageError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-            decoded = _to_8_bits(image)
+            decoded = to_rgb(image)
             return _upright(image, decoded) if upright else decoded
     except (MemoryError, UnreadableImageError):
         raise
@@ -59,7 +59,7 @@ def read_image(source: str | Path | IO[bytes], *, upright: bool = True) -> Image
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB. Pillow's own conversion clips wider numbers at 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16

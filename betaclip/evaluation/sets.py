@@ -33,7 +33,7 @@ class EvaluationConfig(RetrievalConfig):
     """open_clip's templates that make texts of a class's name: the 80 of CLIP's paper, or 7 simple ones."""
     conditioned: bool = True
     """Also evaluate text-conditioned retrieval, for which each text pools each picture, much more work than the rest,
-    and the leak."""
+    and the leak on retrieval sets; that on scenes is always measured."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
     """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
     the same embedding."""

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from betaclip.integrations.embeddings import Embeddings
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses import beta_cal, clip, siglip
+from betaclip.losses.across_ranks import TRANSPORTS
+from betaclip.losses.inputs import check_choice
 
 _TRANSPORTS = {None: "all_gather", "gather": "all_gather", "reduce": "all_gather", "bidir": "ring", "shift": "ring"}
 
@@ -281,6 +283,7 @@ def _encode_timm(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gather(rank: int, world_size: int, transport: str, use_horovod: bool = False) -> bool | str:
     """The loss's ``gather`` for open_clip's arguments."""
+    check_choice("transport", transport, TRANSPORTS)
     if use_horovod:
         raise NotImplementedError("use_horovod: expected False, as ranks are those of torch.distributed; got True")
     if world_size == 1:

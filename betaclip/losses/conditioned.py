@@ -5,8 +5,8 @@ which text that was, whatever the picture shows, and nothing objects. The embedd
 pictures object: if they do not depend on the picture, they are as near to the text as its own.
 
 The softmax form has them in a term of its own, and not in the denominators of β-CAL's text-to-image direction. There
-they compete with the texts of the same image, which a β above 0 asks for, and no weight makes up for that: on scenes
-they then changed nothing (docs/training.md).
+they compete with the texts of the same image, which a β above 0 asks for; in one run on scenes they then changed
+nothing (docs/training.md).
 """
 
 from typing import NamedTuple

@@ -183,7 +183,7 @@ def _rows_of_an_image_are_equal(rows: Tensor, image_id: Tensor) -> bool:
 @functools.cache
 def _warn_that_beta_cancels() -> None:
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("betaclip", "torch"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("betaclip", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(
         "beta: has no effect in the softmax form if all texts of an image have the same image embedding, as here; give "

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from betaclip.kernels.precision import accumulation_dtype, unit_rows
+from betaclip.kernels.precision import accumulation_dtype, autocast_off, unit_rows
 
 _COMPARED = 2**24  # cosines that are held at a time
 
@@ -68,7 +68,7 @@ def identified(embeds: Tensor, own: Tensor, number: Tensor, texts: Tensor, numbe
         texts: (M, D) unit vectors to compare with. numbers: (M,), equal for equal texts; negative ones are left out.
     """
     found = []
-    with torch.autocast(embeds.device.type, enabled=False):  # rounded cosines would tie
+    with autocast_off(embeds.device.type):  # rounded cosines would tie
         rows = max(1, _COMPARED // max(1, len(texts)))
         for x, t, n in zip(embeds.split(rows), own.split(rows), number.split(rows), strict=True):
             # Not "cosines >= own": NaN counts as nearer.

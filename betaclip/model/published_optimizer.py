@@ -89,10 +89,16 @@ def _ours(found: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tensor])
     """The moments converted as the weights are: the layout's q, k and v become one, and a table is divided."""
     nowhere = torch.nan
     theirs = {
-        kind: {n: found[n][kind].float() if n in found else torch.full_like(w, nowhere) for n, w in weights.items()}
+        kind: {
+            n: found[n][kind].float() if n in found else torch.full_like(w, nowhere, dtype=torch.float32)
+            for n, w in weights.items()
+        }
         for kind in MOMENTS
     }
-    steps = {n: torch.full_like(w, float(found[n]["step"]) if n in found else nowhere) for n, w in weights.items()}
+    steps = {  # in float32 whatever the weights are in: bfloat16 would round a step of 1001 to 1000
+        n: torch.full_like(w, float(found[n]["step"]) if n in found else nowhere, dtype=torch.float32)
+        for n, w in weights.items()
+    }
     converted = {kind: from_published(tensors) for kind, tensors in theirs.items()}
     result = {}
     for name, step in from_published(steps).items():
@@ -100,6 +106,5 @@ def _ours(found: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tensor])
             continue
         if (step != step.flatten()[0]).any():
             raise ValueError(f"{name}: expected one number of steps, got moments of parts of it with several")
-        moments = {kind: converted[kind][name] for kind in MOMENTS}
-        result[name] = {**moments, "step": step.flatten()[0].float().clone()}
+        result[name] = {**{kind: converted[kind][name] for kind in MOMENTS}, "step": step.flatten()[0].clone()}
     return result

@@ -8,6 +8,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from betaclip.kernels.precision import autocast_dtype
 from betaclip.layers import check_attention
 from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_blocks, run_block
 from betaclip.model.packed_attention import PackedAttention, packed_attention
@@ -133,7 +134,7 @@ def encode_packed(clip: Any, packing: Packing, device: torch.device, checkpointi
     *blocks, last = text.transformer.resblocks
     tokens, positions = to_device(packing.tokens, device), to_device(packing.positions, device)
     x = text.token_embedding(tokens) + F.embedding(positions, text.positional_embedding)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+    dtype = autocast_dtype(device.type) or x.dtype
     attention = packed_attention(packing, device, dtype, last.head_width)
     for block in blocks:
         x = run_block(block, x, checkpointing, attention=attention)

@@ -65,9 +65,9 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
         if (bare := _WRAPPED.sub("", name)) in weights:
             raise ValueError(f"{path}: {_name(bare)}: is there twice, the second time as {_name(name)}")
         weights[bare] = tensor
+    weights.pop("n_averaged", None)
     if all(name.startswith(_PREFIX) for name in weights):
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-    weights.pop("n_averaged", None)
     for name, tensor in weights.items():
         if name not in _COUNTS and (reason := unusable(tensor)):
             raise ValueError(f"{path}: {_name(name)}: {reason}")

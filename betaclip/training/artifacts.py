@@ -17,7 +17,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def write_curves(runs: Mapping[str, Path], file: Path) -> None:
-    """Write a PNG of what each run has logged, from its metrics.jsonl alone."""
+    """Write a PNG of the losses, scales, gradient norms and learning rates of each run, from its metrics alone."""
     figure = curves_figure({name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()})
     with write_atomically(file) as stream:
         figure.savefig(stream, format="png")

@@ -23,7 +23,8 @@ class LossConfig:
     global_weight: float = 1.0
     """Weight of CLIP's loss between images and captions; 0 leaves it out."""
     beta_cal_weight: float = 1.0
-    """Weight of β-CAL; 0 leaves it out, with all texts but the captions, and freezes the pooling block."""
+    """Weight of β-CAL; 0 leaves it out and, unless there are conditioned negatives, all texts but the captions, and
+    freezes the pooling block."""
     conditioned_negatives: int = 0
     """Number of other pictures that each text also pools, as negatives under the same text; 0 for none. They are drawn
     among the pictures that are encoded together. The loss term is called conditioned, and its weight is 1 unless
@@ -161,7 +162,7 @@ def check(config: TrainingConfig, ranks: int) -> None:
         raise ConfigError("run.resume: expected run.name with it, the name of the run to resume")
     if run.continue_from is not None and config.model.pretrained is not None:
         raise ConfigError(f"run.continue_from: brings its own weights; expected no model.pretrained with it, "
-                          f"got {config.model.pretrained}")  # fmt: skip
+                          f"got {config.model.pretrained}; give --model.pretrained None")  # fmt: skip
     if run.parallel == "fsdp" and run.precision == "fp16":
         raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
 

@@ -126,7 +126,7 @@ class Trainer:
         while True:
             waited = _next(batches, signals) if self.step < self.steps else None
             # A rank that waits for data can tell the others only here, before they need its share of the step.
-            number = int(self.process_group.max(torch.tensor(signals.number)))
+            number = int(self.process_group.max(torch.tensor(signals.number, device="cpu")))
             if number or self.step == self.steps:
                 break
             assert waited is not None, "the data ended before the last step"

@@ -131,8 +131,8 @@ def test_rejects() -> None:
         ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match=r"dist_impl: expected one of None, 'gather', .*, got 'star'"):
         SigLipLoss(dist_impl="star")
-    with pytest.raises(ValueError, match="gather: expected a bool, 'auto', 'all_gather', 'ring', got 'star'"):
-        ClipLoss(world_size=2, transport="star")
+    with pytest.raises(ValueError, match=r"transport: expected .*all_gather.*, got 'star'"):
+        ClipLoss(transport="star")
     with pytest.raises(RuntimeError, match="gather='all_gather': no process group is initialised"):
         ClipLoss(world_size=2)(**model_output(leaves_of(None)))
 

@@ -47,6 +47,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
         {"a._orig_mod.weight": STATE["a.weight"], "b": STATE["b"]},
         {"a.module._checkpoint_wrapped_module.weight": STATE["a.weight"], "_fsdp_wrapped_module.b": STATE["b"]},
         prefixed("module.") | {"n_averaged": torch.tensor(3)},
+        prefixed("module.model.") | {"n_averaged": torch.tensor(3)},
     ],
     ids=lambda content: "/".join(content),
 )

@@ -33,7 +33,7 @@ def iiw(path: str | Path, *, allow_outside_root: bool = False) -> RetrievalSet:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: there is no picture with a caption.
+        ValueError: there is no picture with a caption, or a data.jsonl lies in another folder.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".json":
@@ -41,7 +41,8 @@ def iiw(path: str | Path, *, allow_outside_root: bool = False) -> RetrievalSet:
     elif path.is_file():
         subset = path.parent.name
         if subset not in _PICTURES:
-            raise ValueError(f"iiw: expected {path} in a folder {', '.join(_PICTURES)}, which names its pictures'")
+            folders = " or ".join(_PICTURES)
+            raise ValueError(f"iiw: expected {path} in a folder called {folders}, which says where its pictures are")
         rows, folder = _rows(path, _PICTURES[subset]), path.parent.parent
         name = f"iiw_{subset.lower().removeprefix('iiw-')}"
     else:

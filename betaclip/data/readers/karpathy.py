@@ -63,8 +63,8 @@ def _rows(file: Path, name: str) -> Iterable[Row]:
     if isinstance(images, list) and isinstance(content.get("annotations"), list):
         captions: dict[Any, list[Any]] = {}
         for row in content["annotations"]:
-            if isinstance(row, dict):
-                captions.setdefault(row.get("image_id"), []).append(row.get("caption"))
+            if isinstance(row, dict) and isinstance(row.get("image_id"), int | str):
+                captions.setdefault(row["image_id"], []).append(row.get("caption"))
         return ((f"{file}, image {i}", partial(_of_coco, image, captions)) for i, image in enumerate(images, 1))
     if isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images):
         test = ((i, image) for i, image in enumerate(images, 1) if _is_test(image))

@@ -265,10 +265,7 @@ def _check_end(stream: Any) -> None:
 
 
 def _content(file: bytes | BadRowError) -> bytes:
-    """
-    Raises:
-        BadRowError: the file was too large to be read.
-    """
+    """The content of a file, or raise the BadRowError that stands in its place."""
     if isinstance(file, BadRowError):
         raise file
     return file

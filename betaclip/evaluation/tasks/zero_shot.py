@@ -30,7 +30,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 Templates = Sequence[Callable[[str], str]]
 TemplatesName = Literal["openai", "simple"]
 
-# open_clip's: the 80 of CLIP's paper, and the 7 that serve ImageNet nearly as well.
+# open_clip's: the 80 of CLIP's paper, and 7 simple ones.
 TEMPLATES: dict[TemplatesName, Templates] = {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
 
 TOP = (1, 5)

@@ -53,5 +53,7 @@ def test_rejects(folder):
     with pytest.raises(FileNotFoundError, match=r"iiw: .*DCI_Test/data.jsonl is not a file; give the path of one data"):
         iiw(folder)
     touch(folder / "other" / "data.jsonl")
-    with pytest.raises(ValueError, match=r"iiw: expected .*other/data.jsonl in a folder IIW-400, DOCCI_Test, DCI_Test"):
+    with pytest.raises(
+        ValueError, match=r"iiw: expected .*other/data.jsonl in a folder called IIW-400 or DOCCI_Test or DCI_Test"
+    ):
         iiw(folder / "other" / "data.jsonl")
