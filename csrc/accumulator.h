@@ -1,5 +1,5 @@
 // Which element of a 128 x 128 tile of products a thread of a warpgroup holds in which register: two m64n128k16
-// accumulators, one below the other. tests/accumulator_map.cu compares this with CuTe's own layout.
+// accumulators, one below the other. tests/accumulator_map.cpp compares this with CuTe's own layout.
 //
 // A thread has 4 rows ("slots") and 32 columns ("lines"); register i is
 //   line & 1 | (slot & 1) << 1 | (line >> 1) << 2 | (slot >> 1) << 6.

@@ -21,6 +21,7 @@ CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 BUILD = ROOT / "build" / "cuda"
 LIBRARY, RECORD = "libbetaclip.so", "build.json"
+PROGRAMS = ("emulation", "accumulator_map")  # tests' programs that run the kernels' sources on the CPU
 VARIABLE = "BETACLIP_BUILD_CUDA"
 ARCHITECTURE = "90a"
 # Only the headers of this wheel are needed; as an ordinary requirement it would bring in some 320 MB of other wheels.
@@ -81,20 +82,24 @@ def install(folder: Path) -> None:
     (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def build() -> Path:
-    """Bring the library up to date with its sources, headers, flags and compiler, and return its path."""
+def build(target: str = LIBRARY) -> Path:
+    """Bring the library, or a program of PROGRAMS, up to date with its sources, headers, flags and compiler.
+
+    Returns:
+        Its path.
+    """
     with _alone():
-        return _build()
+        return _build(target)
 
 
-def _build() -> Path:
+def _build(target: str = LIBRARY) -> Path:
     # Every object depends on this file, since ninja compares commands but not the compilers behind them.
     _write_if_changed(BUILD / "compiler", f"{compiler()} {_version(compiler())}\n")
     _write_if_changed(BUILD / "build.ninja", _ninja_file())
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    if subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs]).returncode:
+    if subprocess.run(["ninja", "-C", str(BUILD), "-j", jobs, target]).returncode:
         raise RuntimeError(f"the CUDA library does not compile ({VARIABLE}=0 installs without it)")
-    return BUILD / LIBRARY
+    return BUILD / target
 
 
 def _ninja_file() -> str:
@@ -115,6 +120,11 @@ def _ninja_file() -> str:
             for name, source in zip(objects, sources, strict=True)
         ),
         f"build {LIBRARY}: link {' '.join(objects)}",
+        "rule program",
+        "  command = $nvcc $flags $in -MD -MF $out.d -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        *(f"build {name}: program {_escaped(CSRC / 'tests' / name)}.cpp | compiler" for name in PROGRAMS),
     ]
     return "\n".join(lines) + "\n"
 

@@ -219,14 +219,10 @@ def test_machine_code_keeps_everything_in_registers(cuobjdump):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["emulation.cpp", "accumulator_map.cu"])
-def test_program(program, build_library, tmp_path):
+@pytest.mark.parametrize("program", ["emulation", "accumulator_map"])
+def test_program(program, build_library):
     """The kernels' own host and device code, and CuTe's maps, on the CPU."""
-    build_library.build()  # fetches CUTLASS's headers, if need be
-    includes = [option for folder in build_library.cutlass_includes() for option in ("-isystem", folder)]
-    nvcc, executable = build_library.compiler(), tmp_path / "program"
-    run(nvcc, *build_library.FLAGS, f"-I{CSRC}", *includes, CSRC / "tests" / program, "-o", executable)
-    run(executable)
+    run(build_library.build(program))
 
 
 def test_pipeline_model(tmp_path):

@@ -3,17 +3,17 @@
 #include <cstdio>
 
 #include "../accumulator.h"
-#include "../kernel.cuh"
+#include "../operand_tiles.h"
 
 using namespace cute;
 
 template <class Element>
 int check_accumulators() {
-  using Loop = betaclip::Mainloop<Element>;
+  using Tiles = betaclip::OperandTiles<Element>;
   const auto tile = make_identity_tensor(Shape<Int<betaclip::kTile>, Int<betaclip::kTile>>{});
   int wrong = 0, seen = 0;
   for (int thread = 0; thread < betaclip::kWarpgroup; ++thread) {
-    const auto mine = typename Loop::TiledMma{}.get_slice(thread).partition_C(tile);
+    const auto mine = typename Tiles::TiledMma{}.get_slice(thread).partition_C(tile);
     for (int slot = 0; slot < betaclip::kSlots; ++slot) {
       for (int line = 0; line < betaclip::kLines; ++line, ++seen) {
         const auto expected = mine(betaclip::accumulator_register(slot, line));
@@ -28,13 +28,13 @@ int check_accumulators() {
 }
 
 // TMA's first coordinate is the contiguous one. The shares of a cluster's blocks make up the tile.
-template <class Loop, class Map>
+template <class Tiles, class Map>
 int check_coordinates(const char *name, const Map &map, int blocks) {
   const int32_t count = 1 << 30, depth = 136, share = betaclip::kTile / blocks;
   int wrong = 0;
   for (int rank = 0; rank < blocks; ++rank) {
     for (const int32_t first : {0, 5, count - 1}) {
-      const auto tile = Loop::share_of_tile(map, rank, count, depth, first);
+      const auto tile = Tiles::share_of_tile(map, rank, count, depth, first);
       if (size<3>(tile) != (depth + betaclip::kDepth - 1) / betaclip::kDepth) ++wrong;
       if (size<1>(tile) != 1 || size<2>(tile) != 1) ++wrong;  // copies, for one step
       for (int step = 0; step < size<3>(tile); ++step) {
@@ -52,9 +52,9 @@ int check_coordinates(const char *name, const Map &map, int blocks) {
 
 template <class Element>
 int check() {
-  using Loop = betaclip::Mainloop<Element>;
-  return check_accumulators<Element>() + check_coordinates<Loop>("x", typename Loop::XMap{}, 1) +
-         check_coordinates<Loop>("y", typename Loop::YMap{}, betaclip::kCluster);
+  using Tiles = betaclip::OperandTiles<Element>;
+  return check_accumulators<Element>() + check_coordinates<Tiles>("x", typename Tiles::XMap{}, 1) +
+         check_coordinates<Tiles>("y", typename Tiles::YMap{}, betaclip::kCluster);
 }
 
 int main() { return check<__nv_bfloat16>() + check<__half>() == 0 ? 0 : 1; }
