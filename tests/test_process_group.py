@@ -85,6 +85,7 @@ def test_three_ranks(tmp_path, checks):
     processes(3, checks, tmp_path)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_torchrun(tmp_path):
     """The group exists inside the context only."""

@@ -45,14 +45,14 @@ P = ParamSpec("P")
 
 def _eager_over_ranks(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Let torch.compile break the graph around ``loss`` if it gathers: the host then reads what other ranks sent."""
-    eager = torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")
 
     @functools.wraps(loss)
     def run(*args: P.args, **options: P.kwargs) -> Tensor:
         gather = options.get("gather", "auto")
         grouped = gather is not False and dist.is_available() and dist.is_initialized()
         if torch.compiler.is_compiling() and grouped and (gather != "auto" or dist.get_world_size() > 1):
-            return eager(*args, **options)
+            # Here rather than once, since it imports torch._dynamo, which takes longer than all else of betaclip.
+            return torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")(*args, **options)
         return loss(*args, **options)
 
     return run

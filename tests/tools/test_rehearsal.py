@@ -21,6 +21,7 @@ from betaclip.model.weights import read_weights
 from betaclip.published import load_published
 from betaclip.training.log import read_metrics
 
+pytestmark = pytest.mark.slow
 PROGRAM = load_program(ROOT / "tools" / "rehearsal.py")
 
 

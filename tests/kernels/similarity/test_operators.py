@@ -53,7 +53,7 @@ def test_matches_reference_in_half_precision(check, backend, dtype):
 @pytest.mark.parametrize("d", [64, 96, 384, 640])
 @pytest.mark.parametrize("backend", FAST)
 def test_matches_reference_at_every_depth(check, backend, d):
-    check(backend, usual(backend), 20.0, 49, 66, d, True)
+    check(backend, usual(backend), 20.0, 33, 50, d, True)
 
 
 @CHECKS
@@ -77,7 +77,7 @@ def test_matches_reference_on_gpu(check, backend, dtype, d):
 @pytest.mark.parametrize("backend", FAST)
 def test_extreme_logits(check, backend, scale):
     """Logits far beyond the range of one shift: rows are computed again with their true maximum."""
-    check(backend, usual(backend), scale, 101, 75, 8, True)
+    check(backend, usual(backend), scale, 49, 66, 8, True)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -319,9 +319,8 @@ def test_gradcheck(backend):
     )
 
 
-@pytest.mark.parametrize("needed", ["x", "y", "scale", "x scale", "y scale", "bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_subset_of_gradients(backend, needed):
+def test_any_subset_of_gradients(backend):
     x, y, x_group, y_group = operands(33, 50, 16, widest(backend))
     require(backend, x.dtype)
     inputs = {"x": x, "y": y} | {
@@ -336,13 +335,12 @@ def test_any_subset_of_gradients(backend, needed):
 
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     everything = dict(zip(leaves, torch.autograd.grad(loss(**leaves), list(leaves.values())), strict=True))
-    some = {name: value.clone().requires_grad_(name in needed.split()) for name, value in inputs.items()}
-    loss(**some).backward()
-    for name, value in some.items():
-        if name in needed.split():
-            torch.testing.assert_close(value.grad, everything[name])
-        else:
-            assert value.grad is None
+    for needed in ({"x"}, {"y"}, {"scale"}, {"x", "scale"}, {"y", "scale"}, {"bias"}):
+        some = {name: value.clone().requires_grad_(name in needed) for name, value in inputs.items()}
+        loss(**some).backward()
+        assert {name for name, value in some.items() if value.grad is not None} == needed
+        for name in needed:
+            torch.testing.assert_close(some[name].grad, everything[name])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -464,10 +462,8 @@ def test_six_operators():
     assert len(names) <= 6
 
 
-@pytest.mark.parametrize(
-    "backend, compiler", [("reference", "aot_eager"), ("blockwise", "inductor"), ("cuda", "aot_eager")]
-)
-def test_compile(backend, compiler):
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "cuda"])
+def test_compile(backend):
     """One graph, and no wrong reuse of it at a second shape."""
 
     def loss(x, y, scale, x_group, y_group):
@@ -475,7 +471,7 @@ def test_compile(backend, compiler):
         rows = similarity_softplus(x, y, scale, None, x_group, y_group, backend=backend)
         return lse_x.clamp_min(-9).sum() + lse_y.clamp_min(-9).sum() + rows.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for n, m in ((12, 20), (18, 31)):
         x, y, x_group, y_group = operands(n, m, 8, widest(backend))
         scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
