@@ -101,6 +101,9 @@ class RunConfig:
     """Images of one update, over all ranks."""
     micro_batch_size: int | None = field(default=None, metadata={"was": "chunk"})
     """Images that a rank encodes at a time; by default its whole share of the batch."""
+    chunk_tokens: int | None = None
+    """Tokens that a rank encodes at a time, patches and texts together, in place of micro_batch_size: micro-batches of
+    gradient caching then have fewer images where texts are long. An image with more tokens is encoded alone."""
     accumulation: Literal["grad_cache", "mean"] = field(default="grad_cache", metadata={"was": "chunks"})
     """Over several micro-batches: one loss of all of them by gradient caching, or the mean of each one's loss."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -149,13 +152,21 @@ class TrainingConfig:
 def check(config: TrainingConfig, ranks: int) -> None:
     """Raise ConfigError for values that no run can have."""
     run = config.run
-    at_least_one = ("batch_size", "epochs", "steps", "micro_batch_size", "log_every", "checkpoint_every", "keep")
+    at_least_one = (
+        "batch_size", "epochs", "steps", "micro_batch_size", "chunk_tokens", "log_every", "checkpoint_every", "keep",
+    )  # fmt: skip
     for name in at_least_one:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigError(f"run.{name}: expected at least 1, got {value}")
     if run.batch_size < ranks:
         raise ConfigError(f"run.batch_size: expected at least {ranks}, one for each rank, got {run.batch_size}")
+    if run.chunk_tokens is not None and run.micro_batch_size is not None:
+        raise ConfigError(f"run.chunk_tokens: expected no run.micro_batch_size with it, got {run.micro_batch_size}; "
+                          "give --run.micro-batch-size None")  # fmt: skip
+    if run.chunk_tokens is not None and run.accumulation == "mean":
+        raise ConfigError("run.chunk_tokens: expected run.accumulation grad_cache, as the mean would weigh images by "
+                          "the length of their neighbours' texts, got mean")  # fmt: skip
     if run.workers < 0:
         raise ConfigError(f"run.workers: expected at least 0, got {run.workers}")
     if run.resume and run.name is None:

@@ -21,6 +21,9 @@ from betaclip.training.config import (
     [
         ({"batch_size": 3}, "run.batch_size: expected at least 4, one for each rank, got 3"),
         ({"micro_batch_size": 0}, "run.micro_batch_size: expected at least 1, got 0"),
+        ({"chunk_tokens": 0}, "run.chunk_tokens: expected at least 1, got 0"),
+        ({"chunk_tokens": 9, "micro_batch_size": 4}, "run.chunk_tokens: expected no run.micro_batch_size .* got 4"),
+        ({"chunk_tokens": 9, "accumulation": "mean"}, "run.chunk_tokens: expected run.accumulation grad_cache"),
         ({"steps": -1}, "run.steps: expected at least 1, got -1"),
         ({"workers": -1}, "run.workers: expected at least 0, got -1"),
         ({"resume": True}, "run.resume: expected run.name with it"),

@@ -39,8 +39,35 @@ def test_cached_micro_batches_equal_the_whole_batch():
         torch.testing.assert_close(row, rows[0], atol=1e-6, rtol=0)  # the losses of a row are float32
 
 
+def test_micro_batches_by_tokens_equal_the_whole_batch():
+    """As many images at a time as their tokens allow, among them one that has too many."""
+    batch = double(tiny_batch(9))
+    results, rows, sizes = [], [], []
+    for limit in (None, 29):
+        model = tiny_model().double()
+        train_step = create_step(model, config(chunk_tokens=limit))
+        rows.append(train_step(batch, 0, 9))
+        results.append(parameters(model))
+    model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0:2]))
+    train_step(batch, 1, 9)
+    counts = [5 * len(images) + len(texts.tokens) for images, texts in sizes]
+    assert len({len(images) for images, _ in sizes}) > 1 and sum(len(images) for images, _ in sizes) == 2 * 9
+    assert all(count <= 29 or len(images) == 1 for count, (images, _) in zip(counts, sizes, strict=True))
+    assert_same(results[1], results[0], 1e-12)
+    torch.testing.assert_close(rows[1], rows[0], atol=1e-6, rtol=0)
+
+
 def conditioned(**run) -> TrainingConfig:
     return replace(config(**run), loss=LossConfig(beta=0.2, conditioned_negatives=2, weights={"conditioned": 0.5}))
+
+
+def test_micro_batches_by_tokens_have_the_same_other_pictures_in_both_passes():
+    model, drawn = tiny_model(), []
+    train_step = create_step(model, conditioned(chunk_tokens=45))
+    model.register_forward_pre_hook(lambda module, arguments: drawn.append((len(arguments[0]), arguments[3])))
+    train_step(tiny_batch(9), 4, 9)
+    half = len(drawn) // 2
+    assert half > 1 and drawn[:half] == drawn[half:] and len({tuple(others) for _, others in drawn}) > 1
 
 
 @pytest.mark.parametrize("accumulation", ["grad_cache", "mean"])
@@ -254,7 +281,9 @@ def rank_equals_one_process(how: str, case: str) -> None:
     options = {"init_logit_bias": -2.0} if "bias" in case else {}
     loss = LossConfig("bce" if case == "bias in bce" else "ce")
     model = tiny_model(**options).double()
-    settings = replace(config(parallel=how, micro_batch_size=2 if case == "cached" else None), loss=loss)
+    # By tokens, one rank has more micro-batches than the other.
+    run = {"cached": {"micro_batch_size": 2}, "tokens": {"chunk_tokens": 25}}.get(case, {})
+    settings = replace(config(parallel=how, **run), loss=loss)
     train_step = create_step_of_rank(model, settings)
     rows = [train_step(part, step, 7) for step in range(2)]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -270,8 +299,8 @@ def rank_equals_one_process(how: str, case: str) -> None:
 @pytest.mark.parametrize(
     "how, cases",
     [
-        ("ddp", ["whole", "cached", "empty", "bias in bce", "bias in ce"]),
-        ("fsdp", ["cached", "empty", "bias in bce"]),
+        ("ddp", ["whole", "cached", "tokens", "empty", "bias in bce", "bias in ce"]),
+        ("fsdp", ["cached", "tokens", "empty", "bias in bce"]),
     ],
 )
 def test_ranks_equal_one_process(tmp_path, how, cases):
