@@ -33,16 +33,6 @@ def other_pictures(images: int, count: int, seed: int) -> list[int]:
     return drawn.tolist() + [0] * (count - len(drawn))
 
 
-def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
-    """Freeze the parameters that no loss term reaches: they would neither get a gradient nor should they decay."""
-    if not objective.needs("pooled_embeds", "pool_logit_scale"):
-        model.pool.requires_grad_(False)
-    if not objective.needs("logit_scale"):
-        model.logit_scale.requires_grad_(False)
-    if model.logit_bias is not None:
-        model.logit_bias.requires_grad_(objective.needs("logit_bias"))
-
-
 class TrainStep:
     """One update of the model; called with each batch in turn.
 

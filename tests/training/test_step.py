@@ -15,11 +15,12 @@ from betaclip.data.padding import pad_as_published
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.training import parallel
-from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
+from betaclip.training.config import GroupConfig, LockConfig, LoraConfig, LossConfig, TrainingConfig
+from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, freeze_unused, other_pictures
+from betaclip.training.step import TrainStep, other_pictures
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -258,7 +259,7 @@ def test_precision(precision):
 
 def create_step_of_rank(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
     group, objective = ProcessGroup.of(), Objective(settings.loss, several_ranks=True)
-    freeze_unused(model, objective)
+    freeze(model, settings, objective)
     wrapped = parallel.wrap(model, settings.run.parallel, group)
     return TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
 
@@ -282,14 +283,19 @@ def rank_equals_one_process(how: str, case: str) -> None:
     loss = LossConfig("bce" if case == "bias in bce" else "ce")
     model = tiny_model(**options).double()
     # By tokens, one rank has more micro-batches than the other.
-    run = {"cached": {"micro_batch_size": 2}, "tokens": {"chunk_tokens": 25}}.get(case, {})
-    settings = replace(config(parallel=how, **run), loss=loss)
+    cached = {"micro_batch_size": 2}
+    run = {"cached": cached, "locked": cached, "adapters": cached, "tokens": {"chunk_tokens": 20}}.get(case, {})
+    trained = {
+        "locked": {"lock": LockConfig(image=True, text=True, text_unlocked_layers=2, text_freeze_layer_norm=False)},
+        "adapters": {"lora": LoraConfig(rank=2)},
+    }.get(case, {})
+    settings = replace(config(parallel=how, **run), loss=loss, **trained)
     train_step = create_step_of_rank(model, settings)
     rows = [train_step(part, step, 7) for step in range(2)]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if group.is_first:
         one = tiny_model(**options).double()
-        alone = create_step(one, replace(config(), loss=loss))
+        alone = create_step(one, replace(config(), loss=loss, **trained))
         truth = [alone(whole, step, 7) for step in range(2)]
         assert_same(state, one.state_dict(), 1e-11)
         torch.testing.assert_close(torch.stack(rows), torch.stack(truth), atol=2e-6, rtol=0)
@@ -299,8 +305,8 @@ def rank_equals_one_process(how: str, case: str) -> None:
 @pytest.mark.parametrize(
     "how, cases",
     [
-        ("ddp", ["whole", "cached", "tokens", "empty", "bias in bce", "bias in ce"]),
-        ("fsdp", ["cached", "tokens", "empty", "bias in bce"]),
+        ("ddp", ["whole", "cached", "tokens", "locked", "adapters", "empty", "bias in bce", "bias in ce"]),
+        ("fsdp", ["cached", "tokens", "locked", "adapters", "empty", "bias in bce"]),
     ],
 )
 def test_ranks_equal_one_process(tmp_path, how, cases):
