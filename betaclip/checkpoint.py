@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ RUN_KEYS: dict[str, type] = {
     "interval": Tensor, "random": list,
 }  # fmt: skip
 MODEL_KEYS: dict[str, type] = {"model": dict}
+
+# Those after the last update, their average (EMA), or auto: the average if there is one.
+Weights = Literal["auto", "ema", "raw"]
+AVERAGED = "with the average of the weights (EMA); --weights raw takes those after the last update"
 
 _log = logging.getLogger(__name__)
 
@@ -267,19 +271,28 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def load_checkpoint(
-    path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    weights: Weights = "auto",
+    head_width: int = 64,
+    pool_heads: int = 8,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout. Adapters
+    of LoRA are merged.
 
     Args:
         path: the file or folder.
         device: where to put the model.
+        weights: ``"ema"``, the average of the weights that a run with ``optimizer.ema_decay`` keeps, ``"raw"``, the
+            weights after the last update, or ``"auto"``, the average if there is one. The model's ``averaged`` says
+            which it has.
         head_width, pool_heads: of a file in the published layout, as :func:`betaclip.published.load_published` takes
             them.
 
     Raises:
         FileNotFoundError: no such file, or a folder without checkpoints.
-        ValueError: the file has neither layout or is damaged; the message is one line that names it.
+        ValueError: the file has neither layout, is damaged, or has no average; the message is one line that names it.
     """
     path = Path(path)
     if path.is_dir():
@@ -287,17 +300,24 @@ def load_checkpoint(
         if found is None:
             raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
         path, content = found
-        return _model(path, content).to(device)
+        return _model(path, content, weights).to(device)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if _is_ours(path):
-        return _model(path, read(path, MODEL_KEYS)).to(device)
+        return _model(path, read(path, MODEL_KEYS), weights).to(device)
+    if weights == "ema":
+        raise ValueError(f"{path}: expected a checkpoint with averaged weights, got a file without")
     return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
 
 
-def _model(path: Path, content: dict[str, Any]) -> BetaCLIP:
+def _model(path: Path, content: dict[str, Any], weights: Weights) -> BetaCLIP:
+    if weights == "ema" and "ema" not in content:
+        raise ValueError(f"{path}: expected averaged weights, which a run with optimizer.ema_decay has, got none")
+    if weights == "raw":
+        content = {key: value for key, value in content.items() if key != "ema"}
     model = create_model(replace(_model_config(path, content), pretrained=None))
     load_state(model, weights_of(content, path), path)
+    model.averaged = "ema" in content
     return model
 
 

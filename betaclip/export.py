@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from betaclip.checkpoint import load_checkpoint
+from betaclip.checkpoint import AVERAGED, Weights, load_checkpoint
 from betaclip.errors import ConfigError
 from betaclip.files import reporting
 from betaclip.published import save_published
@@ -22,6 +22,9 @@ class ExportConfig:
     """The file to write, whose name ends in .safetensors."""
     to: Literal["published"]
     """The layout: that of the released β-CLIP checkpoints, which betaclip's other commands read as well."""
+    weights: Weights = "auto"
+    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
+    the average if there is one."""
 
 
 def export(config: ExportConfig) -> None:
@@ -34,7 +37,7 @@ def export(config: ExportConfig) -> None:
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"output: expected a name that ends in .safetensors, got {config.output}")
     try:
-        model = load_checkpoint(config.checkpoint)
+        model = load_checkpoint(config.checkpoint, weights=config.weights)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     with reporting(config.output):
@@ -46,4 +49,6 @@ def export(config: ExportConfig) -> None:
     # No tensor shows the heads; whoever loads the file with others gets another model.
     block = model.clip.visual.transformer.resblocks[0].attn
     heads = f"--head-width {block.embed_dim // block.num_heads} --pool-heads {model.config.pool_heads}"
+    if model.averaged:
+        print(AVERAGED)
     print(f"{config.output}: written; betaclip reads it with {heads}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from betaclip.checkpoint import load_checkpoint
+from betaclip.checkpoint import Weights, load_checkpoint
 from betaclip.data.transforms import EvaluationTransform, UnreadableImageError, read_image, to_rgb
 from betaclip.evaluation.encode import Squash, Transform, batches, encode_images, encode_slots, encode_texts, evaluating
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
@@ -157,6 +157,7 @@ def load(
     name: str | None = None,
     device: str = "auto",
     batch_size: int = 64,
+    weights: Weights = "auto",
     head_width: int = 64,
     pool_heads: int = 8,
 ) -> Model:
@@ -169,6 +170,8 @@ def load(
             ``encode_image``, ``encode_text`` and ``similarity`` only.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
+        weights: of a run with ``optimizer.ema_decay``: ``ema``, the average of the weights, ``raw``, those after the
+            last update, or ``auto``, the average if there is one. ``model.averaged`` of the result says which it has.
         head_width, pool_heads: of a file in the published layout, where no tensor shows them.
 
     Returns:
@@ -195,7 +198,7 @@ def load(
     """
     chosen = local_device(device)
     if name is None:
-        model = load_checkpoint(path, device=chosen, head_width=head_width, pool_heads=pool_heads)
+        model = load_checkpoint(path, device=chosen, weights=weights, head_width=head_width, pool_heads=pool_heads)
         return Model(model, batch_size=batch_size)
     return Model(create_model(ModelConfig(name, str(path))).to(chosen), batch_size=batch_size, pooled=False)
 

@@ -111,6 +111,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
             yield f"{prefix}{key}: {a!r} -> {b!r}"
 
 
+def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A result of :func:`to_dict`, with ``defaults`` for what it lacks."""
+    both = ((key, value, defaults.get(key)) for key, value in values.items())
+    tables = {key: filled(v, default) for key, v, default in both if isinstance(v, dict) and isinstance(default, dict)}
+    return defaults | values | tables
+
+
 def _build(default: Any, values: dict[str, Any], prefix: str, known: list[str]) -> Any:
     hints = get_type_hints(type(default))
     changes = {}

@@ -129,7 +129,11 @@ def finish(
     config: TrainConfig, runs: dict[str, Path], evaluator: Evaluator, process_group: ProcessGroup, device: torch.device
 ) -> None:
     """Evaluate each run's last checkpoint on all ranks; the first rank prints and writes results and pictures."""
-    models = {name: load_checkpoint(folder, device=device) for name, folder in runs.items()}
+    models = {}
+    for name, run_folder in runs.items():
+        models[name] = load_checkpoint(run_folder, device=device, weights="raw")
+        if config.optimizer.ema_decay is not None and (average := load_checkpoint(run_folder, device=device)).averaged:
+            models[f"{name}, EMA"] = average
     results = {
         run if set_name == "scenes" else f"{set_name}, {run}": values
         for run, model in models.items()
@@ -143,8 +147,8 @@ def finish(
         write_json(results, folder / "results.json")
         print(table(results))
     if config.data.kind == "scenes":
-        for name, model in models.items():
-            write_pictures(model, runs[name] / "attention", config.data.scenes_seed)
+        for name, run_folder in runs.items():
+            write_pictures(models[name], run_folder / "attention", config.data.scenes_seed)
     print(f"{folder} has checkpoints, curves.png" + (", results.json" if results else ""))
 
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from betaclip.checkpoint import load_checkpoint
+from betaclip.checkpoint import AVERAGED, Weights, load_checkpoint
 from betaclip.data.transforms import UnreadableImageError, read_image
 from betaclip.errors import ConfigError, OutputError
 from betaclip.evaluation.encode import Squash
@@ -44,6 +44,9 @@ class VisualizeConfig:
     """A picture of any shape; the model sees it squashed to a square."""
     texts: tyro.conf.Positional[tuple[str, ...]]
     """The texts, with one panel each."""
+    weights: Weights = "auto"
+    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
+    the average if there is one."""
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format, .png if it has none."""
     head_width: int = 64
@@ -66,8 +69,9 @@ def visualize(config: VisualizeConfig) -> None:
         try:
             image = read_image(config.image)
             model = load_checkpoint(
-                config.checkpoint, device=device, head_width=config.head_width, pool_heads=config.pool_heads
-            )
+                config.checkpoint, device=device, weights=config.weights,
+                head_width=config.head_width, pool_heads=config.pool_heads,
+            )  # fmt: skip
         except UnreadableImageError as error:
             raise ConfigError(f"image: {config.image}: {error}") from error
         except (OSError, ValueError) as error:
@@ -83,6 +87,8 @@ def visualize(config: VisualizeConfig) -> None:
         raise ConfigError(f"out: {error}") from error
     except ValueError as error:
         raise ConfigError(f"out: {out}: {error}") from error
+    if model.averaged:
+        print(AVERAGED)
     print(f"wrote {out}")
 
 

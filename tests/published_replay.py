@@ -15,9 +15,10 @@ from betaclip.model.texts import RaggedTexts
 from betaclip.process_group import SINGLE_PROCESS
 from betaclip.published import load_published
 from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, freeze_unused
+from betaclip.training.step import TrainStep
 
 COLUMNS = ("global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale")
 
@@ -52,7 +53,7 @@ def replay(path: str | Path, form: str) -> Tensor:
         run=RunConfig(batch_size=len(batches[0].images), accumulation="mean"),
     )
     objective = Objective(config.loss)
-    freeze_unused(model, objective)
+    freeze(model, config, objective)
     optimizer = create_optimizer(model, config.optimizer)
     step = TrainStep(model, model, objective, optimizer, config, SINGLE_PROCESS, len(rates))
     columns = [step.columns.index(name) for name in COLUMNS]

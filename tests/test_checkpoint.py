@@ -173,6 +173,16 @@ def test_model_and_optimizer_return(tmp_path):
     assert [g["weight_decay"] for g in other_optimizer.param_groups] == [0.1, 0.0]
 
 
+def test_average_that_is_missing(tmp_path):
+    model = create_model(ModelConfig())
+    path = checkpoint(tmp_path, 3, config={"model": {}}, model=model.state_dict())
+    with pytest.raises(ValueError, match=r"3\.pt: expected averaged weights, which a run with optimizer.ema_decay has"):
+        checkpoints.load_checkpoint(path, weights="ema")
+    assert (
+        not checkpoints.load_checkpoint(path).averaged and not checkpoints.load_checkpoint(path, weights="raw").averaged
+    )
+
+
 def test_published_layout(tmp_path):
     towers = {
         "embed_dim": 16,
@@ -205,8 +215,16 @@ def test_rejects(tmp_path):
         ValueError, match=r"half\.pt: config.model: expected the configuration of a model, got NoneType"
     ):
         checkpoints.load_checkpoint(tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: expected a checkpoint with averaged weights"):
+        checkpoints.load_checkpoint(tmp_path / "other.pt", weights="ema")
     (tmp_path / "run").mkdir()
+    model = {"config": {"model": {}}, "model": create_model(ModelConfig()).state_dict()}
+    adapter = {"x.base_layer.weight": torch.ones(2, 3), "x.lora_A.default.weight": torch.ones(1, 3)}
     for changes, message in (
+        (model | {"ema": [3]}, "ema: expected tensors by name, got list"),
+        (model | {"ema": {"x": 3}}, "expected tensors by name"),
+        (model | {"model": adapter}, "expected config.lora.alpha beside the weights of adapters, got None"),
+        ({"config": {"model": {}, "lora": {"alpha": 2}}, "model": adapter}, "x: expected an adapter for a weight"),
         ({}, "config.model: expected the configuration of a model, got NoneType"),
         ({"config": {"model": {"pool_heads": "x"}}}, "config.model: pool_heads: expected int, got 'x'"),
         ({"config": {"model": {"odd": 1}}}, "config.model: unknown key 'odd'"),

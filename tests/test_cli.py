@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import betaclip
 from betaclip import checkpoint, train
 from betaclip.cli import main
 from betaclip.files import lock_folder
+from betaclip.model.beta_clip import create_model
+from betaclip.published import load_published
 from betaclip.settings import config_path, read
 from betaclip.train import TrainConfig
 
@@ -135,6 +138,35 @@ kind = "mixture"
     assert all(torch.equal(whole["model"][name], value) for name, value in checkpoint.read(last)["model"].items())
 
 
+def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
+    """Every command takes a run's adapters merged, and the average of its weights unless it is told otherwise."""
+    pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
+    published = ["--model.context-length", "248", "--model.quick-gelu", "--model.no-pool-norm-inputs"]
+    trained = ["--lora.rank", "2", "--lora.targets", "out_proj", "c_fc", "--optimizer.ema-decay", "0.5"]
+    main([*tiny, *published, *trained, "--optimizer.layer-decay", "0.8", "--run.compare-global", "False"])
+    monkeypatch.setitem(sys.modules, "peft", None)  # only training needs it
+    run = str(tmp_path / "a")
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert set(results) == {"β-CLIP", "β-CLIP, EMA"}
+    raw, average, chosen = (betaclip.load(run, weights=weights).model for weights in ("raw", "ema", "auto"))
+    assert not raw.averaged and average.averaged and chosen.averaged
+    layer = "clip.visual.transformer.resblocks.0.attn.out_proj.weight"
+    for name in (layer, "pool.mlp.c_fc.weight"):
+        states = [model.state_dict()[name] for model in (raw, average, chosen)]
+        assert torch.equal(states[1], states[2]) and not torch.equal(states[0], states[1])
+    capsys.readouterr()
+    for options, name in (([], "β-CLIP, EMA"), (["--weights", "raw"], "β-CLIP")):
+        main(["evaluate", run, "--scenes", "4", "--no-conditioned", "--output", str(tmp_path / "x.json"), *options])
+        assert (checkpoint.AVERAGED in capsys.readouterr().out) is (not options)
+        found = json.loads((tmp_path / "x.json").read_text())["scenes"]
+        assert found["pointing/mass_in_box"] == pytest.approx(results[name]["pointing/mass_in_box"])
+    main(["export", run, str(tmp_path / "x.safetensors"), "--to", "published"])
+    exported = load_published(tmp_path / "x.safetensors", head_width=8, pool_heads=1)
+    started = create_model(replace(average.config, pretrained=str(checkpoint.latest(tmp_path / "a"))))
+    for other in (exported, started):
+        assert all(torch.equal(tensor, average.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
 def test_no_comparison(tiny, tmp_path):
     options = ["--run.compare-global", "False", "--run.steps", "1", "--evaluation.scenes", "0"]
     main([*tiny, *options, "--optimizer.backbone.warmup", "0", "--optimizer.pool.warmup", "0"])
@@ -144,6 +176,15 @@ def test_no_comparison(tiny, tmp_path):
 def test_errors_are_one_line(tiny, tmp_path, capsys):
     assert fails(capsys, "trian") == "betaclip: no command 'trian'; the nearest is 'train'\n"
     assert "nowhere.toml: No such file" in fails(capsys, "train", "--config", "nowhere.toml")
+    for options, message in (
+        (["--run.chunk-tokens", "0"], "run.chunk_tokens: expected at least 1, got 0"),
+        (["--lock.image", "--lock.image-unlocked-groups", "9"], "lock.image_unlocked_groups: expected 0 to 3"),
+        (["--lora.rank", "2", "--lora.targets", "attn"], "lora.targets: expected names of linear layers"),
+        (["--optimizer.layer-decay", "2"], "optimizer.layer_decay: expected above 0 and at most 1, got 2"),
+        (["--optimizer.ema-decay", "nan"], "optimizer.ema_decay: expected above 0 and below 1, got nan"),
+    ):
+        error = fails(capsys, *tiny, *options)
+        assert error.startswith(f"betaclip train: {message}") and error.count("\n") == 1
     assert "--config: expected a file" in fails(capsys, "train", "--config")
     (tmp_path / "odd.toml").write_text("[run]\nbatchsize = 3\n")
     message = fails(capsys, "train", f"--config={tmp_path / 'odd.toml'}")
@@ -234,7 +275,10 @@ def test_recipe_by_name(tmp_path, monkeypatch, capsys):
         config = read(TrainConfig(), config_path(f"vit_b16_sharegpt4v_{form}"))
         assert config.model.name == "ViT-B-16" and config.loss.form == form
     message = fails(capsys, "train", "--config", "vit")
-    assert "expected a TOML file or one of scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, got 'vit'" in message
+    assert (
+        "expected a TOML file or one of scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, " in message
+        and "got 'vit'" in message
+    )
     (tmp_path / "scenes").write_text("")  # a file goes before a recipe
     assert config_path("scenes") == Path("scenes")
 

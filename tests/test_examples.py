@@ -1,6 +1,11 @@
 """The examples run, they learn, and their losses are right."""
 
+import os
 import runpy
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -11,6 +16,10 @@ import torch.nn.functional as F
 from support.paths import ROOT
 from support.programs import load_program
 from torch import Tensor, nn
+
+from betaclip import cli
+from betaclip.errors import Stopped
+from betaclip.train import TrainConfig
 
 EXAMPLES = ROOT / "examples"
 IMAGES, TEXTS, PATCHES, WIDTH = 16, 3, 16, 32
@@ -188,3 +197,100 @@ def test_sentence_transformers(trainer: ModuleType) -> None:
         model = trainer.tiny_model()
         losses.append(trainer.train(model, kind(model), steps=3))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][2] < 0.95 * losses[0][0]
+
+
+# On a SLURM cluster
+
+
+class Cluster:
+    """SLURM's commands and torchrun, replaced by scripts; what they are called with goes to files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.write("srun", 'exec "$@"')
+        self.write(
+            "scontrol", f'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" > {folder}/scontrol.txt; fi'
+        )
+        self.torchrun("exit 0")
+
+    def write(self, name: str, script: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    def torchrun(self, then: str) -> None:
+        self.write("torchrun", f"printf '%s\\n' \"$@\" > {self.folder}/torchrun.txt\n{then}")
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        slurm = {"JOB_ID": "12", "JOB_NAME": "betaclip", "JOB_NODELIST": "node[7-8]", "JOB_NUM_NODES": "2"}
+        environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {"SLURM_GPUS_ON_NODE": "4"}
+        environment |= {"PATH": f"{self.folder}:{os.environ['PATH']}"}
+        return subprocess.Popen(["bash", str(EXAMPLES / "slurm.sh"), *options], env=environment)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_slurm_script_calls_torchrun(cluster: Cluster) -> None:
+    """With arguments that torchrun and the trainer take."""
+    from torch.distributed.run import get_args_parser
+
+    assert len((EXAMPLES / "slurm.sh").read_text(encoding="utf-8").splitlines()) < 60
+    assert cluster.start("--config", "scenes", "--run.seed", "3").wait() == 0
+    called = get_args_parser().parse_args((cluster.folder / "torchrun.txt").read_text().splitlines())
+    assert (called.nnodes, called.nproc_per_node, called.rdzv_endpoint) == ("2", "4", "node7:29500")
+    assert "SIGUSR1" in called.signals_to_handle.split(",") and called.module and called.training_script == "betaclip"
+    command, *options = called.training_script_args
+    assert command == "train" and not (cluster.folder / "scontrol.txt").exists()
+    config = cli._parse("train", TrainConfig, "train", options)
+    assert (config.run.name, config.run.resume, config.run.seed) == ("betaclip-12", True, 3)
+
+
+@pytest.mark.parametrize(("sent", "code"), [("USR1", 1), ("USR1", 0), ("TERM", 143)])
+def test_slurm_script_passes_signals_on(cluster: Cluster, sent: str, code: int) -> None:
+    """At the end of its time a job is queued again, unless training has ended. A preempted one SLURM queues itself."""
+    cluster.torchrun(f"trap 'exit {code}' {sent}; touch {cluster.folder}/started; while true; do sleep 0.02; done")
+    script = cluster.start()
+    while not (cluster.folder / "started").exists():
+        assert script.poll() is None
+        time.sleep(0.01)
+    script.send_signal(getattr(signal, f"SIG{sent}"))
+    queued = (sent, code) == ("USR1", 1)
+    assert script.wait() == (0 if queued else code)
+    assert (cluster.folder / "scontrol.txt").exists() is queued
+    assert not queued or (cluster.folder / "scontrol.txt").read_text() == "requeue 12\n"
+
+
+def test_slurm_script_reports_failures(cluster: Cluster) -> None:
+    cluster.torchrun("exit 3")
+    assert cluster.start().wait() == 3 and not (cluster.folder / "scontrol.txt").exists()
+
+
+@pytest.fixture
+def user_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("trainer", [("slurm_submitit", "submitit")], indirect=True)
+@pytest.mark.usefixtures("user_signals")
+def test_submitit(trainer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submitit's signal becomes the trainer's; when the trainer has saved, submitit queues the same options again."""
+    events: list[object] = []
+
+    def train(arguments: list[str]) -> None:
+        events.append(arguments)
+        signal.signal(signal.SIGUSR1, lambda *_: events.append("saves"))
+        signal.raise_signal(signal.SIGUSR2)
+        raise Stopped(signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR2, lambda *_: events.append("queues again"))
+    monkeypatch.setattr(trainer.cli, "main", train)
+    run = trainer.Train("--run.name", "first")
+    assert run.checkpoint().function.options == run.options
+    trainer.executor(tmp_path, "debug").submit(run).result()
+    assert events == [["train", "--run.resume", "--run.name", "first"], "saves", "queues again"]

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from betaclip.errors import ConfigError
-from betaclip.settings import differences, from_dict, keys, read, to_dict, to_toml
+from betaclip.settings import differences, filled, from_dict, keys, read, to_dict, to_toml
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,9 @@ def test_keys_and_differences():
     assert "second.limit" in list(keys(Whole))
     old, new = Whole(), Whole(root=Path("r"), first=Part(steps=4))
     assert list(differences(to_dict(old), to_dict(new))) == ["first.steps: 3 -> 4", "root: None -> 'r'"]
+
+
+def test_filled():
+    defaults = {"a": 1, "b": {"c": 2, "d": 3}, "e": {"f": 4}}
+    assert filled({"a": 5, "b": {"d": 6}, "x": 7}, defaults) == {"a": 5, "b": {"c": 2, "d": 6}, "e": {"f": 4}, "x": 7}
+    assert filled({"b": 5}, defaults)["b"] == 5

@@ -1,17 +1,21 @@
 """The settings of ``betaclip train``, and what it composes. Whole runs of the command are in test_cli."""
 
+import json
 from dataclasses import fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+import open_clip
 import pytest
 from support.paths import ROOT
+from torch._subclasses import FakeTensorMode
 
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
+from betaclip.model.beta_clip import create_model
 from betaclip.settings import read, to_toml
 from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator
-from betaclip.training.config import GroupConfig, OptimizerConfig
+from betaclip.training.config import GroupConfig, OptimizerConfig, check
 
 CONFIGS = ROOT / "configs"
 DATA_OF_THE_RELEASED_CODE = {
@@ -44,6 +48,22 @@ def test_published_recipes(form, tmp_path):
     assert config.run.accumulation == "mean"
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert read(TrainConfig(), tmp_path / "config.toml") == config
+
+
+def test_recipe_of_the_large_model():
+    """That of the small model, but for the towers and what makes room for them. It builds without memory."""
+    small, config = (read(TrainConfig(), CONFIGS / f"vit_{name}_sharegpt4v_ce.toml") for name in ("b16", "l14"))
+    model = replace(small.model, name="ViT-L-14", gradient_checkpointing=True)
+    assert config == replace(small, model=model) and config.model.pretrained == "openai"
+    check(config, ranks=4)
+    towers = json.dumps(open_clip.get_model_config(config.model.name))  # open_clip moves by name, which fakes cannot do
+    with FakeTensorMode():  # its tensors have no memory, as those of the meta device
+        built = create_model(replace(config.model, name=towers, pretrained=None, quick_gelu=True))
+    assert (built.embed_dim, built.patch_grid, built.context_length, built.image_size) == (768, (16, 16), 248, 224)
+    assert (
+        built.clip.transformer.resblocks[0].attn.num_heads == 12 and len(built.clip.visual.transformer.resblocks) == 24
+    )
+    assert round(sum(parameter.numel() for parameter in built.parameters()) / 1e6) == 435
 
 
 def test_recorded_run_loads():

@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from betaclip.checkpoint import load_checkpoint
+from betaclip.checkpoint import AVERAGED, Weights, load_checkpoint
 from betaclip.data.readers import fg_ovd
 from betaclip.data.readers.class_folders import ClassFolders
 from betaclip.data.registry import RETRIEVAL_SETS
@@ -36,6 +36,9 @@ class EvaluateConfig(EvaluationConfig):
     """A checkpoint, a run's folder, or a file in the published layout."""
     output: Path | None = None
     """JSON file for the results."""
+    weights: Weights = "auto"
+    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
+    the average if there is one."""
     head_width: int = 64
     """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
     pool_heads: int = 8
@@ -60,12 +63,15 @@ def evaluate(config: EvaluateConfig) -> Results:
             if config.output is not None:  # fails before hours of work, if it fails
                 config.output.parent.mkdir(parents=True, exist_ok=True)
             model = load_checkpoint(
-                config.checkpoint, device=device, head_width=config.head_width, pool_heads=config.pool_heads
-            )
+                config.checkpoint, device=device, weights=config.weights,
+                head_width=config.head_width, pool_heads=config.pool_heads,
+            )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         if process_group.is_first:
             evaluator.log_unusable()
+            if model.averaged:
+                print(AVERAGED)
         results = evaluator(model, process_group)
         if process_group.is_first:
             print(table(results))

@@ -87,6 +87,7 @@ class BetaCLIP(nn.Module):
         embed_dim: D.
         image_size: height and width of the images, in pixels.
         patch_grid: rows and columns of the patches, P in all.
+        averaged: whether the weights are a checkpoint's average (EMA), as ``load_checkpoint`` notes.
 
     Raises:
         NotImplementedError: the towers cannot be used; the message lists every reason.
@@ -117,6 +118,7 @@ class BetaCLIP(nn.Module):
         self.embed_dim: int = clip.visual.output_dim
         self.image_size: int = clip.visual.image_size[0]
         self.patch_grid: tuple[int, int] = clip.visual.grid_size
+        self.averaged = False
         self.pool = TextConditionedPool(
             self.embed_dim, config.pool_heads, norm_inputs=config.pool_norm_inputs, identity=config.pool_identity
         )

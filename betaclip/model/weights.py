@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from betaclip.model.adapters import has_adapters, merge_adapters
+
 # Keys under which checkpoints hold the weights.
 _HOLDERS = ("model", "state_dict", "model_state_dict", "module")
 # Modules that wrappers put around others, anywhere in a name, and a prefix that trainers put before all names.
@@ -31,7 +33,8 @@ def read_weights(path: Path | str, *, allow_pickle: bool = False) -> dict[str, T
 
     The weights may lie in a dictionary with other training state (under "model", "state_dict", "model_state_dict" or
     "module"). The modules that wrappers add to names ("module", "_orig_mod", those of FSDP and activation
-    checkpointing) are left out wherever they stand, and so is "model." before all names.
+    checkpointing) are left out wherever they stand, and so is "model." before all names. In betaclip's checkpoints, the
+    average of the weights (EMA) takes their place if there is one, and LoRA's adapters are merged.
 
     Args:
         path: the file.
@@ -54,6 +57,10 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
     state: Any = content
     for _ in range(4):  # a damaged file may hold a dictionary that holds itself
         state = next((state[holder] for holder in _HOLDERS if isinstance(state.get(holder), Mapping)), state)
+    if "betaclip" in content and "ema" in content:
+        if not isinstance(content["ema"], Mapping):
+            raise ValueError(f"{path}: ema: expected tensors by name, got {type(content['ema']).__name__}")
+        state = {**state, **content["ema"]}
     others = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if not state or others:
         keys = ", ".join(map(_name, list(state)[:8])) or "(none)"
@@ -71,7 +78,19 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
     for name, tensor in weights.items():
         if name not in _COUNTS and (reason := unusable(tensor)):
             raise ValueError(f"{path}: {_name(name)}: {reason}")
-    return weights
+    return _without_adapters(weights, content, path) if has_adapters(weights) else weights
+
+
+def _without_adapters(weights: dict[str, Tensor], content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor]:
+    config = content.get("config")
+    lora = config.get("lora") if isinstance(config, Mapping) else None
+    alpha = lora.get("alpha") if isinstance(lora, Mapping) else None
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"{path}: expected config.lora.alpha beside the weights of adapters, got {alpha!r:.80}")
+    try:
+        return merge_adapters(weights, alpha)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_file(path: Path | str, *, allow_pickle: bool = False, mmap: bool = False) -> Mapping[str, Any]:

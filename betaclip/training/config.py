@@ -1,5 +1,6 @@
 """The settings of a training run. The defaults train on rendered scenes, on a CPU."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,44 @@ class OptimizerConfig:
     reaches lr one update earlier, and the fall would reach final_lr one update after the last."""
     weight_decay: float = 0.01
     """Applied to parameters with more than one dimension: not to biases, norms and scales."""
+    layer_decay: float = 1.0
+    """Factor between the learning rates of a tower's layers: the head has the backbone's rate, each block before it
+    this times the rate of the next, and the embeddings the lowest. 1 gives all the same."""
+    ema_decay: float | None = None
+    """Also keep an exponential moving average (EMA) of the weights, with this decay per update, such as 0.9998."""
+
+
+@dataclass(frozen=True)
+class LockConfig:
+    """Parts of the towers that are not trained, by open_clip's names."""
+
+    image: bool = False
+    """Freeze the image tower."""
+    image_unlocked_groups: int = 0
+    """Number of the image tower's last groups that are trained nevertheless: 1 is the projection, 2 also the last block
+    with the norm after it, each further one a block, and the last group the embeddings."""
+    image_freeze_layer_norm: bool = True
+    """Freeze the LayerNorms of the frozen groups as well."""
+    text: bool = False
+    """Freeze the text tower."""
+    text_unlocked_layers: int = 0
+    """Number of the text tower's last groups that are trained nevertheless, counted as in the image tower."""
+    text_freeze_layer_norm: bool = True
+    """Freeze the LayerNorms of the frozen groups as well."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) in the towers, by the library peft. Only they and the pooling block are trained."""
+
+    rank: int = 0
+    """Rank of the adapters (PEFT's r); 0 adds none."""
+    alpha: float = 16.0
+    """What adapters compute is multiplied by alpha / rank (PEFT's lora_alpha)."""
+    targets: tuple[str, ...] = ("out_proj", "c_fc", "c_proj")
+    """Names of the towers' linear layers that get adapters (PEFT's target_modules)."""
+    dropout: float = 0.0
+    """Dropout of what adapters are given (PEFT's lora_dropout)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +140,9 @@ class RunConfig:
     """Images of one update, over all ranks."""
     micro_batch_size: int | None = field(default=None, metadata={"was": "chunk"})
     """Images that a rank encodes at a time; by default its whole share of the batch."""
+    chunk_tokens: int | None = None
+    """Tokens that a rank encodes at a time, patches and texts together, in place of micro_batch_size: micro-batches of
+    gradient caching then have fewer images where texts are long. An image with more tokens is encoded alone."""
     accumulation: Literal["grad_cache", "mean"] = field(default="grad_cache", metadata={"was": "chunks"})
     """Over several micro-batches: one loss of all of them by gradient caching, or the mean of each one's loss."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -142,6 +184,8 @@ class TrainingConfig:
     # The lower β is, the more a thing must be told from those beside it. At 0, or with a pooling block that learns as
     # fast as the towers, pooled embeddings tell texts apart without the picture.
     loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1))
+    lock: LockConfig = field(default_factory=LockConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -149,13 +193,21 @@ class TrainingConfig:
 def check(config: TrainingConfig, ranks: int) -> None:
     """Raise ConfigError for values that no run can have."""
     run = config.run
-    at_least_one = ("batch_size", "epochs", "steps", "micro_batch_size", "log_every", "checkpoint_every", "keep")
+    at_least_one = (
+        "batch_size", "epochs", "steps", "micro_batch_size", "chunk_tokens", "log_every", "checkpoint_every", "keep",
+    )  # fmt: skip
     for name in at_least_one:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigError(f"run.{name}: expected at least 1, got {value}")
     if run.batch_size < ranks:
         raise ConfigError(f"run.batch_size: expected at least {ranks}, one for each rank, got {run.batch_size}")
+    if run.chunk_tokens is not None and run.micro_batch_size is not None:
+        raise ConfigError(f"run.chunk_tokens: expected no run.micro_batch_size with it, got {run.micro_batch_size}; "
+                          "give --run.micro-batch-size None")  # fmt: skip
+    if run.chunk_tokens is not None and run.accumulation == "mean":
+        raise ConfigError("run.chunk_tokens: expected run.accumulation grad_cache, as the mean would weigh images by "
+                          "the length of their neighbours' texts, got mean")  # fmt: skip
     if run.workers < 0:
         raise ConfigError(f"run.workers: expected at least 0, got {run.workers}")
     if run.resume and run.name is None:
@@ -165,6 +217,29 @@ def check(config: TrainingConfig, ranks: int) -> None:
                           f"got {config.model.pretrained}; give --model.pretrained None")  # fmt: skip
     if run.parallel == "fsdp" and run.precision == "fp16":
         raise ConfigError("run.precision: fp16's gradient scaler does not support run.parallel=fsdp; take bf16, or ddp")
+    _check_trained_parts(config)
+
+
+def _check_trained_parts(config: TrainingConfig) -> None:
+    """Raise ConfigError for values of lock, lora and of the optimizer's options for layers and averages."""
+    lock, lora, optimizer = config.lock, config.lora, config.optimizer
+    for tower, unlocked in (("image", "image_unlocked_groups"), ("text", "text_unlocked_layers")):
+        if getattr(lock, unlocked) and not getattr(lock, tower):
+            raise ConfigError(f"lock.{unlocked}: expected lock.{tower} with it, which freezes the others")
+    if lora.rank < 0:
+        raise ConfigError(f"lora.rank: expected at least 0, got {lora.rank}")
+    if lora.rank and (lock.image or lock.text):
+        raise ConfigError("lora.rank: expected no lock.image or lock.text with it, as adapters leave the towers frozen")
+    if lora.rank and not lora.targets:
+        raise ConfigError("lora.targets: expected at least one name, got none")
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError(f"lora.dropout: expected at least 0 and below 1, got {lora.dropout:g}")
+    if not 0 < lora.alpha < math.inf:
+        raise ConfigError(f"lora.alpha: expected above 0, got {lora.alpha:g}")
+    if not 0 < optimizer.layer_decay <= 1:
+        raise ConfigError(f"optimizer.layer_decay: expected above 0 and at most 1, got {optimizer.layer_decay:g}")
+    if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
+        raise ConfigError(f"optimizer.ema_decay: expected above 0 and below 1, got {optimizer.ema_decay:g}")
 
 
 # The names of what a run writes into its folder. Its name alone may have been given to what a scheduler writes there.
@@ -174,11 +249,13 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-# Settings that a resumed run must have as they were: others make another model, or take other samples. The order of the
-# data source has the rest of what its samples depend on.
+# Settings that a resumed run must have as they were: others make another model, train other parts of it, or take other
+# samples. The order of the data source has the rest of what its samples depend on.
 FIXED_SETTINGS = (
     "model.name", "model.context_length", "model.pool_heads", "model.pool_norm_inputs",
-    "data.kind", "data.scenes_seed", "data.shuffle",
+    "data.kind", "data.scenes_seed", "data.shuffle", "lora.rank", "lora.alpha", "lora.targets", "optimizer.layer_decay",
+    "lock.image", "lock.image_unlocked_groups", "lock.image_freeze_layer_norm",
+    "lock.text", "lock.text_unlocked_layers", "lock.text_freeze_layer_norm",
 )  # fmt: skip
 
 

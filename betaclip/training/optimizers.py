@@ -9,26 +9,32 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from betaclip.training.config import GroupConfig, OptimizerConfig
+from betaclip.training.layer_rates import layers
+from betaclip.training.parallel import by_kind
 
 PARTS = ("backbone", "pool")
 
 
 def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW for the parameters that require a gradient, grouped by part of the model, weight decay and sharding.
+    """AdamW for the parameters that require a gradient, grouped by part of the model, weight decay, sharding and
+    the layer's share of the learning rate, "lr_scale".
 
     The part "pool" is ``model.pool``, the rest is the backbone. Parameters with at most one dimension (biases, gains of
     norms, logit scales) are not decayed; embeddings are, the CLS token's too, as in the published recipe.
     """
-    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    layer = layers(name for name, _ in model.named_parameters())
+    groups: dict[tuple[str, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            scale = layer[name].scale(config.layer_decay) if name in layer else 1.0
             decays = parameter.dim() > 1 or name.endswith("class_embedding")
             # Scalars are never sharded, and the fused update does not mix sharded parameters and others.
-            groups.setdefault((part_of(name), decays, parameter.dim() == 0), []).append(parameter)
+            groups.setdefault((part_of(name), scale, decays, parameter.dim() == 0), []).append(parameter)
+    decay = {True: config.weight_decay, False: 0.0}
     return torch.optim.AdamW(
         [
-            {"params": parameters, "part": part, "weight_decay": config.weight_decay if decays else 0.0}
-            for (part, decays, _), parameters in sorted(groups.items())
+            {"params": parameters, "part": part, "lr_scale": scale, "weight_decay": decay[decays]}
+            for (part, scale, decays, _), parameters in sorted(groups.items(), key=lambda group: group[0])
         ],
         lr=config.backbone.lr,
         betas=config.betas,
@@ -58,7 +64,16 @@ def learning_rate(step: int, steps: int, config: GroupConfig, schedule: str = "e
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimizerConfig) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, getattr(config, group["part"]), config.schedule)
+        rate = learning_rate(step, steps, getattr(config, group["part"]), config.schedule)
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # checkpoints before layer_decay have none
+
+
+def highest_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate of each part; with layer-wise rates, that of its head."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
+    return rates
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> dict[str, Tensor]:
@@ -77,17 +92,11 @@ def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) ->
         limit = getattr(config, part).clip_norm
         if limit is not None:
             # PyTorch does not clip sharded parameters and others in one list.
-            for kind in _by_kind(parameters):
+            for kind in by_kind(parameters):
                 nn.utils.clip_grads_with_norm_(kind, limit, norms[part])
     return norms
 
 
 def _norm(gradients: Iterable[Tensor]) -> Tensor:
-    norms: list[Any] = [nn.utils.get_total_norm(kind) for kind in _by_kind(gradients)]
+    norms: list[Any] = [nn.utils.get_total_norm(kind) for kind in by_kind(gradients)]
     return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-
-
-def _by_kind(tensors: Iterable[Any]) -> list[list[Any]]:
-    tensors = list(tensors)
-    kinds = [[t for t in tensors if isinstance(t, DTensor) is sharded] for sharded in (False, True)]
-    return [kind for kind in kinds if kind]

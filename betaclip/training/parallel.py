@@ -1,13 +1,14 @@
 """DistributedDataParallel or fully_shard around a model, and when its gradients are reduced over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from betaclip.errors import ConfigError
@@ -42,6 +43,13 @@ def wrap(model: nn.Module, how: Literal["ddp", "fsdp"], process_group: ProcessGr
 def _scalars(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that fully_shard cannot shard."""
     return [p for p in model.parameters() if p.dim() == 0]
+
+
+def by_kind(tensors: Iterable[Any]) -> list[list[Any]]:
+    """Those that are not sharded, and those that are; without an empty list."""
+    tensors = list(tensors)
+    kinds = [[t for t in tensors if isinstance(t, DTensor) is sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 @contextmanager

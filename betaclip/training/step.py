@@ -15,6 +15,7 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainingConfig
 from betaclip.training.gradient_cache import cached_backward
+from betaclip.training.micro_batches import token_bounds, tokens_per_image
 from betaclip.training.objective import Objective, captions
 from betaclip.training.optimizers import PARTS, clip_gradients, set_learning_rates
 from betaclip.training.parallel import finish_gradients, no_sync
@@ -30,16 +31,6 @@ def other_pictures(images: int, count: int, seed: int) -> list[int]:
     random = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(max(images - 1, 0), generator=random, device="cpu")[:count] + 1
     return drawn.tolist() + [0] * (count - len(drawn))
-
-
-def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
-    """Freeze the parameters that no loss term reaches: they would neither get a gradient nor should they decay."""
-    if not objective.needs("pooled_embeds", "pool_logit_scale"):
-        model.pool.requires_grad_(False)
-    if not objective.needs("logit_scale"):
-        model.logit_scale.requires_grad_(False)
-    if model.logit_bias is not None:
-        model.logit_bias.requires_grad_(objective.needs("logit_bias"))
 
 
 class TrainStep:
@@ -143,11 +134,18 @@ class TrainStep:
         return replace(batch, texts=pad_as_published(batch.texts, self.model.end_token))
 
     def _micro_batches(self, batch: Batch, images: int) -> list[Batch]:
-        """Parts with about the same number of images. Each may be a collective, so that all ranks have the same number
-        of parts whatever bad data took from their shares; some parts may be empty."""
-        largest_share = -(-images // self.process_group.size)
-        count = -(-largest_share // (self.config.run.micro_batch_size or largest_share))
-        bounds = [len(batch.paths) * i // count for i in range(count + 1)]
+        """Parts with about the same number of images, or with at most ``chunk_tokens``. Each may be a collective, so
+        that all ranks have the same number of parts whatever their shares hold; some parts may be empty."""
+        run = self.config.run
+        if run.chunk_tokens is None:
+            largest_share = -(-images // self.process_group.size)
+            count = -(-largest_share // (run.micro_batch_size or largest_share))
+            bounds = [len(batch.paths) * i // count for i in range(count + 1)]
+        else:
+            rows, columns = self.model.patch_grid
+            bounds = token_bounds(tokens_per_image(batch, rows * columns), run.chunk_tokens)
+            count = int(self.process_group.max(torch.tensor(len(bounds), device="cpu")))
+            bounds += [len(batch.paths)] * (count - len(bounds))
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
 
     def _with_others(self, micro_batches: list[Batch], step: int) -> list[tuple[Batch, list[int]]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,19 @@ from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state
-from betaclip.settings import differences, from_dict, to_dict, to_toml
+from betaclip.settings import differences, filled, from_dict, to_dict, to_toml
 from betaclip.signals import StopSignals, stop_signals
 from betaclip.training import parallel
 from betaclip.training.config import TrainingConfig, check_resume, check_schedules, is_fixed
 from betaclip.training.data_source import create_data_source
+from betaclip.training.ema import WeightAverage
+from betaclip.training.freezing import freeze
+from betaclip.training.layer_rates import summary
 from betaclip.training.log import Log, MetricsBuffer
 from betaclip.training.objective import Objective
-from betaclip.training.optimizers import create_optimizer
+from betaclip.training.optimizers import create_optimizer, highest_rates
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, freeze_unused
+from betaclip.training.step import TrainStep
 
 
 class Evaluated(NamedTuple):
@@ -73,7 +76,9 @@ class Trainer:
         # Save the config as resolved from the weights, not as given.
         self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
         objective = Objective(config.loss, several_ranks=process_group.size > 1)
-        freeze_unused(self.model, objective)
+        freeze(self.model, config, objective)
+        if config.optimizer.layer_decay != 1 and process_group.is_first:
+            print(summary((name for name, _ in self.model.named_parameters()), config.optimizer.layer_decay))
         if config.run.compile:
             compile_(self.model)
         self.data = create_data_source(config, self.model, process_group, device)
@@ -81,6 +86,8 @@ class Trainer:
         check_schedules(config.optimizer, self.steps)
         wrapped = parallel.wrap(self.model, config.run.parallel, process_group)
         self.optimizer = create_optimizer(self.model, config.optimizer)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else WeightAverage(self.model, decay)
         self.train_step = TrainStep(self.model, wrapped, objective, self.optimizer, config, process_group, self.steps)
         self.metrics = MetricsBuffer(self.train_step.columns, self.train_step.must_be_finite)
         self.bad = BadData(config.data.bad_limit)
@@ -142,6 +149,8 @@ class Trainer:
         self.bad.add(batch.bad, len(batch.images))
         images = self.data.images(self.step)
         self.metrics.add(self.train_step(batch, self.step, images), batch.paths, images, waited_s)
+        if self.average is not None:
+            self.average.update()
         self.step += 1
 
     def _after_step(self, log: Log | None, signals: StopSignals) -> None:
@@ -176,6 +185,8 @@ class Trainer:
             "evaluation_due": self._evaluation_due,
             "random": self.process_group.gather_objects(checkpoints.random_states()),
         }
+        if self.average is not None:
+            content["ema"] = self.average.state()
         if self.process_group.is_first:
             checkpoints.write(checkpoints.checkpoint_path(self.folder, self.step), content, self.config.run.keep)
         self._saved_step = self.step
@@ -184,13 +195,15 @@ class Trainer:
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         self._check_resumable(content)
         if self.process_group.is_first:
-            for change in differences(content["config"], to_dict(self.config)):
+            for change in self._changes(content):
                 print(f"changed since the checkpoint: {change}")
             checkpoints.set_aside_later(self.folder, content["step"])
         self.step = self._saved_step = content["step"]
         self._evaluation_due = content.get("evaluation_due", False)
         try:
             checkpoints.restore(self.model, self.optimizer, content)
+            if self.average is not None:  # without one in the checkpoint, it starts from these weights
+                self.average.restore(content["model"] | content.get("ema", {}))
             self.train_step.scaler.load_state_dict(content["scaler"])
             self.metrics.restore(content["interval"].to(self.device))
             if self.process_group.rank < len(content["random"]):
@@ -199,13 +212,13 @@ class Trainer:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(f"run.resume: {path} does not fit this run: {reason}") from error
 
+    def _changes(self, content: dict[str, Any]) -> list[str]:
+        """The settings that differ from those of the checkpoint. What its version did not have was as by default."""
+        return list(differences(filled(content["config"], to_dict(type(self.config)())), to_dict(self.config)))
+
     def _check_resumable(self, content: dict[str, Any]) -> None:
         """Raise ConfigError for a run that would not be the checkpoint's run."""
-        fixed = [
-            change
-            for change in differences(content["config"], to_dict(self.config))
-            if is_fixed(change.partition(":")[0])
-        ]
+        fixed = [change for change in self._changes(content) if is_fixed(change.partition(":")[0])]
         if fixed:
             raise ConfigError(
                 f"run.resume: {', '.join(fixed)} since the checkpoint, which makes it another run; start a new "
@@ -257,7 +270,7 @@ class Trainer:
         if log is not None:
             metrics = self.metrics.means(self.device)
             metrics["epoch"] = self.step / self.data.steps_per_epoch
-            rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+            rates = highest_rates(self.optimizer)
             log.write(self.step, metrics | {f"lr_{part}": rate for part, rate in rates.items()})
         self.metrics.clear()
 
@@ -268,16 +281,24 @@ class Trainer:
         # Every call of a sharded model is a collective, so that all ranks must evaluate the same samples.
         group = SINGLE_PROCESS if isinstance(self.model, FSDPModule) else self.process_group
         states = checkpoints.random_states()  # evaluation must not change the run
+        weights_to_evaluate: list[AbstractContextManager[None]] = [nullcontext()]
+        if self.average is not None:
+            weights_to_evaluate.append(self.average.applied())
+        found = []
         try:
-            with signals.interruptible() if self.process_group.size == 1 else nullcontext():
-                found = self.evaluate(self.model, group)
+            for weights in weights_to_evaluate:
+                with weights, signals.interruptible() if self.process_group.size == 1 else nullcontext():
+                    found.append(self.evaluate(self.model, group))
         except Stopped:
             return
         finally:
             checkpoints.set_random_states(states)
         self._evaluation_due = False
         if log is not None:
-            log.write_evaluation(self.step, found.metrics, found.table)
+            metrics = found[0].metrics | {f"ema/{name}": v for one in found[1:] for name, v in one.metrics.items()}
+            log.write_evaluation(
+                self.step, metrics, "\nwith averaged weights (EMA):\n".join(one.table for one in found)
+            )
 
 
 def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | None, dict[str, Any] | None]:

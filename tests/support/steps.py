@@ -10,9 +10,10 @@ from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import SINGLE_PROCESS
 from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
-from betaclip.training.step import TrainStep, freeze_unused
+from betaclip.training.step import TrainStep
 
 # Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
 OPTIMIZER = OptimizerConfig(
@@ -26,7 +27,7 @@ def config(**run: Any) -> TrainingConfig:
 
 def create_step(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
     objective = Objective(settings.loss)
-    freeze_unused(model, objective)
+    freeze(model, settings, objective)
     return TrainStep(model, model, objective, create_optimizer(model, settings.optimizer), settings, SINGLE_PROCESS, 10)
 
 

@@ -7,6 +7,8 @@ from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
 from betaclip.training.config import (
     GroupConfig,
+    LockConfig,
+    LoraConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
@@ -21,6 +23,9 @@ from betaclip.training.config import (
     [
         ({"batch_size": 3}, "run.batch_size: expected at least 4, one for each rank, got 3"),
         ({"micro_batch_size": 0}, "run.micro_batch_size: expected at least 1, got 0"),
+        ({"chunk_tokens": 0}, "run.chunk_tokens: expected at least 1, got 0"),
+        ({"chunk_tokens": 9, "micro_batch_size": 4}, "run.chunk_tokens: expected no run.micro_batch_size .* got 4"),
+        ({"chunk_tokens": 9, "accumulation": "mean"}, "run.chunk_tokens: expected run.accumulation grad_cache"),
         ({"steps": -1}, "run.steps: expected at least 1, got -1"),
         ({"workers": -1}, "run.workers: expected at least 0, got -1"),
         ({"resume": True}, "run.resume: expected run.name with it"),
@@ -32,6 +37,28 @@ def test_check(change, message):
     check(config, ranks=4)
     with pytest.raises(ConfigError, match=message):
         check(replace(config, run=replace(config.run, **change)), ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lock": LockConfig(image_unlocked_groups=2)}, "lock.image_unlocked_groups: expected lock.image with it"),
+        ({"lock": LockConfig(text_unlocked_layers=2)}, "lock.text_unlocked_layers: expected lock.text with it"),
+        ({"lora": LoraConfig(rank=-1)}, "lora.rank: expected at least 0, got -1"),
+        ({"lora": LoraConfig(rank=2), "lock": LockConfig(text=True)}, "lora.rank: expected no lock.image or lock.text"),
+        ({"lora": LoraConfig(rank=2, dropout=1.0)}, "lora.dropout: expected at least 0 and below 1, got 1"),
+        ({"lora": LoraConfig(rank=2, alpha=0.0)}, "lora.alpha: expected above 0, got 0"),
+        ({"lora": LoraConfig(rank=2, targets=())}, "lora.targets: expected at least one name"),
+        (
+            {"optimizer": OptimizerConfig(layer_decay=0.0)},
+            "optimizer.layer_decay: expected above 0 and at most 1, got 0",
+        ),
+        ({"optimizer": OptimizerConfig(ema_decay=1.0)}, "optimizer.ema_decay: expected above 0 and below 1, got 1"),
+    ],
+)
+def test_check_of_what_is_trained(change, message):
+    with pytest.raises(ConfigError, match=message):
+        check(replace(TrainingConfig(), **change), ranks=1)
 
 
 def test_weights_from_two_files():
@@ -50,7 +77,8 @@ def test_check_schedules():
     [
         ("data.kind", True), ("data.root", False), ("run.steps", False), ("loss.weights.weight", False),
         ("data.mixture.a.kind", True), ("data.mixture.a.weight", True), ("data.mixture.a.shuffle", True),
-        ("data.mixture.a.root", False), ("data.mixture.kind", True),
+        ("data.mixture.a.root", False), ("data.mixture.kind", True), ("lora.alpha", True), ("lora.dropout", False),
+        ("optimizer.ema_decay", False), ("lock.text_unlocked_layers", True),
     ],
 )  # fmt: skip
 def test_what_a_resumed_run_must_have(setting, fixed):

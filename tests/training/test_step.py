@@ -15,11 +15,12 @@ from betaclip.data.padding import pad_as_published
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.training import parallel
-from betaclip.training.config import GroupConfig, LossConfig, TrainingConfig
+from betaclip.training.config import GroupConfig, LockConfig, LoraConfig, LossConfig, TrainingConfig
+from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, freeze_unused, other_pictures
+from betaclip.training.step import TrainStep, other_pictures
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -39,8 +40,35 @@ def test_cached_micro_batches_equal_the_whole_batch():
         torch.testing.assert_close(row, rows[0], atol=1e-6, rtol=0)  # the losses of a row are float32
 
 
+def test_micro_batches_by_tokens_equal_the_whole_batch():
+    """As many images at a time as their tokens allow, among them one that has too many."""
+    batch = double(tiny_batch(9))
+    results, rows, sizes = [], [], []
+    for limit in (None, 29):
+        model = tiny_model().double()
+        train_step = create_step(model, config(chunk_tokens=limit))
+        rows.append(train_step(batch, 0, 9))
+        results.append(parameters(model))
+    model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0:2]))
+    train_step(batch, 1, 9)
+    counts = [5 * len(images) + len(texts.tokens) for images, texts in sizes]
+    assert len({len(images) for images, _ in sizes}) > 1 and sum(len(images) for images, _ in sizes) == 2 * 9
+    assert all(count <= 29 or len(images) == 1 for count, (images, _) in zip(counts, sizes, strict=True))
+    assert_same(results[1], results[0], 1e-12)
+    torch.testing.assert_close(rows[1], rows[0], atol=1e-6, rtol=0)
+
+
 def conditioned(**run) -> TrainingConfig:
     return replace(config(**run), loss=LossConfig(beta=0.2, conditioned_negatives=2, weights={"conditioned": 0.5}))
+
+
+def test_micro_batches_by_tokens_have_the_same_other_pictures_in_both_passes():
+    model, drawn = tiny_model(), []
+    train_step = create_step(model, conditioned(chunk_tokens=45))
+    model.register_forward_pre_hook(lambda module, arguments: drawn.append((len(arguments[0]), arguments[3])))
+    train_step(tiny_batch(9), 4, 9)
+    half = len(drawn) // 2
+    assert half > 1 and drawn[:half] == drawn[half:] and len({tuple(others) for _, others in drawn}) > 1
 
 
 @pytest.mark.parametrize("accumulation", ["grad_cache", "mean"])
@@ -231,7 +259,7 @@ def test_precision(precision):
 
 def create_step_of_rank(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:
     group, objective = ProcessGroup.of(), Objective(settings.loss, several_ranks=True)
-    freeze_unused(model, objective)
+    freeze(model, settings, objective)
     wrapped = parallel.wrap(model, settings.run.parallel, group)
     return TrainStep(model, wrapped, objective, create_optimizer(model, settings.optimizer), settings, group, 10)
 
@@ -254,13 +282,20 @@ def rank_equals_one_process(how: str, case: str) -> None:
     options = {"init_logit_bias": -2.0} if "bias" in case else {}
     loss = LossConfig("bce" if case == "bias in bce" else "ce")
     model = tiny_model(**options).double()
-    settings = replace(config(parallel=how, micro_batch_size=2 if case == "cached" else None), loss=loss)
+    # By tokens, one rank has more micro-batches than the other.
+    cached = {"micro_batch_size": 2}
+    run = {"cached": cached, "locked": cached, "adapters": cached, "tokens": {"chunk_tokens": 20}}.get(case, {})
+    trained = {
+        "locked": {"lock": LockConfig(image=True, text=True, text_unlocked_layers=2, text_freeze_layer_norm=False)},
+        "adapters": {"lora": LoraConfig(rank=2)},
+    }.get(case, {})
+    settings = replace(config(parallel=how, **run), loss=loss, **trained)
     train_step = create_step_of_rank(model, settings)
     rows = [train_step(part, step, 7) for step in range(2)]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if group.is_first:
         one = tiny_model(**options).double()
-        alone = create_step(one, replace(config(), loss=loss))
+        alone = create_step(one, replace(config(), loss=loss, **trained))
         truth = [alone(whole, step, 7) for step in range(2)]
         assert_same(state, one.state_dict(), 1e-11)
         torch.testing.assert_close(torch.stack(rows), torch.stack(truth), atol=2e-6, rtol=0)
@@ -270,8 +305,8 @@ def rank_equals_one_process(how: str, case: str) -> None:
 @pytest.mark.parametrize(
     "how, cases",
     [
-        ("ddp", ["whole", "cached", "empty", "bias in bce", "bias in ce"]),
-        ("fsdp", ["cached", "empty", "bias in bce"]),
+        ("ddp", ["whole", "cached", "tokens", "locked", "adapters", "empty", "bias in bce", "bias in ce"]),
+        ("fsdp", ["cached", "tokens", "locked", "adapters", "empty", "bias in bce"]),
     ],
 )
 def test_ranks_equal_one_process(tmp_path, how, cases):

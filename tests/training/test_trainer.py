@@ -30,7 +30,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state, save_published
 from betaclip.signals import stop_signals
 from betaclip.training import trainer as loop
-from betaclip.training.config import FIXED_SETTINGS, TrainingConfig
+from betaclip.training.config import FIXED_SETTINGS, LockConfig, LoraConfig, TrainingConfig
 from betaclip.training.log import read_metrics
 from betaclip.training.step import TrainStep
 from betaclip.training.trainer import Evaluated, Trainer
@@ -357,17 +357,116 @@ def test_states_that_do_not_fit(tmp_path):
             Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
 
 
-@pytest.mark.parametrize("setting", FIXED_SETTINGS)
-def test_another_model_or_other_data_are_refused(tmp_path, setting):
+def test_another_model_or_other_data_are_refused(tmp_path):
     train(config(tmp_path, steps=2))
     path = tmp_path / "run" / "checkpoint_00000002.pt"
+    for setting in FIXED_SETTINGS:
+        content = checkpoints.read(path)
+        table, key = setting.split(".")
+        value = content["config"][table][key]
+        others = {str: "other", list: ["other"], bool: value is False}
+        content["config"][table][key] = others.get(type(value), 7)
+        checkpoints.write(tmp_path / "run" / "checkpoint_00000003.pt", content | {"step": 3}, keep=2)
+        message = rf"^run.resume: {setting}: .* -> .* since the checkpoint, which makes it"
+        with pytest.raises(ConfigError, match=message):
+            Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+
+
+def test_checkpoint_of_a_version_without_a_setting(tmp_path, whole, capsys):
+    """What it did not have was as it is by default."""
+    settings = config(tmp_path, resume=True, checkpoint_every=3, keep=3)
+    train(replace(settings, run=replace(settings.run, resume=False)))
+    path, *later = sorted((tmp_path / "run").glob("checkpoint_*.pt"))
+    for checkpoint in later:
+        checkpoint.unlink()
     content = checkpoints.read(path)
-    table, key = setting.split(".")
-    value = content["config"][table][key]
-    content["config"][table][key] = value + value if isinstance(value, str | int) and value else type(value)(7)
+    for table in ("lock", "lora"):
+        del content["config"][table]
+    del content["config"]["optimizer"]["layer_decay"]
+    for group in content["optimizer"]["param_groups"]:
+        del group["lr_scale"]
     checkpoints.write(path, content, keep=1)
-    with pytest.raises(ConfigError, match=rf"^run.resume: {setting}: .* -> .* since the checkpoint, which makes it"):
-        Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU)
+    locked = replace(settings, lock=LockConfig(image=True))
+    with pytest.raises(ConfigError, match=r"^run.resume: lock.image: False -> True since the checkpoint"):
+        Trainer(locked, SINGLE_PROCESS, CPU)
+    capsys.readouterr()
+    assert_same_run(train(settings), whole)
+    assert capsys.readouterr().out.count("changed since the checkpoint") == 1  # of run.resume
+
+
+TRAINED = {
+    "lock": {"lock": LockConfig(image=True, text=True, text_unlocked_layers=2)},
+    "adapters": {"lora": LoraConfig(rank=2, dropout=0.1)},
+    "layers": {"layer_decay": 0.5},
+    "average": {"ema_decay": 0.7},
+    "adapters, layers and average": {"lora": LoraConfig(rank=2), "layer_decay": 0.5, "ema_decay": 0.7},
+}
+
+
+@pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
+def test_resumes_bit_for_bit(tmp_path, monkeypatch, options):
+    """Whatever is trained, with the average of the weights."""
+    if "lora" in options:
+        pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
+
+    def settings(name: str, **run: bool) -> TrainingConfig:
+        made = config(tmp_path, name, steps=4, micro_batch_size=2, **run)
+        optimizer = replace(made.optimizer, **{k: v for k, v in options.items() if k.endswith("_decay")})
+        return replace(made, optimizer=optimizer, **{k: v for k, v in options.items() if not k.endswith("_decay")})
+
+    truth = train(settings("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(Stopped):
+            train(settings("run"))
+    resumed = train(settings("run", resume=True))
+    rows = [[row["loss"] for row in read_metrics(run.folder / "metrics.jsonl")] for run in (resumed, truth)]
+    assert rows[0] == rows[1] and len(rows[0]) == 4 and len(set(rows[0])) == 4
+    ours, theirs = (checkpoints.read(run.folder / "checkpoint_00000004.pt") for run in (resumed, truth))
+    for key in ("model", "ema") if "ema_decay" in options else ("model",):
+        assert ours[key].keys() == theirs[key].keys()
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in theirs[key]), key
+    if "ema_decay" in options:
+        assert any(not torch.equal(theirs["ema"][name], theirs["model"][name]) for name in theirs["ema"])
+
+
+def test_average_starts_from_a_checkpoint_without_one(tmp_path):
+    settings = config(tmp_path, steps=2)
+    train(settings)
+    optimizer = replace(settings.optimizer, ema_decay=0.9)
+    averaged = replace(config(tmp_path, steps=4, resume=True), optimizer=optimizer)
+    run = Trainer(averaged, SINGLE_PROCESS, CPU)
+    assert run.average is not None
+    for name, value in run.average.state().items():
+        assert torch.equal(value, run.model.get_parameter(name)), name
+    assert "ema" in checkpoints.read(train(averaged).folder / "checkpoint_00000004.pt")
+
+
+def test_evaluates_the_average_beside_the_weights(tmp_path, capsys):
+    """It changes nothing in the run."""
+    seen = []
+
+    def evaluate(model: BetaCLIP, process_group: ProcessGroup) -> Evaluated:
+        seen.append(model.pool.mlp.c_fc.weight.sum().item())
+        return Evaluated({"noise/size": seen[-1]}, f"a table of {seen[-1]}")
+
+    settings = config(tmp_path, "averaged", steps=4)
+    averaged = replace(settings, optimizer=replace(settings.optimizer, ema_decay=0.9))
+    run = train(averaged, evaluate=evaluate, evaluate_every=2)
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    found = [row for row in rows if "noise/size" in row]
+    assert [(row["step"], row["noise/size"], row["ema/noise/size"]) for row in found] == [(2, *seen)]
+    assert seen[0] != seen[1]
+    assert f"a table of {seen[0]}\nwith averaged weights (EMA):\na table of {seen[1]}\n" in capsys.readouterr().out
+    plain = train(config(tmp_path, "plain", steps=4))
+    assert all(torch.equal(a, t) for a, t in zip(run.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_layer_rates_are_said(tmp_path, capsys):
+    settings = config(tmp_path, steps=3)
+    run = train(replace(settings, optimizer=replace(settings.optimizer, layer_decay=0.5)))
+    assert "from embeddings to head: image 0.125 0.25 0.5 1; text 0.125 0.25 0.5 1\n" in capsys.readouterr().out
+    assert read_metrics(run.folder / "metrics.jsonl")[2]["lr_backbone"] == 1e-5
 
 
 def test_precision_at_resume(tmp_path):
