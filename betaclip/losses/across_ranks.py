@@ -66,6 +66,9 @@ class Call(NamedTuple):
     bias: bool
     divisor: str = "pairs"
     conditioned: bool = False
+    reduction: str = "mean"
+    smoothed: bool = False
+    weighted: bool = False
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -76,6 +79,9 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": (False, True),
     "divisor": ("pairs", "rows"),
     "conditioned": (False, True),
+    "reduction": ("mean", "none"),
+    "smoothed": (False, True),
+    "weighted": (False, True),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }
@@ -218,6 +224,28 @@ def over_ranks(terms: Tensor, counts: Tensor, group: ProcessGroup | None) -> tup
     total = sums[: terms.numel()].view(terms.shape).to(terms.dtype)
     share = group.size * terms
     return total + (share - share.detach()), sums[terms.numel() :].view(counts.shape).to(counts.dtype)
+
+
+def sum_over_ranks(terms: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``terms`` over ranks; its gradient is the sum of all ranks' gradients.
+
+    The backward is a collective. All ranks that want any gradient take part in it if their ``scale`` wants one.
+    """
+    sums: Tensor = _SumOverRanks.apply(terms, scale, group)
+    return sums
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        with _explained(group, "the sum over ranks"):
+            return group.sum(terms)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        with _explained(ctx.group, "the sum over ranks, backward"):
+            return ctx.group.sum(incoming[0].contiguous()), None, None
 
 
 class InFlight(NamedTuple):

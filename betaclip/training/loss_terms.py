@@ -5,9 +5,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.losses.beta_cal import BetaCALLoss
 from betaclip.losses.conditioned import conditioned_loss
 from betaclip.losses.detached import detached_clip_loss
+from betaclip.losses.functional import beta_cal_ce_loss
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import LossConfig
 

@@ -103,7 +103,7 @@ def similarity_softplus(
     """
     x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
     backend = resolve_backend("similarity_softplus", backend, x, y, x.dtype)
-    rows, _ = SoftplusSums.apply(x, y, scale, bias, *image_ids, None, False, False, 0, 0, x.dtype, backend)
+    rows, _ = SoftplusSums.apply(x, y, scale, bias, *image_ids, None, None, False, False, 0, 0, x.dtype, backend)
     return rows
 
 

@@ -172,6 +172,7 @@ def other_inputs_equal_one_process() -> None:
             torch.testing.assert_close(ours, truth)
             (found,) = torch.autograd.grad(ours, negatives)
             torch.testing.assert_close(found[part] / 2, wanted[part])
+            rows_equal_one_process(form, transport, image, text, mask, part)
         # One text per image.
         first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
         torch.testing.assert_close(first, ClipLoss(gather=False)(image[:, 0], text[:, 0], scale))
@@ -196,6 +197,27 @@ def other_inputs_equal_one_process() -> None:
         assert value.item() == 0 and torch.autograd.grad(value, leaf)[0].shape == leaf.shape
     # True is the default way.
     torch.testing.assert_close(BetaCALLoss(gather=True)(image[part], text[part], scale), of_all(image, text, scale))
+
+
+def rows_equal_one_process(form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice) -> None:
+    """Weights of texts, smoothed targets, and rows with any incoming gradients of each rank's own."""
+    weights, incoming = (torch.rand(*mask.shape, dtype=torch.float64) for _ in range(2))
+    leaves = [t.clone().requires_grad_() for t in (image, text, SCALE)]
+    for reduction, factor in (("none", 1), ("mean", 2)):
+        options = {"form": form, "reduction": reduction, "label_smoothing": 0.2 * (form == "ce")}
+        truth = BetaCALLoss(**options, gather=False)(*leaves, mask=mask, weights=weights)
+        own = (leaves[0][part], leaves[1][part], leaves[2])
+        ours = BetaCALLoss(**options, gather=transport)(*own, mask=mask[part], weights=weights[part])
+        each = reduction == "none"
+        wanted = torch.autograd.grad(truth, leaves, incoming if each else None)
+        found = torch.autograd.grad(ours, leaves, incoming[part] if each else None)
+        scale = found[2].clone()
+        dist.all_reduce(scale)
+        torch.testing.assert_close(ours, truth[part] if each else truth)
+        for a, t in zip(
+            (*(g[part] for g in found[:2]), scale), (*(g[part] for g in wanted[:2]), wanted[2]), strict=True
+        ):
+            torch.testing.assert_close(a / factor, t, atol=1e-12, rtol=0)
 
 
 def test_other_inputs_equal_one_process(tmp_path):
@@ -488,6 +510,9 @@ def ranks_disagree() -> None:
             ("bias", "True, False", BetaCALLoss("bce", gather=transport), {"logit_bias": (bias, None)[rank]}),
             ("gather", "all_gather, ring", BetaCALLoss("bce", gather=TRANSPORTS[rank]), {}),
             ("conditioned", "True, False", loss, {"conditioned_negatives": (torch.ones(1, K, 2), None)[rank]}),
+            ("reduction", "none, mean", BetaCALLoss(reduction=("none", "mean")[rank], gather=transport), {}),
+            ("smoothed", "True, False", BetaCALLoss(label_smoothing=(0.1, 0.0)[rank], gather=transport), {}),
+            ("weighted", "True, False", loss, {"weights": (torch.ones(1, K), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):
                 own(*given, **options)
