@@ -94,8 +94,8 @@ class AcrossRanks:
     rank's rows and columns. dscale and dbias are those of this rank's rows, so that their sum over ranks is that of all
     pairs. The incoming gradients of all ranks add up.
 
-    backend: between this rank's rows and the columns that have arrived. call: which loss this is.
-    num_pieces: as :func:`pieces`.
+    backend: between this rank's rows and the columns that have arrived, an object or a resolved name. call: which loss
+    this is. num_pieces: as :func:`pieces`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class AcrossRanks:
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor:
             columns = Operand(texts, image_id, None, y.dtype)
-            lse_x, lse_y = self._local(x, columns).similarity_logsumexp_fwd(x, columns, scale)
+            lse_x, lse_y = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_fwd(x, columns, scale)
             torch.logaddexp(rows, lse_x, out=rows)
             return lse_y
 
@@ -141,7 +141,7 @@ class AcrossRanks:
 
         def contrast(texts: Tensor, image_id: Tensor, statistics: Tensor) -> Tensor | None:
             columns, (lse, dlse) = Operand(texts, image_id, None, y.dtype), statistics.T.contiguous()
-            dx, dy, dscale = self._local(x, columns).similarity_logsumexp_bwd(
+            dx, dy, dscale = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_bwd(
                 x, columns, scale, lse_x, lse, dlse_x, dlse, need_dx, dy_wanted
             )
             sums.add(dx, dscale)
@@ -156,7 +156,7 @@ class AcrossRanks:
 
         def contrast(texts: Tensor, image_id: Tensor) -> None:
             columns = Operand(texts, image_id, None, y.dtype)
-            sums.add(self._local(x, columns).similarity_softplus_fwd(x, columns, scale, bias))
+            sums.add(self._local("similarity_softplus", x, columns).similarity_softplus_fwd(x, columns, scale, bias))
 
         self.shards.for_each(partial(self._shard, y), [], contrast, "sum")
         return sums.totals[0]
@@ -176,7 +176,7 @@ class AcrossRanks:
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor | None:
             columns = Operand(texts, image_id, None, y.dtype)
-            rows, dx, dy, dscale, dbias = self._local(x, columns).similarity_softplus_fwd_bwd(
+            rows, dx, dy, dscale, dbias = self._local("similarity_softplus", x, columns).similarity_softplus_fwd_bwd(
                 x, columns, scale, bias, drows, need_dx, dy_wanted
             )
             sums.add(rows, dx, dscale, dbias)
@@ -203,8 +203,8 @@ class AcrossRanks:
         ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.max_rows)
         return Operand(x.rows, ids, x.inverse_norm, x.dtype)
 
-    def _local(self, x: Operand, y: Operand) -> SimilarityBackend:
-        return local_backend(self.backend, x, y)
+    def _local(self, operation: str, x: Operand, y: Operand) -> SimilarityBackend:
+        return local_backend(operation, self.backend, x, y)
 
     def _shard(self, y: Operand) -> list[Tensor]:
         image_id = self._across(y).image_id

@@ -26,6 +26,7 @@ class BetaCALLoss(nn.Module):
         conditioned_weight: weight of what ``conditioned_negatives`` add, in a batch that has them.
         reduction: ``"mean"``, or ``"none"`` for the loss of each text.
         label_smoothing: of the softmax form, the part of each row's target that all texts share, from 0 to 1.
+        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
         ValueError: ``form``, ``padding``, ``backend``, ``gather``, ``divisor`` or ``reduction`` is unknown; ``divisor``
@@ -58,11 +59,13 @@ class BetaCALLoss(nn.Module):
         conditioned_weight: float = 1.0,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
         self.gather, self.process_group, self.divisor = gather, process_group, divisor
         self.conditioned_weight, self.reduction, self.label_smoothing = conditioned_weight, reduction, label_smoothing
+        self.strict = strict
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:

@@ -25,6 +25,7 @@ class ClipLoss(nn.Module):
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for the loss of each pair, the mean of its two directions.
         label_smoothing: from 0 to 1, the part of each row's target that all texts share.
+        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
         ValueError: ``backend``, ``gather`` or ``reduction`` is unknown, or ``label_smoothing`` out of range.
@@ -44,17 +45,18 @@ class ClipLoss(nn.Module):
         process_group: GroupLike | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.backend, self.gather, self.process_group = backend, gather, process_group
-        self.reduction, self.label_smoothing = reduction, label_smoothing
+        self.reduction, self.label_smoothing, self.strict = reduction, label_smoothing, strict
         self.options().check("ce")
 
     def options(self) -> Options:
         """What this module keeps between batches."""
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group,
-            reduction=self.reduction, label_smoothing=self.label_smoothing,
+            reduction=self.reduction, label_smoothing=self.label_smoothing, strict=self.strict,
         )  # fmt: skip
 
     def forward(

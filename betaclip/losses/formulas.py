@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from betaclip.kernels.precision import unit_rows
-from betaclip.kernels.similarity.operators import Backend, RowLayout, contrast_logsumexp, contrast_softplus
+from betaclip.kernels.similarity.operators import (
+    Backend,
+    RowLayout,
+    contrast_logsumexp,
+    contrast_softplus,
+    resolve_backend,
+)
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks, sum_over_ranks
 from betaclip.losses.conditioned import prepare_conditioned, sigmoid_mean
 from betaclip.losses.inputs import (
@@ -52,6 +58,7 @@ class Options(NamedTuple):
     conditioned_weight: float = 1.0
     reduction: str = "mean"
     label_smoothing: float = 0.0
+    strict: bool = False
 
     def check(self, form: str) -> "Options":
         """These options.
@@ -264,9 +271,11 @@ def _gathering_group(options: Options) -> ProcessGroup | None:
 def _backend(
     options: Options, group: ProcessGroup | None, batch: Batch, call: Call, bias: Tensor | None = None
 ) -> Backend:
+    operation = {"ce": "similarity_logsumexp", "bce": "similarity_softplus"}[call.form]
+    backend = resolve_backend(operation, options.backend, batch.image, batch.text, batch.dtype, options.strict)
     if group is None:
-        return options.backend
+        return backend
     wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
     transport = options.gather if isinstance(options.gather, str) and options.gather in TRANSPORTS else TRANSPORTS[0]
     wants = Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0])
-    return AcrossRanks(options.backend, transport, group, wants, call)
+    return AcrossRanks(backend, transport, group, wants, call)

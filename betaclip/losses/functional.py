@@ -34,6 +34,7 @@ def beta_cal_ce_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    strict: bool = False,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -96,6 +97,8 @@ def beta_cal_ce_loss(
             Any function of these may be differentiated. Over several ranks each has those of its own texts, and the
             gradients are those of the sum of what all ranks make of theirs.
         label_smoothing: ε from 0 to 1, the part of each row's target that all texts share.
+        strict: on a GPU, raise a NotImplementedError where ``backend="auto"`` would leave the work to a slower backend
+            than the fused one; the message says why. :func:`betaclip.backend_runs` counts what has run.
 
     Returns:
         () in accumulation dtype, nats: the (weighted) mean over valid rows of each direction, then of both directions.
@@ -122,6 +125,7 @@ def beta_cal_ce_loss(
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
         conditioned_weight=conditioned_weight, reduction=reduction, label_smoothing=label_smoothing,
+        strict=strict,
     )  # fmt: skip
     return softmax_loss(inputs, options)
 
@@ -147,6 +151,7 @@ def beta_cal_bce_loss(
     conditioned_weight: float = 1.0,
     weights: Tensor | None = None,
     reduction: str = "mean",
+    strict: bool = False,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -177,7 +182,7 @@ def beta_cal_bce_loss(
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
-        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction: as for
+        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction, strict: as for
         :func:`beta_cal_ce_loss`. A mean is formed together with its gradient; the rows of ``reduction="none"`` form
         their logits again in the backward (8·N²·D FLOP instead of 6).
 
@@ -204,6 +209,6 @@ def beta_cal_bce_loss(
     )  # fmt: skip
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
-        divisor=divisor, conditioned_weight=conditioned_weight, reduction=reduction,
+        divisor=divisor, conditioned_weight=conditioned_weight, reduction=reduction, strict=strict,
     )  # fmt: skip
     return sigmoid_loss(inputs, options)

@@ -24,6 +24,7 @@ class SigLipLoss(nn.Module):
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`. B is then the number of all ranks' images.
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for what each image costs with all texts, whose mean is the loss.
+        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
         ValueError: ``backend``, ``gather`` or ``reduction`` is unknown.
@@ -44,16 +45,18 @@ class SigLipLoss(nn.Module):
         gather: bool | str = "auto",
         process_group: GroupLike | None = None,
         reduction: str = "mean",
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        self.backend, self.gather, self.process_group, self.reduction = backend, gather, process_group, reduction
+        self.backend, self.gather, self.process_group = backend, gather, process_group
+        self.reduction, self.strict = reduction, strict
         self.options().check("bce")
 
     def options(self) -> Options:
         """What this module keeps between batches."""
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group, divisor="rows",
-            reduction=self.reduction,
+            reduction=self.reduction, strict=self.strict,
         )  # fmt: skip
 
     def forward(

@@ -43,6 +43,8 @@ class LossConfig:
     published: each rank takes what the others send as constants, so that gradients have about half their norm."""
     backend: str = "auto"
     """Backend of the losses."""
+    strict: bool = False
+    """On a GPU, stop where the automatic choice would leave a loss to a slower backend than the fused one."""
 
     def term_weights(self) -> dict[str, float]:
         conditioned = {"conditioned": 1.0} if self.conditioned_negatives else {}

@@ -47,7 +47,7 @@ class GlobalLoss:
     captions_only = True
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
-        self.backend = config.backend
+        self.backend, self.strict = config.backend, config.strict
         self.gather = several_ranks and (_GATHER[config.gather] or True)
         self.detached = several_ranks and config.gather_global == "published"
 
@@ -55,12 +55,12 @@ class GlobalLoss:
         if self.detached:
             return detached_clip_loss(
                 out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"], ProcessGroup.of(),
-                mask=out["mask"][:, 0], backend=self.backend,
+                mask=out["mask"][:, 0], backend=self.backend, strict=self.strict,
             )  # fmt: skip
         # K = 1 with a mask, which ClipLoss does not take: an image may have no text at all.
         return beta_cal_ce_loss(
             out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
-            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather,
+            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather, strict=self.strict,
         )  # fmt: skip
 
 
@@ -75,8 +75,9 @@ class BetaCALTerm:
         # In the softmax form a bias cancels.
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
         self.loss = BetaCALLoss(
-            config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather
-        )
+            config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather,
+            strict=config.strict,
+        )  # fmt: skip
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.loss(

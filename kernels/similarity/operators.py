@@ -22,6 +22,7 @@ from torch import Tensor
 from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.backends import (
     always_supported,
+    count_run,
     define_operator,
     needed_gradients,
     refuse_second_derivative,
@@ -44,17 +45,24 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {
 Backend = str | SimilarityBackend
 
 
-def local_backend(backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
-    """The object behind a backend's name. Backends of an architecture's own are chosen here."""
+def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
+    """The object behind a backend's resolved name, which is about to run ``operation``. Backends of an architecture's
+    own are chosen here."""
     if not isinstance(backend, str):
         return backend
-    if backend == "reference" or 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
-        return Reference()
+    if 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
+        backend = "reference"
+    count_run(operation, backend)
     if backend == "triton":
         from betaclip.kernels.similarity.triton_kernels import Triton  # Triton may not be installed
 
         return Triton()
-    return cuda_backend.Cuda() if backend == "cuda" else Blockwise()
+    backends: dict[str, type[SimilarityBackend]] = {
+        "cuda": cuda_backend.Cuda,
+        "blockwise": Blockwise,
+        "reference": Reference,
+    }
+    return backends[backend]()
 
 
 class RowLayout(NamedTuple):
@@ -129,11 +137,13 @@ def contrast_softplus(
     )  # fmt: skip
 
 
-def resolve_backend(operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype) -> Backend:
+def resolve_backend(
+    operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype, strict: bool = False
+) -> Backend:
     """A name is resolved for the dtype of the products."""
-    return (
-        resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype)) if isinstance(backend, str) else backend
-    )
+    if not isinstance(backend, str):
+        return backend
+    return resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype), strict=strict)
 
 
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
@@ -151,7 +161,9 @@ def _logsumexp(  # type: ignore[no-untyped-def]
     """Log-sum-exps (N,) and (M,), and cosines."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        lse_x, lse_y = local_backend(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
+        lse_x, lse_y = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_fwd(
+            *operands, scale
+        )
     return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots))
 
 
@@ -163,7 +175,7 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        dx, dy, dscale = local_backend(backend, *operands).similarity_logsumexp_bwd(
+        dx, dy, dscale = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
     return *_finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots)), dscale
@@ -178,7 +190,7 @@ def _softplus(  # type: ignore[no-untyped-def]
     scale and bias, in accumulation dtype."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        chosen = local_backend(backend, *operands)
+        chosen = local_backend("similarity_softplus", backend, *operands)
         if with_gradients:
             drows = scale.new_ones(x.shape[0]) if row_weights is None else row_weights
             rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
@@ -205,9 +217,8 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
         dx, dy, dscale, dbias = formed
         return *_finish(operands, dx, dy, dcosines, layout, dsums), dsums * dscale, dsums * dbias
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        _, dx, dy, dscale, dbias = local_backend(backend, *operands).similarity_softplus_fwd_bwd(
-            *operands, scale, bias, dsums, need_dx, need_dy
-        )
+        chosen = local_backend("similarity_softplus", backend, *operands)
+        _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(*operands, scale, bias, dsums, need_dx, need_dy)
     return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
 
 

@@ -22,7 +22,7 @@ from support.ranks import processes, start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, backend_runs, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.similarity.operators import RowLayout, contrast_logsumexp, contrast_softplus
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, pieces
 from betaclip.process_group import ProcessGroup
@@ -123,7 +123,7 @@ def pieces_equal_one_piece() -> None:
     def run(count: int) -> list[Tensor]:
         def backend() -> AcrossRanks:
             options = ProcessGroup.of(), Wanted(True, True), CALL, lambda *_: count
-            return AcrossRanks("auto", "all_gather", *options)
+            return AcrossRanks("blockwise", "all_gather", *options)
 
         lse_x, lse_y, _ = contrast_logsumexp(*rows, SCALE, layout, SCALE.dtype, backend())
         total, _ = contrast_softplus(*rows, SCALE, None, layout, SCALE.dtype, backend())
@@ -239,6 +239,11 @@ def by_default_all_ranks() -> None:
         given, of_all = (own, whole) if kind is BetaCALLoss else (own_pair, pair)
         torch.testing.assert_close(kind()(*given), kind(gather=False)(*of_all))
         assert (kind()(*given) - kind(gather=False)(*given)).abs() > 0.01
+    # "auto" chooses between the same backends as on one rank.
+    os.environ["BETACLIP_BACKEND"] = "reference"
+    before = backend_runs()
+    beta_cal_ce_loss(*own)
+    assert (backend_runs() - before).keys() == {("similarity_logsumexp", "reference")}
 
 
 def test_by_default_all_ranks(tmp_path):
