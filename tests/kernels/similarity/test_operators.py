@@ -416,12 +416,12 @@ def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend)
     """The four operators, the backward ones for any gradients that are needed."""
     options = (images, texts_per_image, dtype, backend)
     opcheck(logsumexp, x, y, scale, *ids, *options)
-    opcheck(softplus, x, y, scale, None, *ids, False, False, False, *options)
+    opcheck(softplus, x, y, scale, None, *ids, None, False, False, False, *options)
     lse_x, lse_y, cosines = logsumexp(x, y, scale, *ids, *options)
     incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
     for need in ((True, True), (True, False), (False, True), (False, False)):
         opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, *incoming, cosines, *need, *options)
-        forward = (x, y, scale, bias, *ids, True, *need, *options)
+        forward = (x, y, scale, bias, *ids, incoming[0], True, *need, *options)
         opcheck(softplus, *forward)
         rows, _, *formed = softplus(*forward)
         for early, dsums in (([], rows), (formed, torch.ones_like(scale))):
