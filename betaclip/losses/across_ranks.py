@@ -69,6 +69,7 @@ class Call(NamedTuple):
     reduction: str = "mean"
     smoothed: bool = False
     weighted: bool = False
+    extra: bool = False
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -82,6 +83,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "reduction": ("mean", "none"),
     "smoothed": (False, True),
     "weighted": (False, True),
+    "extra": (False, True),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }
@@ -111,7 +113,7 @@ class AcrossRanks:
         self.shards = _Shards(transport, group, num_pieces)
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._agree(x)
+        x = self._agree(x, y)
         rows = scale.new_full((x.rows.shape[0],), -torch.inf)
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class AcrossRanks:
         return dx, _own(dy if need_dy else None, y, scale), dscale
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
-        x, sums = self._agree(x), _Sums()
+        x, sums = self._agree(x, y), _Sums()
 
         def contrast(texts: Tensor, image_id: Tensor) -> None:
             columns = Operand(texts, image_id, None, y.dtype)
@@ -171,7 +173,7 @@ class AcrossRanks:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, sums = self._agree(x), _Sums()
+        x, sums = self._agree(x, y), _Sums()
         dy_wanted = self.wanted.text
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor | None:
@@ -186,21 +188,21 @@ class AcrossRanks:
         rows, dx, dscale, dbias = sums.totals
         return rows, dx, _own(dy if need_dy else None, y, scale), dscale, dbias
 
-    def _agree(self, x: Operand) -> Operand:
+    def _agree(self, x: Operand, y: Operand) -> Operand:
         """Find the largest shard, and whether any rank wants the gradient of its texts; ``x`` as :meth:`_across`.
 
         Raises:
             RuntimeError: ranks disagree on what can be contrasted. It is raised on all ranks, which would else wait for
                 each other for ever.
         """
-        self.wanted = self.shards.agree(x, self.wanted, self.call)
+        self.wanted = self.shards.agree(x, y, self.wanted, self.call)
         return self._across(x)
 
     def _across(self, x: Operand) -> Operand:
         """``x`` with image ids that no other rank has; -1 stays. They grow with the rank: sorted ones stay so once
         gathered, and backends need not look for equal ones everywhere."""
         assert x.image_id is not None
-        ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.max_rows)
+        ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.ids_per_rank)
         return Operand(x.rows, ids, x.inverse_norm, x.dtype)
 
     def _local(self, operation: str, x: Operand, y: Operand) -> SimilarityBackend:
@@ -260,22 +262,25 @@ class _Shards:
 
     def __init__(self, transport: str, group: ProcessGroup, num_pieces: Callable[[int, int, int, str], int]) -> None:
         self.transport, self.group, self.num_pieces = transport, group, num_pieces
-        self.max_rows = 0
+        self.max_rows = self.ids_per_rank = 0
         self._kept: list[InFlight] = []
 
-    def agree(self, x: Operand, wanted: Wanted, call: Call) -> Wanted:
-        """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone.
+    def agree(self, x: Operand, y: Operand, wanted: Wanted, call: Call) -> Wanted:
+        """Set ``max_rows``, the largest number of a rank's columns, and ``ids_per_rank``, which is above each rank's
+        image ids: they are at most the number of its rows. Return which gradients the ranks want together.
 
-        Its size is the same whatever is called: ranks that differ learn of it before their messages do not fit.
+        The host waits for this message alone. Its size is the same whatever is called: ranks that differ learn of it
+        before their messages do not fit.
         """
         rows, depth = x.rows.shape
+        columns = y.rows.shape[0]
         chosen = {**call._asdict(), "gather": self.transport, "dtype": x.dtype}
-        numbers = [rows, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
+        numbers = [rows, columns, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
         table = torch.zeros(self.group.size, len(numbers), dtype=torch.int64)
         table[self.group.rank] = torch.tensor(numbers)
         with self._explained():
             per_rank = list(zip(*self.group.sum(table.to(x.rows.device)).tolist(), strict=True))
-        row_counts, depths, any_wanted, text_wanted, *codes = per_rank
+        row_counts, column_counts, depths, any_wanted, text_wanted, *codes = per_rank
         alike = {
             name: [choices[c] for c in code] for (name, choices), code in zip(_CHOICES.items(), codes, strict=True)
         }
@@ -285,7 +290,7 @@ class _Shards:
                 raise RuntimeError(
                     f"gather: ranks call different losses: {name}: [{shown}] by rank; call the same on all"
                 )
-        self.max_rows = max(row_counts)
+        self.max_rows, self.ids_per_rank = max(column_counts), max(row_counts) + 1
         return Wanted(bool(any_wanted[0]), any(text_wanted))
 
     def for_each(

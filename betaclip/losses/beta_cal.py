@@ -89,6 +89,8 @@ class BetaCALLoss(nn.Module):
         conditioned_negatives: Tensor | None = None,
         conditioned_mask: Tensor | None = None,
         weights: Tensor | None = None,
+        extra_texts: Tensor | None = None,
+        extra_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -105,6 +107,8 @@ class BetaCALLoss(nn.Module):
                 embeddings that it pools from J other pictures, negatives under the same text.
             conditioned_mask: bool of the same shape, True = valid.
             weights: (B, K), or (N,) with ``image_index``: constant weights of the texts.
+            extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
+            extra_mask: (E,) bool, True = valid.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats; 0 if no text is valid. With ``reduction="none"`` (B, K),
@@ -117,7 +121,7 @@ class BetaCALLoss(nn.Module):
         """
         inputs = Inputs(
             image_embeds, text_embeds, logit_scale, mask, image_index, logit_bias, pair_weights, weights,
-            conditioned_negatives, conditioned_mask,
+            conditioned_negatives, conditioned_mask, extra_texts, extra_mask,
         )  # fmt: skip
         return (softmax_loss if self.form == "ce" else sigmoid_loss)(inputs, self.options())
 

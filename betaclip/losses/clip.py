@@ -66,6 +66,8 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         *,
         weights: Tensor | None = None,
+        extra_texts: Tensor | None = None,
+        extra_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -74,6 +76,8 @@ class ClipLoss(nn.Module):
             text_embeds: (B, D) text embeddings; text i belongs to image i.
             logit_scale: () inverse temperature, after exp; may require a gradient.
             weights: (B,) constant weights of the pairs: the loss is the weighted mean, rows are times their weights.
+            extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
+            extra_mask: (E,) bool, True = valid.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats; (B,) with ``reduction="none"``.
@@ -84,5 +88,6 @@ class ClipLoss(nn.Module):
             RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
         image, text, weights = one_text_per_image(image_embeds, text_embeds, weights)
-        loss = softmax_loss(Inputs(image, text, logit_scale, weights=weights), self.options(), "ClipLoss")
+        extra = {"extra_texts": extra_texts, "extra_mask": extra_mask}
+        loss = softmax_loss(Inputs(image, text, logit_scale, weights=weights, **extra), self.options(), "ClipLoss")
         return loss if self.reduction == "mean" else loss.squeeze(1)

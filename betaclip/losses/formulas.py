@@ -6,6 +6,7 @@ options add. The rows are then weighted and reduced, over ranks where several ar
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Concatenate, NamedTuple, ParamSpec
 
 import torch
@@ -24,6 +25,7 @@ from betaclip.kernels.similarity.operators import (
 )
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks, sum_over_ranks
 from betaclip.losses.conditioned import prepare_conditioned, sigmoid_mean
+from betaclip.losses.extra_texts import ExtraTexts, prepare_extra_texts
 from betaclip.losses.inputs import (
     DIVISORS,
     FORMS,
@@ -100,6 +102,8 @@ class Inputs(NamedTuple):
     weights: Tensor | None = None
     conditioned_negatives: Tensor | None = None
     conditioned_mask: Tensor | None = None
+    extra_texts: Tensor | None = None
+    extra_mask: Tensor | None = None
 
 
 P = ParamSpec("P")
@@ -131,6 +135,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     weights = prepare_row_weights(batch, inputs.weights, options.padding)
     conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
     layout = batch.layout if options.padding == "ignore" else batch.all_rows()
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
@@ -138,10 +143,11 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     totals = [targets.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
     call = Call(
         name, "ce", options.padding, False, conditioned=conditioned is not None, reduction=options.reduction,
-        smoothed=options.label_smoothing > 0, weighted=weights is not None,
+        smoothed=options.label_smoothing > 0, weighted=weights is not None, extra=extra is not None,
     )  # fmt: skip
+    backend = partial(_backend, options, group, batch, call)
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, layout, batch.dtype, _backend(options, group, batch, call)
+        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text)
     )
     logits = batch.scale * cosines
     contrasted = logits
@@ -151,13 +157,16 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     target = targets * logits
     of_target = [_share(target.sum(dim), total) for dim, total in zip((2, 1), totals, strict=True)]
     if options.label_smoothing:
-        uniform = _logits_of_means(batch, layout, group)
+        uniform = _logits_of_means(batch, layout, extra, group)
         of_target = [
             torch.lerp(own, mean, options.label_smoothing) for own, mean in zip(of_target, uniform, strict=True)
         ]
     rows, count_rows = [], []
     for dim, between, own, total in zip((2, 1), (between_x, between_y), of_target, totals, strict=True):
         lse = torch.logaddexp(layout.to_slots(between, -torch.inf), contrasted.logsumexp(dim))
+        if extra is not None and dim == 2:
+            of_extra = extra.logsumexp(batch, layout, backend(extra.text))
+            lse = torch.logaddexp(layout.to_slots(of_extra, -torch.inf), lse)
         rows.append(torch.where(total != 0, lse - own, 0))
         count_rows.append(total != 0)
     if conditioned is not None:
@@ -186,15 +195,18 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
     weights = prepare_row_weights(batch, inputs.weights, options.padding)
     conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
     call = Call(
         name, "bce", options.padding, bias is not None, options.divisor, conditioned is not None, options.reduction,
-        weighted=weights is not None,
+        weighted=weights is not None, extra=extra is not None,
     )  # fmt: skip
-    reduce = options.reduction == "mean"
+    backend = partial(_backend, options, group, batch, call, bias=bias)
+    reduce, row_weights = options.reduction == "mean", None if weights is None else layout.to_rows(weights)
     between, cosines = contrast_softplus(
-        batch.image, batch.text, batch.scale, bias, layout, batch.dtype,
-        _backend(options, group, batch, call, bias), reduce, None if weights is None else layout.to_rows(weights),
-    )  # fmt: skip
+        batch.image, batch.text, batch.scale, bias, layout, batch.dtype, backend(batch.text), reduce, row_weights
+    )
+    if extra is not None:
+        between = between + extra.softplus(batch, bias, reduce, row_weights, backend(extra.text))
     logits = batch.scale * cosines
     if bias is not None:
         logits = logits + bias
@@ -234,16 +246,21 @@ def _share(target: Tensor, total: Tensor) -> Tensor:
     return target / torch.where(total != 0, total, 1)
 
 
-def _logits_of_means(batch: Batch, layout: RowLayout, group: ProcessGroup | None) -> list[Tensor]:
+def _logits_of_means(
+    batch: Batch, layout: RowLayout, extra: ExtraTexts | None, group: ProcessGroup | None
+) -> list[Tensor]:
     """(B, K) the mean of each row's logits, image to text and text to image: those with the mean embedding."""
     taken = layout.image_id >= 0
     image, text = (
         unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0)) for rows in (batch.image, batch.text)
     )
-    sums, count = torch.stack((text.sum(0), image.sum(0))), taken.sum()
+    sums, counts = [text.sum(0), image.sum(0)], [taken.sum(), taken.sum()]
+    if extra is not None:
+        sums[0], counts[0] = sums[0] + extra.text.sum(0), counts[0] + extra.valid.sum()
+    total, number = torch.stack(sums), torch.stack(counts)
     if group is not None:
-        sums, count = sum_over_ranks(sums, batch.scale, group), group.sum(count)
-    means = sums / count.clamp_min(1)
+        total, number = sum_over_ranks(total, batch.scale, group), group.sum(number)
+    means = total / number.clamp_min(1).unsqueeze(1)
     return [layout.to_slots(batch.scale * (rows @ mean), 0) for rows, mean in zip((image, text), means, strict=True)]
 
 
@@ -269,13 +286,19 @@ def _gathering_group(options: Options) -> ProcessGroup | None:
 
 
 def _backend(
-    options: Options, group: ProcessGroup | None, batch: Batch, call: Call, bias: Tensor | None = None
+    options: Options,
+    group: ProcessGroup | None,
+    batch: Batch,
+    call: Call,
+    columns: Tensor,
+    bias: Tensor | None = None,
 ) -> Backend:
+    """The backend between the rows of this batch and the columns of all ranks, of which ``columns`` are this rank's."""
     operation = {"ce": "similarity_logsumexp", "bce": "similarity_softplus"}[call.form]
     backend = resolve_backend(operation, options.backend, batch.image, batch.text, batch.dtype, options.strict)
     if group is None:
         return backend
-    wanted = [t is not None and t.requires_grad for t in (batch.text, batch.image, batch.scale, bias)]
+    wanted = [t is not None and t.requires_grad for t in (columns, batch.image, batch.scale, bias)]
     transport = options.gather if isinstance(options.gather, str) and options.gather in TRANSPORTS else TRANSPORTS[0]
     wants = Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0])
     return AcrossRanks(backend, transport, group, wants, call)

@@ -35,6 +35,8 @@ def beta_cal_ce_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     strict: bool = False,
+    extra_texts: Tensor | None = None,
+    extra_mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -64,7 +66,13 @@ def beta_cal_ce_loss(
         target = (1 - ε) * (w * s).sum(1) / w.sum(1) + ε * logit_scale * v @ t.mean(0)
         rows = s.logsumexp(1) - target
 
-    and likewise for ``s.T``. With ``weights`` u both directions are weighted means, ``(u * rows).sum() / u.sum()``.
+    and likewise for ``s.T``.
+
+    ``extra_texts`` are further negatives of every image embedding, columns that belong to no image: in the loss of rows
+    ``s`` becomes ``torch.cat((s, logit_scale * v @ F.normalize(extra_texts, dim=-1).T), 1)`` and ``w`` gets E columns
+    of 0. This takes 8·N·E·D FLOP (6 if they need no gradient) and O(E·D) memory. The loss of columns stays as it is.
+
+    With ``weights`` u both directions are weighted means, ``(u * rows).sum() / u.sum()``.
 
     Args:
         image_embeds: (B, K, D) text-conditioned image embeddings, any norm; or (N, D) with ``image_index``.
@@ -99,6 +107,10 @@ def beta_cal_ce_loss(
         label_smoothing: ε from 0 to 1, the part of each row's target that all texts share.
         strict: on a GPU, raise a NotImplementedError where ``backend="auto"`` would leave the work to a slower backend
             than the fused one; the message says why. :func:`betaclip.backend_runs` counts what has run.
+        extra_texts: (E, D) embeddings of texts that belong to none of the images, any norm, such as hard captions, or,
+            detached, texts of earlier batches. Over several ranks the rows of all are contrasted with those of all;
+            numbers may differ, but each rank passes them, (0, D) for none.
+        extra_mask: (E,) bool, True = valid; the others take part in nothing and may hold anything.
 
     Returns:
         () in accumulation dtype, nats: the (weighted) mean over valid rows of each direction, then of both directions.
@@ -121,6 +133,7 @@ def beta_cal_ce_loss(
     inputs = Inputs(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, pair_weights=pair_weights,
         weights=weights, conditioned_negatives=conditioned_negatives, conditioned_mask=conditioned_mask,
+        extra_texts=extra_texts, extra_mask=extra_mask,
     )  # fmt: skip
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
@@ -152,6 +165,8 @@ def beta_cal_bce_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     strict: bool = False,
+    extra_texts: Tensor | None = None,
+    extra_mask: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -170,6 +185,12 @@ def beta_cal_bce_loss(
     ``conditioned_negatives`` c, the cosines of a text with what it pools from other pictures, are further negatives:
     they add ``conditioned_weight * F.softplus(logit_scale * c + logit_bias).sum()`` to the sum, and nothing to N.
 
+    ``extra_texts`` are further negatives of every image embedding. They add the sum of
+
+        F.softplus(logit_scale * v @ F.normalize(extra_texts, dim=-1).T + logit_bias)
+
+    and nothing to N, for 6·N·E·D FLOP (4 if they need no gradient).
+
     A row is what one image embedding costs with all texts, by the mean text (``divisor="pairs"``) or in all
     (``"rows"``). ``reduction="none"`` returns rows, ``weights`` u make the loss ``(u * rows).sum() / u.sum()``:
 
@@ -182,9 +203,9 @@ def beta_cal_bce_loss(
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
-        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction, strict: as for
-        :func:`beta_cal_ce_loss`. A mean is formed together with its gradient; the rows of ``reduction="none"`` form
-        their logits again in the backward (8·N²·D FLOP instead of 6).
+        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction, strict,
+        extra_texts, extra_mask: as for :func:`beta_cal_ce_loss`. A mean is formed together with its gradient; the rows
+        of ``reduction="none"`` form their logits again in the backward (8·N²·D FLOP instead of 6).
 
     Returns:
         () in accumulation dtype, nats. 0 if no text is valid. With ``reduction="none"`` (B, K), or (N,) with
@@ -205,7 +226,7 @@ def beta_cal_bce_loss(
     inputs = Inputs(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, logit_bias=logit_bias,
         pair_weights=pair_weights, weights=weights, conditioned_negatives=conditioned_negatives,
-        conditioned_mask=conditioned_mask,
+        conditioned_mask=conditioned_mask, extra_texts=extra_texts, extra_mask=extra_mask,
     )  # fmt: skip
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,

@@ -67,6 +67,8 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         *,
         weights: Tensor | None = None,
+        extra_texts: Tensor | None = None,
+        extra_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -76,6 +78,8 @@ class SigLipLoss(nn.Module):
             logit_scale: () inverse temperature, after exp; may require a gradient.
             logit_bias: () added to every logit, may require a gradient; None for none. SigLIP starts at -10.
             weights: (B,) constant weights of the images: the loss is the weighted mean, rows are times their weights.
+            extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
+            extra_mask: (E,) bool, True = valid.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats per image; (B,) with ``reduction="none"``.
@@ -86,5 +90,9 @@ class SigLipLoss(nn.Module):
             RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
         image, text, weights = one_text_per_image(image_embeds, text_embeds, weights)
-        loss = sigmoid_loss(Inputs(image, text, logit_scale, logit_bias=logit_bias, weights=weights), self.options())
+        inputs = Inputs(
+            image, text, logit_scale, logit_bias=logit_bias, weights=weights, extra_texts=extra_texts,
+            extra_mask=extra_mask,
+        )  # fmt: skip
+        loss = sigmoid_loss(inputs, self.options())
         return loss if self.reduction == "mean" else loss.squeeze(1)

@@ -110,6 +110,29 @@ def similarity_softplus(
     return rows
 
 
+def softplus_total(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    x_group: Tensor | None,
+    y_group: Tensor | None,
+    row_weights: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """() the sum of :func:`similarity_softplus`, times constant ``row_weights`` (N,) if they are given.
+
+    The gradient, if it is wanted, is formed together with the value: 6*N*M*D FLOP for both instead of 8.
+    """
+    x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
+    backend = resolve_backend("similarity_softplus", backend, x, y, x.dtype)
+    total, _ = SoftplusSums.apply(
+        x, y, scale, bias, *image_ids, None, row_weights, True, torch.is_grad_enabled(), 0, 0, x.dtype, backend
+    )
+    return total
+
+
 def _prepare(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_image_id: Tensor | None, y_image_id: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:

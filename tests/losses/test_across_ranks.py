@@ -173,6 +173,7 @@ def other_inputs_equal_one_process() -> None:
             (found,) = torch.autograd.grad(ours, negatives)
             torch.testing.assert_close(found[part] / 2, wanted[part])
             rows_equal_one_process(form, transport, image, text, mask, part)
+            extra_texts_equal_one_process(form, transport, image, text, mask, part)
         # One text per image.
         first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
         torch.testing.assert_close(first, ClipLoss(gather=False)(image[:, 0], text[:, 0], scale))
@@ -218,6 +219,29 @@ def rows_equal_one_process(form: str, transport: str, image: Tensor, text: Tenso
             (*(g[part] for g in found[:2]), scale), (*(g[part] for g in wanted[:2]), wanted[2]), strict=True
         ):
             torch.testing.assert_close(a / factor, t, atol=1e-12, rtol=0)
+
+
+def extra_texts_equal_one_process(
+    form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice
+) -> None:
+    """More of them than texts, none, some that are invalid; a bank without a gradient on one rank alone."""
+    for counts in ((20, 3), (0, 5)):
+        extra, valid = torch.randn(sum(counts), D, dtype=torch.float64), torch.rand(sum(counts)) < 0.7
+        own = own_part(counts)
+        leaves = [t.clone().requires_grad_() for t in (image, text, extra)]
+        options = {"form": form, "label_smoothing": 0.2 * (form == "ce")}
+        loss = BetaCALLoss(**options, gather=False)
+        truth = loss(*leaves[:2], SCALE, mask=mask, extra_texts=leaves[2], extra_mask=valid)
+        wanted = torch.autograd.grad(truth, leaves)
+        given = [leaves[0][part], leaves[1][part], SCALE], {"mask": mask[part], "extra_mask": valid[own]}
+        bank = dist.get_rank() == 1
+        shard = leaves[2][own].detach() if bank else leaves[2][own]
+        ours = BetaCALLoss(**options, gather=transport)(*given[0], extra_texts=shard, **given[1])
+        found = torch.autograd.grad(ours, leaves[:2] if bank else leaves)
+        torch.testing.assert_close(ours, truth)
+        parts = (part, part, own)[: len(found)]
+        for a, t, rows in zip(found, wanted, parts, strict=False):
+            torch.testing.assert_close(a[rows] / 2, t[rows], atol=1e-12, rtol=0)
 
 
 def test_other_inputs_equal_one_process(tmp_path):
@@ -518,6 +542,7 @@ def ranks_disagree() -> None:
             ("reduction", "none, mean", BetaCALLoss(reduction=("none", "mean")[rank], gather=transport), {}),
             ("smoothed", "True, False", BetaCALLoss(label_smoothing=(0.1, 0.0)[rank], gather=transport), {}),
             ("weighted", "True, False", loss, {"weights": (torch.ones(1, K), None)[rank]}),
+            ("extra", "True, False", loss, {"extra_texts": (torch.ones(3, D), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):
                 own(*given, **options)

@@ -35,19 +35,22 @@ def dense_rows(
     mask: Tensor | None = None,
     smoothing: float = 0.0,
     divisor: str = "pairs",
+    extra: Tensor | None = None,
 ) -> Tensor:
     """(B, K) the loss of each text, 0 for padded ones: the docstrings' formulas."""
     kept = (torch.ones(image.shape[:2], device=image.device) if mask is None else mask).bool()
     own = torch.arange(len(image), device=image.device)[:, None].expand_as(kept)[kept]
     v, t = (F.normalize(embeds[kept], dim=-1) for embeds in (image, text))
-    s, same = scale * v @ t.T, own[:, None] == own
-    w = (beta + (1 - beta) * torch.eye(len(s), dtype=s.dtype, device=s.device)) * same
+    further = t[:0] if extra is None else F.normalize(extra, dim=-1)
+    s, same = scale * v @ torch.cat((t, further)).T, F.pad(own[:, None] == own, (0, len(further)))
+    w = F.pad(beta + (1 - beta) * torch.eye(len(t), dtype=s.dtype, device=s.device), (0, len(further))) * same
     if form == "bce":
         s = s + bias
         rows = torch.where(same, w * F.softplus(-s), F.softplus(s)).sum(1) / (len(s) if divisor == "pairs" else 1)
     else:
         target, options = w / w.sum(1, keepdim=True), {"reduction": "none", "label_smoothing": smoothing}
-        rows = (F.cross_entropy(s, target, **options) + F.cross_entropy(s.T, target, **options)) / 2
+        to_image = F.cross_entropy(s[:, : len(t)].T, target[:, : len(t)], **options)
+        rows = (F.cross_entropy(s, target, **options) + to_image) / 2
     return rows.new_zeros(kept.shape).masked_scatter(kept, rows)
 
 
