@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if not Path(__file__).with_name("kernels").is_dir():  # in a clone without symbolic links it is a text file
     __path__.append(str(Path(__file__).parents[1]))  # finds kernels/ as betaclip.kernels all the same
 
+from betaclip.kernels.backends import backend_runs
 from betaclip.losses import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.pooling import TextConditionedPool
 
@@ -21,6 +22,7 @@ __all__ = [
     "SigLipLoss",
     "TextConditionedPool",
     "__version__",
+    "backend_runs",
     "beta_cal_bce_loss",
     "beta_cal_ce_loss",
 ]

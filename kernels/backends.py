@@ -9,6 +9,7 @@ never synchronises. The protocols that backends implement are ``similarity.contr
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ NotSupportedReasons = Callable[..., list[str]]
 # The backends of all operations. BETACLIP_BACKEND accepts each of them, although some operations lack it.
 NAMES = ("triton", "cuda", "blockwise", "folded", "sdpa", "reference")
 
+FUSED = ("triton", "cuda")
+
 # Why "auto" passes over a backend that could serve the tensors, so that it runs only when it is named.
 NOT_AUTOMATIC_REASONS: Mapping[str, NotSupportedReasons] = {
     "triton": lambda x, *others: [] if x.is_cuda else ["its interpreter is for tests and is never chosen by 'auto'"],
@@ -29,12 +32,45 @@ NOT_AUTOMATIC_REASONS: Mapping[str, NotSupportedReasons] = {
 }
 
 
-def resolve(operation: str, requested: str, table: Mapping[str, NotSupportedReasons], *tensors: Tensor) -> str:
+_runs: Counter[tuple[str, str]] = Counter()
+
+
+def backend_runs() -> Counter[tuple[str, str]]:
+    """How often each backend has run in this process, by (operation, backend); forward and backward count alike.
+
+    A test that a fast path was taken compares two of these. Runs within a graph of torch.compile count too, except
+    those of pooling's backends ``"sdpa"`` and ``"reference"``, which are PyTorch's own operators. Objects in place of a
+    backend's name do not count.
+
+    Example:
+        >>> import torch
+        >>> from betaclip import ClipLoss, backend_runs
+        >>> before = backend_runs()
+        >>> loss = ClipLoss()(torch.eye(4), torch.eye(4, requires_grad=True), logit_scale=10.0)
+        >>> loss.backward()
+        >>> dict(backend_runs() - before)
+        {('similarity_logsumexp', 'blockwise'): 2}
+    """
+    return _runs.copy()
+
+
+def count_run(operation: str, backend: str) -> None:
+    _runs[operation, backend] += 1
+
+
+def resolve(
+    operation: str,
+    requested: str,
+    table: Mapping[str, NotSupportedReasons],
+    *tensors: Tensor,
+    strict: bool = False,
+) -> str:
     """The name of the backend that runs ``operation`` on ``tensors``.
 
     ``"auto"`` takes the first backend of the table that can serve. The environment variable ``BETACLIP_BACKEND``
     replaces ``"auto"`` in operations that have a backend of that name. A backend requested by name is never replaced
-    by another.
+    by another. With ``strict``, ``"auto"`` takes none but fused kernels, except for tensors on the CPU, where
+    everything runs in plain PyTorch.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -42,6 +78,7 @@ def resolve(operation: str, requested: str, table: Mapping[str, NotSupportedReas
             tensors; the message lists the reasons.
     """
     source = "backend"
+    strict = strict and requested == "auto" and tensors[0].device.type not in ("cpu", "meta")
     if requested == "auto":
         source, requested = "BETACLIP_BACKEND", os.environ.get("BETACLIP_BACKEND", "auto")
         if requested in NAMES and requested not in table:
@@ -55,6 +92,8 @@ def resolve(operation: str, requested: str, table: Mapping[str, NotSupportedReas
         reasons = table[name](*tensors)
         if requested == "auto" and not reasons and name in NOT_AUTOMATIC_REASONS:
             reasons = NOT_AUTOMATIC_REASONS[name](*tensors)
+        if strict and name not in FUSED:
+            reasons = [*reasons, "has no fused kernel, and strict=True"]
         if not reasons:
             return name
         refusals[name] = reasons

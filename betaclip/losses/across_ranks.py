@@ -66,6 +66,10 @@ class Call(NamedTuple):
     bias: bool
     divisor: str = "pairs"
     conditioned: bool = False
+    reduction: str = "mean"
+    smoothed: bool = False
+    weighted: bool = False
+    extra: bool = False
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -76,6 +80,10 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": (False, True),
     "divisor": ("pairs", "rows"),
     "conditioned": (False, True),
+    "reduction": ("mean", "none"),
+    "smoothed": (False, True),
+    "weighted": (False, True),
+    "extra": (False, True),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }
@@ -88,8 +96,8 @@ class AcrossRanks:
     rank's rows and columns. dscale and dbias are those of this rank's rows, so that their sum over ranks is that of all
     pairs. The incoming gradients of all ranks add up.
 
-    backend: between this rank's rows and the columns that have arrived. call: which loss this is.
-    num_pieces: as :func:`pieces`.
+    backend: between this rank's rows and the columns that have arrived, an object or a resolved name. call: which loss
+    this is. num_pieces: as :func:`pieces`.
     """
 
     def __init__(
@@ -105,12 +113,12 @@ class AcrossRanks:
         self.shards = _Shards(transport, group, num_pieces)
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._agree(x)
+        x = self._agree(x, y)
         rows = scale.new_full((x.rows.shape[0],), -torch.inf)
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor:
             columns = Operand(texts, image_id, None, y.dtype)
-            lse_x, lse_y = self._local(x, columns).similarity_logsumexp_fwd(x, columns, scale)
+            lse_x, lse_y = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_fwd(x, columns, scale)
             torch.logaddexp(rows, lse_x, out=rows)
             return lse_y
 
@@ -135,7 +143,7 @@ class AcrossRanks:
 
         def contrast(texts: Tensor, image_id: Tensor, statistics: Tensor) -> Tensor | None:
             columns, (lse, dlse) = Operand(texts, image_id, None, y.dtype), statistics.T.contiguous()
-            dx, dy, dscale = self._local(x, columns).similarity_logsumexp_bwd(
+            dx, dy, dscale = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_bwd(
                 x, columns, scale, lse_x, lse, dlse_x, dlse, need_dx, dy_wanted
             )
             sums.add(dx, dscale)
@@ -146,11 +154,11 @@ class AcrossRanks:
         return dx, _own(dy if need_dy else None, y, scale), dscale
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
-        x, sums = self._agree(x), _Sums()
+        x, sums = self._agree(x, y), _Sums()
 
         def contrast(texts: Tensor, image_id: Tensor) -> None:
             columns = Operand(texts, image_id, None, y.dtype)
-            sums.add(self._local(x, columns).similarity_softplus_fwd(x, columns, scale, bias))
+            sums.add(self._local("similarity_softplus", x, columns).similarity_softplus_fwd(x, columns, scale, bias))
 
         self.shards.for_each(partial(self._shard, y), [], contrast, "sum")
         return sums.totals[0]
@@ -165,12 +173,12 @@ class AcrossRanks:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, sums = self._agree(x), _Sums()
+        x, sums = self._agree(x, y), _Sums()
         dy_wanted = self.wanted.text
 
         def contrast(texts: Tensor, image_id: Tensor) -> Tensor | None:
             columns = Operand(texts, image_id, None, y.dtype)
-            rows, dx, dy, dscale, dbias = self._local(x, columns).similarity_softplus_fwd_bwd(
+            rows, dx, dy, dscale, dbias = self._local("similarity_softplus", x, columns).similarity_softplus_fwd_bwd(
                 x, columns, scale, bias, drows, need_dx, dy_wanted
             )
             sums.add(rows, dx, dscale, dbias)
@@ -180,25 +188,25 @@ class AcrossRanks:
         rows, dx, dscale, dbias = sums.totals
         return rows, dx, _own(dy if need_dy else None, y, scale), dscale, dbias
 
-    def _agree(self, x: Operand) -> Operand:
+    def _agree(self, x: Operand, y: Operand) -> Operand:
         """Find the largest shard, and whether any rank wants the gradient of its texts; ``x`` as :meth:`_across`.
 
         Raises:
             RuntimeError: ranks disagree on what can be contrasted. It is raised on all ranks, which would else wait for
                 each other for ever.
         """
-        self.wanted = self.shards.agree(x, self.wanted, self.call)
+        self.wanted = self.shards.agree(x, y, self.wanted, self.call)
         return self._across(x)
 
     def _across(self, x: Operand) -> Operand:
         """``x`` with image ids that no other rank has; -1 stays. They grow with the rank: sorted ones stay so once
         gathered, and backends need not look for equal ones everywhere."""
         assert x.image_id is not None
-        ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.max_rows)
+        ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.ids_per_rank)
         return Operand(x.rows, ids, x.inverse_norm, x.dtype)
 
-    def _local(self, x: Operand, y: Operand) -> SimilarityBackend:
-        return local_backend(self.backend, x, y)
+    def _local(self, operation: str, x: Operand, y: Operand) -> SimilarityBackend:
+        return local_backend(operation, self.backend, x, y)
 
     def _shard(self, y: Operand) -> list[Tensor]:
         image_id = self._across(y).image_id
@@ -220,6 +228,28 @@ def over_ranks(terms: Tensor, counts: Tensor, group: ProcessGroup | None) -> tup
     return total + (share - share.detach()), sums[terms.numel() :].view(counts.shape).to(counts.dtype)
 
 
+def sum_over_ranks(terms: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``terms`` over ranks; its gradient is the sum of all ranks' gradients.
+
+    The backward is a collective. All ranks that want any gradient take part in it if their ``scale`` wants one.
+    """
+    sums: Tensor = _SumOverRanks.apply(terms, scale, group)
+    return sums
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        with _explained(group, "the sum over ranks"):
+            return group.sum(terms)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        with _explained(ctx.group, "the sum over ranks, backward"):
+            return ctx.group.sum(incoming[0].contiguous()), None, None
+
+
 class InFlight(NamedTuple):
     """Tensors on their way, and the works to wait for."""
 
@@ -232,22 +262,25 @@ class _Shards:
 
     def __init__(self, transport: str, group: ProcessGroup, num_pieces: Callable[[int, int, int, str], int]) -> None:
         self.transport, self.group, self.num_pieces = transport, group, num_pieces
-        self.max_rows = 0
+        self.max_rows = self.ids_per_rank = 0
         self._kept: list[InFlight] = []
 
-    def agree(self, x: Operand, wanted: Wanted, call: Call) -> Wanted:
-        """Set ``max_rows``; return which gradients the ranks want together. The host waits for this message alone.
+    def agree(self, x: Operand, y: Operand, wanted: Wanted, call: Call) -> Wanted:
+        """Set ``max_rows``, the largest number of a rank's columns, and ``ids_per_rank``, which is above each rank's
+        image ids: they are at most the number of its rows. Return which gradients the ranks want together.
 
-        Its size is the same whatever is called: ranks that differ learn of it before their messages do not fit.
+        The host waits for this message alone. Its size is the same whatever is called: ranks that differ learn of it
+        before their messages do not fit.
         """
         rows, depth = x.rows.shape
+        columns = y.rows.shape[0]
         chosen = {**call._asdict(), "gather": self.transport, "dtype": x.dtype}
-        numbers = [rows, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
+        numbers = [rows, columns, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
         table = torch.zeros(self.group.size, len(numbers), dtype=torch.int64)
         table[self.group.rank] = torch.tensor(numbers)
         with self._explained():
             per_rank = list(zip(*self.group.sum(table.to(x.rows.device)).tolist(), strict=True))
-        row_counts, depths, any_wanted, text_wanted, *codes = per_rank
+        row_counts, column_counts, depths, any_wanted, text_wanted, *codes = per_rank
         alike = {
             name: [choices[c] for c in code] for (name, choices), code in zip(_CHOICES.items(), codes, strict=True)
         }
@@ -257,7 +290,7 @@ class _Shards:
                 raise RuntimeError(
                     f"gather: ranks call different losses: {name}: [{shown}] by rank; call the same on all"
                 )
-        self.max_rows = max(row_counts)
+        self.max_rows, self.ids_per_rank = max(column_counts), max(row_counts) + 1
         return Wanted(bool(any_wanted[0]), any(text_wanted))
 
     def for_each(

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from betaclip.kernels.similarity.operators import Backend
-from betaclip.losses.beta_cal import GroupLike, softmax_loss
-from betaclip.losses.inputs import check_backend, check_gather, check_pairs
+from betaclip.losses.formulas import GroupLike, Inputs, Options, softmax_loss
+from betaclip.losses.inputs import one_text_per_image
 
 
 class ClipLoss(nn.Module):
@@ -16,16 +16,19 @@ class ClipLoss(nn.Module):
         s, own = logit_scale * v @ t.T, torch.arange(B)
         loss = (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
 
-    in O(B·D) memory.
+    in O(B·D) memory; ``reduction`` and ``label_smoothing`` are those of ``F.cross_entropy``.
 
     Args:
         backend: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
         gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`.
         process_group: the ranks to gather from; None for the default group.
+        reduction: ``"mean"``, or ``"none"`` for the loss of each pair, the mean of its two directions.
+        label_smoothing: from 0 to 1, the part of each row's target that all texts share.
+        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
-        ValueError: ``backend`` or ``gather`` is unknown.
+        ValueError: ``backend``, ``gather`` or ``reduction`` is unknown, or ``label_smoothing`` out of range.
 
     Example:
         >>> import torch
@@ -40,30 +43,51 @@ class ClipLoss(nn.Module):
         backend: Backend = "auto",
         gather: bool | str = "auto",
         process_group: GroupLike | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        check_backend(backend)
-        check_gather(gather)
         self.backend, self.gather, self.process_group = backend, gather, process_group
+        self.reduction, self.label_smoothing, self.strict = reduction, label_smoothing, strict
+        self.options().check("ce")
 
-    def forward(self, image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
+    def options(self) -> Options:
+        """What this module keeps between batches."""
+        return Options(
+            beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group,
+            reduction=self.reduction, label_smoothing=self.label_smoothing, strict=self.strict,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        weights: Tensor | None = None,
+        extra_texts: Tensor | None = None,
+        extra_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss of one batch.
 
         Args:
             image_embeds: (B, D) image embeddings, any norm, any floating dtype.
             text_embeds: (B, D) text embeddings; text i belongs to image i.
             logit_scale: () inverse temperature, after exp; may require a gradient.
+            weights: (B,) constant weights of the pairs: the loss is the weighted mean, rows are times their weights.
+            extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
+            extra_mask: (E,) bool, True = valid.
 
         Returns:
-            () float32 (float64 for float64 inputs), in nats.
+            () float32 (float64 for float64 inputs), in nats; (B,) with ``reduction="none"``.
 
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
             NotImplementedError: the named backend cannot serve these inputs; the message says why.
             RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
-        check_pairs(image_embeds, text_embeds)
-        return softmax_loss(
-            "ClipLoss", image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, 0.0, 1.0, None, None, None,
-            "ignore", self.backend, gather=self.gather, process_group=self.process_group,
-        )  # fmt: skip
+        image, text, weights = one_text_per_image(image_embeds, text_embeds, weights)
+        extra = {"extra_texts": extra_texts, "extra_mask": extra_mask}
+        loss = softmax_loss(Inputs(image, text, logit_scale, weights=weights, **extra), self.options(), "ClipLoss")
+        return loss if self.reduction == "mean" else loss.squeeze(1)

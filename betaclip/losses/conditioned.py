@@ -29,18 +29,18 @@ class Conditioned(NamedTuple):
     valid: Tensor
 
     def softmax_terms(self, own: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """() the sum over texts of logsumexp(scale * [own, others]) - scale * own, and () the number of texts that
-        have another picture. own: (B, K) cosines with the own picture."""
+        """(B, K) logsumexp(scale * [own, others]) - scale * own, 0 for texts without another picture, and (B, K) bool,
+        which texts have one. own: (B, K) cosines with the own picture."""
         contrasted = self.valid.any(2)
         own = scale * own.masked_fill(~contrasted, 0)
         others = (scale * self.cosines.masked_fill(~self.valid, 0)).masked_fill(~self.valid, -torch.inf)
-        return (torch.cat((own.unsqueeze(2), others), 2).logsumexp(2) - own).sum(), contrasted.sum()
+        return torch.cat((own.unsqueeze(2), others), 2).logsumexp(2) - own, contrasted
 
-    def softplus_sum(self, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """() the sum of softplus(scale * cosine + bias) over all pairs."""
+    def softplus_sums(self, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, K) the sum of softplus(scale * cosine + bias) over the pairs of each text."""
         logits = scale * self.cosines.masked_fill(~self.valid, 0)
         losses = -F.logsigmoid(-logits if bias is None else -logits - bias)  # softplus, which F.softplus rounds
-        return losses.masked_fill(~self.valid, 0).sum()
+        return losses.masked_fill(~self.valid, 0).sum(2)
 
 
 def prepare_conditioned(batch: Batch, negatives: Tensor | None, mask: Tensor | None) -> Conditioned | None:
@@ -98,12 +98,13 @@ def conditioned_loss(
     conditioned = prepare_conditioned(batch, conditioned_negatives, conditioned_mask)
     assert conditioned is not None
     if form == "ce":
-        total, count = over_ranks(*conditioned.softmax_terms(_own_cosines(batch), batch.scale), group)
+        terms, exist = conditioned.softmax_terms(_own_cosines(batch), batch.scale)
+        total, count = over_ranks(terms.sum(), exist.sum(), group)
         return total / count.clamp_min(1)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     layout = batch.layout if padding == "ignore" else batch.all_rows()
     rows = (layout.image_id >= 0).sum()
-    total, rows = over_ranks(conditioned.softplus_sum(batch.scale, bias), rows, group)
+    total, rows = over_ranks(conditioned.softplus_sums(batch.scale, bias).sum(), rows, group)
     return sigmoid_mean(total, rows, divisor)
 
 

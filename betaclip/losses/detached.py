@@ -19,6 +19,7 @@ def detached_clip_loss(
     *,
     mask: Tensor | None = None,
     backend: Backend = "auto",
+    strict: bool = False,
 ) -> Tensor:
     """CLIP's loss of the images of all ranks, in which each rank takes what it has gathered for constants.
 
@@ -39,7 +40,7 @@ def detached_clip_loss(
         logit_scale: () inverse temperature, after exp.
         group: the ranks.
         mask: (B,) bool, True for an image with a text; others take part in nothing.
-        backend: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
+        backend, strict: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
 
     Returns:
         () in accumulation dtype, nats; the same on every rank. Its gradients are W times this rank's, so that their
@@ -62,7 +63,7 @@ def detached_clip_loss(
     losses = []
     for rows, own, columns in ((image, text, all_text), (text, image, all_image)):
         others, _ = similarity_logsumexp(
-            rows.to(inputs.dtype), columns.to(inputs.dtype), scale, ids, all_ids, backend=backend
+            rows.to(inputs.dtype), columns.to(inputs.dtype), scale, ids, all_ids, backend=backend, strict=strict
         )
         logit = scale * (rows * own.detach()).sum(1)
         losses.append(torch.where(valid, torch.logaddexp(others, logit) - logit, 0).sum())

@@ -16,6 +16,7 @@ from betaclip.losses.across_ranks import TRANSPORTS
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
 DIVISORS = ("pairs", "rows")
+REDUCTIONS = ("mean", "none")
 GATHERS = ("auto", *TRANSPORTS)  # or a bool
 _FIRST_ROWS = 64  # compared first, since rows that are not alike show there
 _compared_on: set[str] = set()  # types of GPUs whose tensors have been compared
@@ -43,6 +44,10 @@ class Batch(NamedTuple):
             return self.layout
         ids = torch.arange(images, dtype=torch.int32, device=self.image.device)
         return self.layout._replace(image_id=ids.repeat_interleave(texts_per_image))
+
+    def as_given(self, slots: Tensor) -> Tensor:
+        """(B, K) as it is, or (N,) of a ragged batch."""
+        return slots if self.layout.slots is None else self.layout.to_rows(slots)
 
     def valid_pairs(self) -> Tensor | None:
         """(B, K, K) bool, or None if all pairs are valid."""
@@ -142,6 +147,24 @@ def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weig
     return alpha * own + as_scalar("beta", beta, like, like.dtype) * (1 - own)
 
 
+def prepare_row_weights(batch: Batch, weights: Tensor | None, padding: str) -> Tensor | None:
+    """(B, K) weights of the rows in accumulation dtype; 0 in padded slots, unless these count."""
+    if weights is None:
+        return None
+    check_tensor("weights", weights)
+    layout = batch.layout
+    rows = (layout.images, layout.texts_per_image) if layout.slots is None else (batch.image.shape[0],)
+    expect("weights", weights, "as image_embeds", shape=torch.Size(rows), device=batch.image.device)
+    if weights.is_complex():
+        raise ValueError(f"weights: expected real weights, got {weights.dtype}")
+    if weights.requires_grad:
+        raise ValueError(
+            "weights: expected constants, got a tensor that requires a gradient (multiply the rows of reduction='none')"
+        )
+    weights = layout.to_slots(weights.to(batch.scale.dtype).flatten(), 0)
+    return weights if batch.valid is None or padding == "published" else weights.masked_fill(~batch.valid, 0)
+
+
 def warn_if_beta_cancels(image_embeds: Tensor, batch: Batch, beta: Tensor | float) -> None:
     """Warn, once per process, if all texts of each image have one image embedding in common: the targets' sum of logits
     in the softmax form is then the same for every ``beta``.
@@ -230,13 +253,24 @@ def check_weight(name: str, value: Tensor | float) -> None:
         raise ValueError(f"{name}: expected a finite weight >= 0, got {value!r}")
 
 
-def check_pairs(image_embeds: Tensor, text_embeds: Tensor) -> None:
-    """Raise a ValueError unless both are (B, D), of one text per image."""
+def one_text_per_image(
+    image_embeds: Tensor, text_embeds: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, 1, D), (B, 1, D) and (B, 1) from (B, D), (B, D) and (B,).
+
+    Raises:
+        ValueError: they have other shapes.
+    """
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
         check_tensor(name, embeds)
         if embeds.dim() != 2:
             raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
     expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
+    if weights is not None:
+        check_tensor("weights", weights)
+        expect("weights", weights, "as image_embeds", shape=image_embeds.shape[:1])
+        weights = weights.unsqueeze(1)
+    return image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), weights
 
 
 def check_tensor(name: str, value: object) -> None:

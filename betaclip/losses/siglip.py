@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from betaclip.kernels.similarity.operators import Backend
-from betaclip.losses.beta_cal import GroupLike, beta_cal_bce_loss
-from betaclip.losses.inputs import check_backend, check_gather, check_pairs
+from betaclip.losses.formulas import GroupLike, Inputs, Options, sigmoid_loss
+from betaclip.losses.inputs import one_text_per_image
 
 
 class SigLipLoss(nn.Module):
@@ -23,9 +23,11 @@ class SigLipLoss(nn.Module):
         gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`. B is then the number of all ranks' images.
         process_group: the ranks to gather from; None for the default group.
+        reduction: ``"mean"``, or ``"none"`` for what each image costs with all texts, whose mean is the loss.
+        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
-        ValueError: ``backend`` or ``gather`` is unknown.
+        ValueError: ``backend``, ``gather`` or ``reduction`` is unknown.
 
     Example:
         >>> import torch
@@ -42,11 +44,20 @@ class SigLipLoss(nn.Module):
         backend: Backend = "auto",
         gather: bool | str = "auto",
         process_group: GroupLike | None = None,
+        reduction: str = "mean",
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        check_backend(backend)
-        check_gather(gather)
         self.backend, self.gather, self.process_group = backend, gather, process_group
+        self.reduction, self.strict = reduction, strict
+        self.options().check("bce")
+
+    def options(self) -> Options:
+        """What this module keeps between batches."""
+        return Options(
+            beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group, divisor="rows",
+            reduction=self.reduction, strict=self.strict,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -54,6 +65,10 @@ class SigLipLoss(nn.Module):
         text_embeds: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
+        *,
+        weights: Tensor | None = None,
+        extra_texts: Tensor | None = None,
+        extra_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -62,17 +77,22 @@ class SigLipLoss(nn.Module):
             text_embeds: (B, D) text embeddings; text i belongs to image i.
             logit_scale: () inverse temperature, after exp; may require a gradient.
             logit_bias: () added to every logit, may require a gradient; None for none. SigLIP starts at -10.
+            weights: (B,) constant weights of the images: the loss is the weighted mean, rows are times their weights.
+            extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
+            extra_mask: (E,) bool, True = valid.
 
         Returns:
-            () float32 (float64 for float64 inputs), in nats per image.
+            () float32 (float64 for float64 inputs), in nats per image; (B,) with ``reduction="none"``.
 
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
             NotImplementedError: the named backend cannot serve these inputs; the message says why.
             RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
-        check_pairs(image_embeds, text_embeds)
-        return beta_cal_bce_loss(
-            image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), logit_scale, logit_bias=logit_bias, beta=0.0,
-            divisor="rows", backend=self.backend, gather=self.gather, process_group=self.process_group,
+        image, text, weights = one_text_per_image(image_embeds, text_embeds, weights)
+        inputs = Inputs(
+            image, text, logit_scale, logit_bias=logit_bias, weights=weights, extra_texts=extra_texts,
+            extra_mask=extra_mask,
         )  # fmt: skip
+        loss = sigmoid_loss(inputs, self.options())
+        return loss if self.reduction == "mean" else loss.squeeze(1)

@@ -30,6 +30,9 @@ class LossConfig:
     """Number of other pictures that each text also pools, as negatives under the same text; 0 for none. They are drawn
     among the pictures that are encoded together. The loss term is called conditioned, and its weight is 1 unless
     loss.weights has another."""
+    text_queue: int = 0
+    """Number of texts of earlier updates that β-CAL has as further negatives, over all ranks; 0 for none. Their
+    embeddings are as the model was then. Take fewer than an epoch has, or a text meets itself."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of further loss terms, by name."""
     padding: Literal["ignore", "published"] = "ignore"
@@ -44,6 +47,8 @@ class LossConfig:
     published: each rank takes what the others send as constants, so that gradients have about half their norm."""
     backend: str = "auto"
     """Backend of the losses."""
+    strict: bool = False
+    """On a GPU, stop where the automatic choice would leave a loss to a slower backend than the fused one."""
 
     def term_weights(self) -> dict[str, float]:
         conditioned = {"conditioned": 1.0} if self.conditioned_negatives else {}

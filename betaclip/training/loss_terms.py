@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from betaclip.losses.beta_cal import BetaCALLoss, beta_cal_ce_loss
+from betaclip.losses.beta_cal import BetaCALLoss
 from betaclip.losses.conditioned import conditioned_loss
 from betaclip.losses.detached import detached_clip_loss
-from betaclip.process_group import ProcessGroup
+from betaclip.losses.functional import beta_cal_ce_loss
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training.config import LossConfig
+from betaclip.training.text_queue import TextQueue
 
 _GATHER: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
 
@@ -39,6 +42,19 @@ class Measures(Protocol):
     def measure(self, out: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A loss term that keeps something between updates, which is saved in checkpoints.
+
+    state: tensors by name, the same on every rank; a collective. restore: takes a state, also that of another number of
+    ranks.
+    """
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None: ...
+
+
 class GlobalLoss:
     """CLIP's loss between whole images (CLS) and captions, always over all ranks."""
 
@@ -46,7 +62,7 @@ class GlobalLoss:
     captions_only = True
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
-        self.backend = config.backend
+        self.backend, self.strict = config.backend, config.strict
         self.gather = several_ranks and (_GATHER[config.gather] or True)
         self.detached = several_ranks and config.gather_global == "published"
 
@@ -54,12 +70,12 @@ class GlobalLoss:
         if self.detached:
             return detached_clip_loss(
                 out["image_embeds"], out["text_embeds"][:, 0], out["logit_scale"], ProcessGroup.of(),
-                mask=out["mask"][:, 0], backend=self.backend,
+                mask=out["mask"][:, 0], backend=self.backend, strict=self.strict,
             )  # fmt: skip
         # K = 1 with a mask, which ClipLoss does not take: an image may have no text at all.
         return beta_cal_ce_loss(
             out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
-            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather,
+            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather, strict=self.strict,
         )  # fmt: skip
 
 
@@ -74,15 +90,28 @@ class BetaCALTerm:
         # In the softmax form a bias cancels.
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
         self.loss = BetaCALLoss(
-            config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather
-        )
+            config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather,
+            strict=config.strict,
+        )  # fmt: skip
+        group = ProcessGroup.of() if several_ranks else SINGLE_PROCESS
+        self.queue = TextQueue(config.text_queue, group) if config.text_queue else None
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        texts, mask = out["text_embeds"], out["mask"]
+        extra = {} if self.queue is None else self.queue.given(texts)
         loss: Tensor = self.loss(
-            out["pooled_embeds"], out["text_embeds"], out["pool_logit_scale"],
-            mask=out["mask"], logit_bias=out.get("logit_bias"),
-        )  # fmt: skip
+            out["pooled_embeds"], texts, out["pool_logit_scale"], mask=mask, logit_bias=out.get("logit_bias"), **extra
+        )
+        if self.queue is not None:
+            self.queue.add(texts, mask)
         return loss
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.queue is None else self.queue.state()
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        if self.queue is not None and state:
+            self.queue.restore(state, device)
 
 
 class ConditionedTerm:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from betaclip.errors import ConfigError
 from betaclip.model.texts import RaggedTexts
 from betaclip.training.config import LossConfig
-from betaclip.training.loss_terms import LOSS_TERMS, Measures
+from betaclip.training.loss_terms import LOSS_TERMS, Measures, Remembers
 
 
 class Objective(nn.Module):
@@ -17,8 +17,8 @@ class Objective(nn.Module):
         several_ranks: the losses may span all ranks, as ``config.gather`` says.
 
     Raises:
-        ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, or the conditioned negatives have a
-            weight but no number.
+        ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, the conditioned negatives have a
+            weight but no number, or there is a queue of texts without β-CAL.
     """
 
     def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
@@ -34,6 +34,9 @@ class Objective(nn.Module):
         if config.conditioned_negatives < 0 or (weights.get("conditioned") and not config.conditioned_negatives):
             expected = "at least 1 for the loss term conditioned, or 0 without it"
             raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
+        if config.text_queue < 0 or (config.text_queue and not weights.get("beta_cal")):
+            expected = "at least 0, and 0 without the loss term beta_cal"
+            raise ConfigError(f"loss.text_queue: expected {expected}, got {config.text_queue}")
         self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
         self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
         self.conditioned_negatives = config.conditioned_negatives if "conditioned" in self.terms else 0
@@ -48,6 +51,16 @@ class Objective(nn.Module):
     @property
     def captions_only(self) -> bool:
         return all(term.captions_only for term in self.terms.values())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What the terms keep between updates, by their names; a collective."""
+        return {name: term.state() for name, term in self.terms.items() if isinstance(term, Remembers)}
+
+    def restore(self, state: dict[str, dict[str, Tensor]], device: torch.device) -> None:
+        """Give the terms what :meth:`state` returned."""
+        for name, term in self.terms.items():
+            if isinstance(term, Remembers) and name in state:
+                term.restore(state[name], device)
 
     def forward(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``, each term's unweighted loss, and what terms measure, all (), by the names in ``names``."""

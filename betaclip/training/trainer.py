@@ -180,6 +180,7 @@ class Trainer:
             "order": self.data.order,
             **checkpoints.model_and_optimizer(self.model, self.optimizer),
             "scaler": self.train_step.scaler.state_dict(),
+            "loss_terms": self.train_step.objective.state(),
             "columns": self.metrics.columns,
             "interval": self.metrics.read()[0],
             "evaluation_due": self._evaluation_due,
@@ -206,6 +207,7 @@ class Trainer:
                 self.average.restore(content["model"] | content.get("ema", {}))
             self.train_step.scaler.load_state_dict(content["scaler"])
             self.metrics.restore(content["interval"].to(self.device))
+            self.train_step.objective.restore(content.get("loss_terms", {}), self.device)
             if self.process_group.rank < len(content["random"]):
                 checkpoints.set_random_states(content["random"][self.process_group.rank])
         except Exception as error:  # PyTorch raises anything for states that are not its own

@@ -18,6 +18,7 @@ from betaclip.kernels.attention_pool.cost import folding_pays
 from betaclip.kernels.attention_pool.folded import Attention, Eager, Pooling, attention_pool_bwd, attention_pool_fwd
 from betaclip.kernels.backends import (
     always_supported,
+    count_run,
     define_operator,
     expect,
     needed_gradients,
@@ -108,6 +109,8 @@ def attention_pool(
         backend = resolve("attention_pool", backend, _preferred(pooling) if backend == "auto" else BACKENDS, x, q)
     if not isinstance(backend, str) or backend in FOLDED:
         return _Folded.apply(*pooling, backend)
+    if not torch.compiler.is_compiling():
+        count_run("attention_pool", backend)
     with autocast_off(x.device.type):  # or dtype and precision would follow the choice of backend
         return projected.sdpa(pooling) if backend == "sdpa" else projected.reference(pooling)
 
@@ -186,7 +189,7 @@ def _folded(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, Tensor]:
     """The result, and the log-sum-exps for the backward, empty if the backend does not keep them."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps)
-    return attention_pool_fwd(pooling, local_backend(backend))
+    return attention_pool_fwd(pooling, _running(backend))
 
 
 @without_autocast
@@ -196,7 +199,14 @@ def _folded_backward(  # type: ignore[no-untyped-def]
     """dx (B, P, D) (empty if not needed) and dq (B, K, D) in the dtype of x; dk_weight and dv_weight (D, D) in
     accumulation dtype."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps)
-    return attention_pool_bwd(pooling, out, lse, dout, need_dx, local_backend(backend))
+    return attention_pool_bwd(pooling, out, lse, dout, need_dx, _running(backend))
+
+
+def _running(backend: Backend) -> Attention:
+    """The object behind a backend's name, which is about to run."""
+    if isinstance(backend, str):
+        count_run("attention_pool", backend)
+    return local_backend(backend)
 
 
 _TENSORS = "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? mask"

@@ -22,6 +22,7 @@ from torch import Tensor
 from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.backends import (
     always_supported,
+    count_run,
     define_operator,
     needed_gradients,
     refuse_second_derivative,
@@ -44,17 +45,24 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {
 Backend = str | SimilarityBackend
 
 
-def local_backend(backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
-    """The object behind a backend's name. Backends of an architecture's own are chosen here."""
+def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
+    """The object behind a backend's resolved name, which is about to run ``operation``. Backends of an architecture's
+    own are chosen here."""
     if not isinstance(backend, str):
         return backend
-    if backend == "reference" or 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
-        return Reference()
+    if 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
+        backend = "reference"
+    count_run(operation, backend)
     if backend == "triton":
         from betaclip.kernels.similarity.triton_kernels import Triton  # Triton may not be installed
 
         return Triton()
-    return cuda_backend.Cuda() if backend == "cuda" else Blockwise()
+    backends: dict[str, type[SimilarityBackend]] = {
+        "cuda": cuda_backend.Cuda,
+        "blockwise": Blockwise,
+        "reference": Reference,
+    }
+    return backends[backend]()
 
 
 class RowLayout(NamedTuple):
@@ -74,6 +82,14 @@ class RowLayout(NamedTuple):
         if self.slots is None:
             return rows.view(self.images, self.texts_per_image)
         return torch.where(self.slots >= 0, rows[self.slots.clamp_min(0)], fill)
+
+    def to_rows(self, slots: Tensor) -> Tensor:
+        """A vector over rows (N,) from (B, K), without what empty slots hold."""
+        if self.slots is None:
+            return slots.flatten()
+        count = self.image_id.shape[0]
+        places = torch.where(self.slots >= 0, self.slots, count).flatten()  # empty slots go behind the rows
+        return slots.new_zeros(count + 1).scatter(0, places, slots.flatten())[:count]
 
 
 def contrast_logsumexp(
@@ -105,24 +121,29 @@ def contrast_softplus(
     layout: RowLayout,
     dtype: torch.dtype,
     backend: Backend,
+    total: bool = True,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """() sum of softplus of all logits between different images, and the (B, K, K) cosines within images.
+    """Sums of softplus of all logits between different images, and the (B, K, K) cosines within images.
 
-    The arguments are those of :func:`contrast_logsumexp`. A gradient that is wanted is formed together with the value,
-    which saves forming the logits again.
+    With ``total`` the sum is () that of all rows, times constant ``row_weights`` (N,) if they are given. Its gradient,
+    if it is wanted, is formed together with the value, which saves forming the logits again. Otherwise sums are (N,)
+    those of each row. The other arguments are those of :func:`contrast_logsumexp`.
     """
     backend = resolve_backend("similarity_softplus", backend, image, text, dtype)
     return SoftplusSums.apply(
-        image, text, scale, bias, layout.image_id, None, layout.slots, True, torch.is_grad_enabled(),
+        image, text, scale, bias, layout.image_id, None, layout.slots, row_weights, total, torch.is_grad_enabled(),
         layout.images, layout.texts_per_image, dtype, backend,
     )  # fmt: skip
 
 
-def resolve_backend(operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype) -> Backend:
+def resolve_backend(
+    operation: str, backend: Backend, x: Tensor, y: Tensor, dtype: torch.dtype, strict: bool = False
+) -> Backend:
     """A name is resolved for the dtype of the products."""
-    return (
-        resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype)) if isinstance(backend, str) else backend
-    )
+    if not isinstance(backend, str):
+        return backend
+    return resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype), strict=strict)
 
 
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
@@ -140,7 +161,9 @@ def _logsumexp(  # type: ignore[no-untyped-def]
     """Log-sum-exps (N,) and (M,), and cosines."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        lse_x, lse_y = local_backend(backend, *operands).similarity_logsumexp_fwd(*operands, scale)
+        lse_x, lse_y = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_fwd(
+            *operands, scale
+        )
     return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots))
 
 
@@ -152,7 +175,7 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        dx, dy, dscale = local_backend(backend, *operands).similarity_logsumexp_bwd(
+        dx, dy, dscale = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
     return *_finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots)), dscale
@@ -160,18 +183,18 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _softplus(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, with_gradients, need_dx, need_dy,
+    x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, with_gradients, need_dx, need_dy,
     images, texts_per_image, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums of rows (N,) and cosines; if wanted, also the gradients of the rows' total by the normalised rows, scale and
-    bias, in accumulation dtype."""
+    """Sums of rows (N,) and cosines; if wanted, also the gradients of the rows' weighted total by the normalised rows,
+    scale and bias, in accumulation dtype."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
-        chosen = local_backend(backend, *operands)
+        chosen = local_backend("similarity_softplus", backend, *operands)
         if with_gradients:
-            ones = scale.new_ones(x.shape[0])
+            drows = scale.new_ones(x.shape[0]) if row_weights is None else row_weights
             rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
-                *operands, scale, bias, ones, need_dx, need_dy
+                *operands, scale, bias, drows, need_dx, need_dy
             )
         else:
             rows = chosen.similarity_softplus_fwd(*operands, scale, bias)
@@ -194,9 +217,8 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
         dx, dy, dscale, dbias = formed
         return *_finish(operands, dx, dy, dcosines, layout, dsums), dsums * dscale, dsums * dbias
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        _, dx, dy, dscale, dbias = local_backend(backend, *operands).similarity_softplus_fwd_bwd(
-            *operands, scale, bias, dsums, need_dx, need_dy
-        )
+        chosen = local_backend("similarity_softplus", backend, *operands)
+        _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(*operands, scale, bias, dsums, need_dx, need_dy)
     return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
 
 
@@ -248,7 +270,7 @@ logsumexp_backward = define_operator(
 softplus = define_operator(
     "similarity_softplus",
     _softplus,
-    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, bool with_gradients, "
+    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, Tensor? row_weights, bool with_gradients, "
     f"bool need_dx, bool need_dy, {_OPTIONS}",
     6,
 )
@@ -275,7 +297,7 @@ def _(x, y, scale, x_image_id, y_image_id, slots, lse_x, lse_y, dlse_x, dlse_y, 
 
 @softplus.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, with_gradients, need_dx, need_dy,
+    x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, with_gradients, need_dx, need_dy,
     images, texts_per_image, dtype, backend,
 ):  # fmt: skip
     gradients = (_fake_gradient(t, with_gradients and need, scale.dtype) for t, need in ((x, need_dx), (y, need_dy)))
@@ -317,17 +339,21 @@ class LogSumExp(torch.autograd.Function):
 
 
 class SoftplusSums(torch.autograd.Function):
-    """Sums of rows; with ``total`` their sum, whose gradient is formed early."""
+    """Sums of rows; with ``total`` their sum, weighted if weights are given, whose gradient is formed early."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, scale, bias, x_image_id, y_image_id, slots, total, grad_enabled, *options):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, total, grad_enabled, *options
+    ):
         rows = x, y, scale, bias, x_image_id, y_image_id, slots
         needs = ctx.needs_input_grad[:2]
         early = total and grad_enabled and any(ctx.needs_input_grad)
-        sums, cosines_, *formed = run_operator(softplus, _softplus, *rows, early, *needs, *options)
+        sums, cosines_, *formed = run_operator(softplus, _softplus, *rows, row_weights, early, *needs, *options)
         ctx.save_for_backward(*rows, *(formed if early else ()))
         ctx.options = options
-        return sums.sum() if total else sums, cosines_
+        if total:
+            sums = sums.sum() if row_weights is None else sums @ row_weights
+        return sums, cosines_
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:

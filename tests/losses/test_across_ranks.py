@@ -22,7 +22,7 @@ from support.ranks import processes, start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
+from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, backend_runs, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.similarity.operators import RowLayout, contrast_logsumexp, contrast_softplus
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, pieces
 from betaclip.process_group import ProcessGroup
@@ -123,7 +123,7 @@ def pieces_equal_one_piece() -> None:
     def run(count: int) -> list[Tensor]:
         def backend() -> AcrossRanks:
             options = ProcessGroup.of(), Wanted(True, True), CALL, lambda *_: count
-            return AcrossRanks("auto", "all_gather", *options)
+            return AcrossRanks("blockwise", "all_gather", *options)
 
         lse_x, lse_y, _ = contrast_logsumexp(*rows, SCALE, layout, SCALE.dtype, backend())
         total, _ = contrast_softplus(*rows, SCALE, None, layout, SCALE.dtype, backend())
@@ -172,6 +172,8 @@ def other_inputs_equal_one_process() -> None:
             torch.testing.assert_close(ours, truth)
             (found,) = torch.autograd.grad(ours, negatives)
             torch.testing.assert_close(found[part] / 2, wanted[part])
+            rows_equal_one_process(form, transport, image, text, mask, part)
+            extra_texts_equal_one_process(form, transport, image, text, mask, part)
         # One text per image.
         first = ClipLoss(gather=transport)(image[part, 0], text[part, 0], scale)
         torch.testing.assert_close(first, ClipLoss(gather=False)(image[:, 0], text[:, 0], scale))
@@ -198,6 +200,50 @@ def other_inputs_equal_one_process() -> None:
     torch.testing.assert_close(BetaCALLoss(gather=True)(image[part], text[part], scale), of_all(image, text, scale))
 
 
+def rows_equal_one_process(form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice) -> None:
+    """Weights of texts, smoothed targets, and rows with any incoming gradients of each rank's own."""
+    weights, incoming = (torch.rand(*mask.shape, dtype=torch.float64) for _ in range(2))
+    leaves = [t.clone().requires_grad_() for t in (image, text, SCALE)]
+    for reduction, factor in (("none", 1), ("mean", 2)):
+        options = {"form": form, "reduction": reduction, "label_smoothing": 0.2 * (form == "ce")}
+        truth = BetaCALLoss(**options, gather=False)(*leaves, mask=mask, weights=weights)
+        own = (leaves[0][part], leaves[1][part], leaves[2])
+        ours = BetaCALLoss(**options, gather=transport)(*own, mask=mask[part], weights=weights[part])
+        each = reduction == "none"
+        wanted = torch.autograd.grad(truth, leaves, incoming if each else None)
+        found = torch.autograd.grad(ours, leaves, incoming[part] if each else None)
+        scale = found[2].clone()
+        dist.all_reduce(scale)
+        torch.testing.assert_close(ours, truth[part] if each else truth)
+        for a, t in zip(
+            (*(g[part] for g in found[:2]), scale), (*(g[part] for g in wanted[:2]), wanted[2]), strict=True
+        ):
+            torch.testing.assert_close(a / factor, t, atol=1e-12, rtol=0)
+
+
+def extra_texts_equal_one_process(
+    form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice
+) -> None:
+    """More of them than texts, none, some that are invalid; a bank without a gradient on one rank alone."""
+    for counts in ((20, 3), (0, 5)):
+        extra, valid = torch.randn(sum(counts), D, dtype=torch.float64), torch.rand(sum(counts)) < 0.7
+        own = own_part(counts)
+        leaves = [t.clone().requires_grad_() for t in (image, text, extra)]
+        options = {"form": form, "label_smoothing": 0.2 * (form == "ce")}
+        loss = BetaCALLoss(**options, gather=False)
+        truth = loss(*leaves[:2], SCALE, mask=mask, extra_texts=leaves[2], extra_mask=valid)
+        wanted = torch.autograd.grad(truth, leaves)
+        given = [leaves[0][part], leaves[1][part], SCALE], {"mask": mask[part], "extra_mask": valid[own]}
+        bank = dist.get_rank() == 1
+        shard = leaves[2][own].detach() if bank else leaves[2][own]
+        ours = BetaCALLoss(**options, gather=transport)(*given[0], extra_texts=shard, **given[1])
+        found = torch.autograd.grad(ours, leaves[:2] if bank else leaves)
+        torch.testing.assert_close(ours, truth)
+        parts = (part, part, own)[: len(found)]
+        for a, t, rows in zip(found, wanted, parts, strict=False):
+            torch.testing.assert_close(a[rows] / 2, t[rows], atol=1e-12, rtol=0)
+
+
 def test_other_inputs_equal_one_process(tmp_path):
     processes(2, other_inputs_equal_one_process, tmp_path)
 
@@ -217,6 +263,11 @@ def by_default_all_ranks() -> None:
         given, of_all = (own, whole) if kind is BetaCALLoss else (own_pair, pair)
         torch.testing.assert_close(kind()(*given), kind(gather=False)(*of_all))
         assert (kind()(*given) - kind(gather=False)(*given)).abs() > 0.01
+    # "auto" chooses between the same backends as on one rank.
+    os.environ["BETACLIP_BACKEND"] = "reference"
+    before = backend_runs()
+    beta_cal_ce_loss(*own)
+    assert (backend_runs() - before).keys() == {("similarity_logsumexp", "reference")}
 
 
 def test_by_default_all_ranks(tmp_path):
@@ -488,6 +539,10 @@ def ranks_disagree() -> None:
             ("bias", "True, False", BetaCALLoss("bce", gather=transport), {"logit_bias": (bias, None)[rank]}),
             ("gather", "all_gather, ring", BetaCALLoss("bce", gather=TRANSPORTS[rank]), {}),
             ("conditioned", "True, False", loss, {"conditioned_negatives": (torch.ones(1, K, 2), None)[rank]}),
+            ("reduction", "none, mean", BetaCALLoss(reduction=("none", "mean")[rank], gather=transport), {}),
+            ("smoothed", "True, False", BetaCALLoss(label_smoothing=(0.1, 0.0)[rank], gather=transport), {}),
+            ("weighted", "True, False", loss, {"weights": (torch.ones(1, K), None)[rank]}),
+            ("extra", "True, False", loss, {"extra_texts": (torch.ones(3, D), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):
                 own(*given, **options)

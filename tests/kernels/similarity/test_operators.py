@@ -160,11 +160,11 @@ def test_half_precision_gradients_of_any_size(backend, size):
     x, y = (F.normalize(torch.randn(n, 32, device=DEVICE), dim=1).half() for n in (64, 48))
     scale, bias = torch.tensor(5.0, device=DEVICE), torch.tensor(-16.0, device=DEVICE)
     sides = [Operand(rows, None, None, torch.float16) for rows in (x, y)]
-    lse = local_backend("reference", *sides).similarity_logsumexp_fwd(*sides, scale)
+    lse = local_backend("similarity_logsumexp", "reference", *sides).similarity_logsumexp_fwd(*sides, scale)
     incoming = [size * torch.ones_like(t) for t in lse]
 
     def run(name: str) -> list[Tensor]:
-        chosen = local_backend(small(name), *sides)
+        chosen = local_backend("similarity_softplus", small(name), *sides)
         softmax = chosen.similarity_logsumexp_bwd(*sides, scale, *lse, *incoming, True, True)
         return [*softmax, *chosen.similarity_softplus_fwd_bwd(*sides, scale, bias, incoming[0], True, True)]
 
@@ -414,12 +414,12 @@ def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend)
     """The four operators, the backward ones for any gradients that are needed."""
     options = (images, texts_per_image, dtype, backend)
     opcheck(logsumexp, x, y, scale, *ids, *options)
-    opcheck(softplus, x, y, scale, None, *ids, False, False, False, *options)
+    opcheck(softplus, x, y, scale, None, *ids, None, False, False, False, *options)
     lse_x, lse_y, cosines = logsumexp(x, y, scale, *ids, *options)
     incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
     for need in ((True, True), (True, False), (False, True), (False, False)):
         opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, *incoming, cosines, *need, *options)
-        forward = (x, y, scale, bias, *ids, True, *need, *options)
+        forward = (x, y, scale, bias, *ids, incoming[0], True, *need, *options)
         opcheck(softplus, *forward)
         rows, _, *formed = softplus(*forward)
         for early, dsums in (([], rows), (formed, torch.ones_like(scale))):

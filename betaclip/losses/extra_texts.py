@@ -1,0 +1,75 @@
+"""Extra texts: negatives of every image embedding that belong to no image of the batch.
+
+Hard captions, or texts of earlier updates. They are further columns of the matrix of logits, whose own statistics
+nobody needs, so that the operations between images serve them as they are: N rows by E columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from betaclip.kernels.backends import expect
+from betaclip.kernels.precision import DTYPES, unit_rows
+from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus, softplus_total
+from betaclip.kernels.similarity.operators import Backend, RowLayout
+from betaclip.losses.inputs import Batch, check_tensor
+
+
+class ExtraTexts(NamedTuple):
+    """Checked extra texts of a batch.
+
+    image, text: (N, D) and (E, D) unit rows in accumulation dtype, 0 for padded ones. valid: (E,) bool.
+    """
+
+    image: Tensor
+    text: Tensor
+    valid: Tensor
+
+    def logsumexp(self, batch: Batch, layout: RowLayout, backend: Backend) -> Tensor:
+        """(N,) the log-sum-exp of each image embedding's logits with the extra texts; -inf if there is none."""
+        image, text, *image_ids = self._operands(batch, layout)
+        return similarity_logsumexp(image, text, batch.scale, *image_ids, backend=backend)[0]
+
+    def softplus(
+        self, batch: Batch, bias: Tensor | None, total: bool, row_weights: Tensor | None, backend: Backend
+    ) -> Tensor:
+        """The sums of the softplus of each image embedding's logits with the extra texts, as ``contrast_softplus``."""
+        image, text, *image_ids = self._operands(batch, batch.layout)
+        given = image, text, batch.scale, bias, *image_ids
+        if total:
+            return softplus_total(*given, row_weights, backend=backend)
+        return similarity_softplus(*given, backend=backend)
+
+    def _operands(self, batch: Batch, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows in the dtype of the products, and image ids: that of valid extra texts is no image's of the batch."""
+        image_id = torch.where(self.valid, layout.images, -1).to(torch.int32)
+        return self.image.to(batch.dtype), self.text.to(batch.dtype), layout.image_id, image_id
+
+
+def prepare_extra_texts(
+    batch: Batch, layout: RowLayout, texts: Tensor | None, mask: Tensor | None
+) -> ExtraTexts | None:
+    """Check the extra texts and their mask."""
+    if texts is None:
+        if mask is not None:
+            raise ValueError("extra_mask: expected extra_texts with it, got None")
+        return None
+    check_tensor("extra_texts", texts)
+    depth = batch.image.shape[1]
+    if texts.dim() != 2 or texts.shape[1] != depth:
+        raise ValueError(f"extra_texts: expected (E, {depth}), D as in image_embeds, got shape {tuple(texts.shape)}")
+    if texts.dtype not in DTYPES:
+        raise ValueError(f"extra_texts: expected float16, bfloat16, float32 or float64, got {texts.dtype}")
+    expect("extra_texts", texts, "as image_embeds", device=batch.image.device)
+    if mask is not None:
+        check_tensor("extra_mask", mask)
+        expect("extra_mask", mask, "as extra_texts", shape=texts.shape[:1], device=texts.device)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"extra_mask: expected dtype torch.bool (True = valid), got {mask.dtype}")
+    valid = torch.ones_like(texts[:, 0], dtype=torch.bool) if mask is None else mask
+    image, text = (
+        unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0))
+        for rows, taken in ((batch.image, layout.image_id >= 0), (texts, valid))
+    )
+    return ExtraTexts(image, text, valid)

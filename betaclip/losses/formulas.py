@@ -1,0 +1,305 @@
+"""Both forms of β-CAL, from the arguments of its functions and modules.
+
+Each is formed row by row: a statistic between images, a (B, K, K) block of ordinary PyTorch within them, and what
+options add. The rows are then weighted and reduced, over ranks where several are contrasted.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Concatenate, NamedTuple, ParamSpec
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from betaclip.kernels.precision import unit_rows
+from betaclip.kernels.similarity.operators import (
+    Backend,
+    RowLayout,
+    contrast_logsumexp,
+    contrast_softplus,
+    resolve_backend,
+)
+from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks, sum_over_ranks
+from betaclip.losses.conditioned import prepare_conditioned, sigmoid_mean
+from betaclip.losses.extra_texts import ExtraTexts, prepare_extra_texts
+from betaclip.losses.inputs import (
+    DIVISORS,
+    FORMS,
+    PADDINGS,
+    REDUCTIONS,
+    Batch,
+    as_scalar,
+    check_backend,
+    check_choice,
+    check_gather,
+    check_weight,
+    prepare,
+    prepare_row_weights,
+    warn_if_beta_cancels,
+    weights_of_pairs,
+)
+from betaclip.process_group import ProcessGroup
+
+GroupLike = dist.ProcessGroup | DeviceMesh
+
+
+class Options(NamedTuple):
+    """What a loss keeps between batches; the arguments of :class:`betaclip.BetaCALLoss` by the same names."""
+
+    beta: Tensor | float = 0.5
+    alpha: float = 1.0
+    padding: str = "ignore"
+    backend: Backend = "auto"
+    gather: bool | str = "auto"
+    process_group: GroupLike | None = None
+    divisor: str = "pairs"
+    conditioned_weight: float = 1.0
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    strict: bool = False
+
+    def check(self, form: str) -> "Options":
+        """These options.
+
+        Raises:
+            ValueError: one is malformed, or means nothing in this form.
+        """
+        check_choice("form", form, FORMS)
+        check_choice("padding", self.padding, PADDINGS)
+        check_choice("divisor", self.divisor, DIVISORS if form == "bce" else DIVISORS[:1])
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_backend(self.backend)
+        check_gather(self.gather)
+        for name, weight in (
+            ("alpha", self.alpha),
+            ("beta", self.beta),
+            ("conditioned_weight", self.conditioned_weight),
+        ):
+            check_weight(name, weight)
+        smoothing = self.label_smoothing
+        if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= (1 if form == "ce" else 0):
+            expected = (
+                "a number from 0 to 1" if form == "ce" else "0 in the sigmoid form, which has no target to smooth"
+            )
+            raise ValueError(f"label_smoothing: expected {expected}, got {smoothing!r}")
+        return self
+
+
+class Inputs(NamedTuple):
+    """One batch; the arguments of :meth:`betaclip.BetaCALLoss.forward` by the same names."""
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor | float
+    mask: Tensor | None = None
+    image_index: Tensor | None = None
+    logit_bias: Tensor | float | None = None
+    pair_weights: Tensor | None = None
+    weights: Tensor | None = None
+    conditioned_negatives: Tensor | None = None
+    conditioned_mask: Tensor | None = None
+    extra_texts: Tensor | None = None
+    extra_mask: Tensor | None = None
+
+
+P = ParamSpec("P")
+
+
+def _eager_over_ranks(
+    loss: Callable[Concatenate[Inputs, Options, P], Tensor],
+) -> Callable[Concatenate[Inputs, Options, P], Tensor]:
+    """Let torch.compile break the graph around ``loss`` if it gathers: the host then reads what other ranks sent."""
+
+    @functools.wraps(loss)
+    def run(inputs: Inputs, options: Options, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        grouped = options.gather is not False and dist.is_available() and dist.is_initialized()
+        if torch.compiler.is_compiling() and grouped and (options.gather != "auto" or dist.get_world_size() > 1):
+            # Made here rather than once: it imports torch._dynamo, which takes longer than all else of betaclip.
+            eager = torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")
+            return eager(inputs, options, *args, **kwargs)
+        return loss(inputs, options, *args, **kwargs)
+
+    return run
+
+
+@_eager_over_ranks
+def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
+    """:func:`betaclip.beta_cal_ce_loss` under the name by which ranks tell losses apart."""
+    options.check("ce")
+    group = _gathering_group(options)
+    batch = _prepare(inputs, options)
+    targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
+    weights = prepare_row_weights(batch, inputs.weights, options.padding)
+    conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
+    layout = batch.layout if options.padding == "ignore" else batch.all_rows()
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
+    valid_pairs = batch.valid_pairs()
+    if valid_pairs is not None:
+        targets = targets * valid_pairs
+    # (B, K) sums over the targets of each row. A row without any, such as one that is not valid, does not count.
+    totals = [targets.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
+    call = Call(
+        name, "ce", options.padding, False, conditioned=conditioned is not None, reduction=options.reduction,
+        smoothed=options.label_smoothing > 0, weighted=weights is not None, extra=extra is not None,
+    )  # fmt: skip
+    backend = partial(_backend, options, group, batch, call)
+    between_x, between_y, cosines = contrast_logsumexp(
+        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text)
+    )
+    logits = batch.scale * cosines
+    contrasted = logits
+    if valid_pairs is not None and options.padding == "ignore":
+        # The smallest finite number, so that an image without any text has finite gradients.
+        contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
+    target = targets * logits
+    of_target = [_share(target.sum(dim), total) for dim, total in zip((2, 1), totals, strict=True)]
+    if options.label_smoothing:
+        uniform = _logits_of_means(batch, layout, extra, group)
+        of_target = [
+            torch.lerp(own, mean, options.label_smoothing) for own, mean in zip(of_target, uniform, strict=True)
+        ]
+    rows, count_rows = [], []
+    for dim, between, own, total in zip((2, 1), (between_x, between_y), of_target, totals, strict=True):
+        lse = torch.logaddexp(layout.to_slots(between, -torch.inf), contrasted.logsumexp(dim))
+        if extra is not None and dim == 2:
+            of_extra = extra.logsumexp(batch, layout, backend(extra.text))
+            lse = torch.logaddexp(layout.to_slots(of_extra, -torch.inf), lse)
+        rows.append(torch.where(total != 0, lse - own, 0))
+        count_rows.append(total != 0)
+    if conditioned is not None:
+        terms, exist = conditioned.softmax_terms(cosines.diagonal(dim1=1, dim2=2), batch.scale)
+        rows.append(terms)
+        count_rows.append(exist)
+    if inputs.pair_weights is None:
+        warn_if_beta_cancels(inputs.image_embeds, batch, options.beta)
+    if weights is not None:
+        rows = [weights * row for row in rows]
+    if options.reduction == "none":
+        return batch.as_given((rows[0] + rows[1]) / 2 + options.conditioned_weight * sum(rows[2:]))
+    counts = [count.sum() if weights is None else (weights * count).sum() for count in count_rows]
+    means = _mean(*over_ranks(torch.stack([row.sum() for row in rows]), torch.stack(counts), group))
+    return means[:2].sum() / 2 + options.conditioned_weight * means[2:].sum()
+
+
+@_eager_over_ranks
+def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
+    """:func:`betaclip.beta_cal_bce_loss` under the name by which ranks tell losses apart."""
+    options.check("bce")
+    group = _gathering_group(options)
+    batch = _prepare(inputs, options)
+    layout, given_bias = batch.layout, inputs.logit_bias
+    bias = None if given_bias is None else as_scalar("logit_bias", given_bias, batch.image, batch.scale.dtype)
+    targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
+    weights = prepare_row_weights(batch, inputs.weights, options.padding)
+    conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
+    call = Call(
+        name, "bce", options.padding, bias is not None, options.divisor, conditioned is not None, options.reduction,
+        weighted=weights is not None, extra=extra is not None,
+    )  # fmt: skip
+    backend = partial(_backend, options, group, batch, call, bias=bias)
+    reduce, row_weights = options.reduction == "mean", None if weights is None else layout.to_rows(weights)
+    between, cosines = contrast_softplus(
+        batch.image, batch.text, batch.scale, bias, layout, batch.dtype, backend(batch.text), reduce, row_weights
+    )
+    if extra is not None:
+        between = between + extra.softplus(batch, bias, reduce, row_weights, backend(extra.text))
+    logits = batch.scale * cosines
+    if bias is not None:
+        logits = logits + bias
+    positives = targets * -F.logsigmoid(logits)  # softplus(-logits); F.softplus leaves out e^-20 beyond 20
+    valid_pairs = batch.valid_pairs()
+    if valid_pairs is not None:
+        positives = positives * valid_pairs
+    within = positives.sum(2)
+    if conditioned is not None:
+        within = within + options.conditioned_weight * conditioned.softplus_sums(batch.scale, bias)
+    counted = (
+        layout.image_id >= 0 if options.padding == "ignore" else torch.ones_like(layout.image_id, dtype=torch.bool)
+    )
+    count = counted.sum()
+    if not reduce:
+        rows = layout.to_slots(between, 0) + within
+        if options.divisor == "pairs":
+            rows = rows / (count if group is None else group.sum(count)).clamp_min(1)
+        return batch.as_given(rows if weights is None else weights * rows)
+    if weights is None:
+        total, count = over_ranks(between + within.sum(), count, group)
+        return sigmoid_mean(total, count, options.divisor)
+    numbers = torch.stack((weights.sum(), count))
+    total, numbers = over_ranks(between + (weights * within).sum(), numbers, group)
+    weight, count = numbers.unbind()
+    return _mean(total, weight if options.divisor == "rows" else weight * count)
+
+
+def _prepare(inputs: Inputs, options: Options) -> Batch:
+    return prepare(
+        inputs.image_embeds, inputs.text_embeds, inputs.logit_scale, inputs.mask, inputs.image_index, options.padding
+    )
+
+
+def _share(target: Tensor, total: Tensor) -> Tensor:
+    """(B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
+    return target / torch.where(total != 0, total, 1)
+
+
+def _logits_of_means(
+    batch: Batch, layout: RowLayout, extra: ExtraTexts | None, group: ProcessGroup | None
+) -> list[Tensor]:
+    """(B, K) the mean of each row's logits, image to text and text to image: those with the mean embedding."""
+    taken = layout.image_id >= 0
+    image, text = (
+        unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0)) for rows in (batch.image, batch.text)
+    )
+    sums, counts = [text.sum(0), image.sum(0)], [taken.sum(), taken.sum()]
+    if extra is not None:
+        sums[0], counts[0] = sums[0] + extra.text.sum(0), counts[0] + extra.valid.sum()
+    total, number = torch.stack(sums), torch.stack(counts)
+    if group is not None:
+        total, number = sum_over_ranks(total, batch.scale, group), group.sum(number)
+    means = total / number.clamp_min(1).unsqueeze(1)
+    return [layout.to_slots(batch.scale * (rows @ mean), 0) for rows, mean in zip((image, text), means, strict=True)]
+
+
+def _mean(total: Tensor, number: Tensor) -> Tensor:
+    """total / number, 0 where there is nothing."""
+    return total / torch.where(number != 0, number, 1)
+
+
+def _gathering_group(options: Options) -> ProcessGroup | None:
+    """The ranks whose texts are contrasted; None for this rank alone."""
+    gather, process_group = options.gather, options.process_group
+    if gather is False:
+        if process_group is not None:
+            raise ValueError("process_group: expected None without gather, got a group")
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        if gather == "auto":
+            return None
+        reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
+        raise RuntimeError(f"gather={gather!r}: {reason}")
+    group = ProcessGroup.of(process_group)
+    return None if gather == "auto" and group.size == 1 else group
+
+
+def _backend(
+    options: Options,
+    group: ProcessGroup | None,
+    batch: Batch,
+    call: Call,
+    columns: Tensor,
+    bias: Tensor | None = None,
+) -> Backend:
+    """The backend between the rows of this batch and the columns of all ranks, of which ``columns`` are this rank's."""
+    operation = {"ce": "similarity_logsumexp", "bce": "similarity_softplus"}[call.form]
+    backend = resolve_backend(operation, options.backend, batch.image, batch.text, batch.dtype, options.strict)
+    if group is None:
+        return backend
+    wanted = [t is not None and t.requires_grad for t in (columns, batch.image, batch.scale, bias)]
+    transport = options.gather if isinstance(options.gather, str) and options.gather in TRANSPORTS else TRANSPORTS[0]
+    wants = Wanted(any(wanted) and torch.is_grad_enabled(), wanted[0])
+    return AcrossRanks(backend, transport, group, wants, call)
