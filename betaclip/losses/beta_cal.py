@@ -171,7 +171,7 @@ def softmax_loss(
     conditioned_weight: float = 1.0,
 ) -> Tensor:
     """:func:`beta_cal_ce_loss` under the name by which ranks tell losses apart."""
-    group = _gathering_group(gather, process_group)
+    group = gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
     conditioned = prepare_conditioned(batch, conditioned_negatives, conditioned_mask)
@@ -272,7 +272,7 @@ def beta_cal_bce_loss(
         0.0050
     """
     check_choice("divisor", divisor, DIVISORS)
-    group = _gathering_group(gather, process_group)
+    group = gathering_group(gather, process_group)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, image_index, padding)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, batch.image, batch.scale.dtype)
     weights = weights_of_pairs(batch, alpha, beta, pair_weights)
@@ -435,7 +435,7 @@ def _soft_cross_entropy(between: Tensor, within: Tensor, target: Tensor, total: 
     return torch.where(rows, loss, 0).sum()
 
 
-def _gathering_group(gather: bool | str, process_group: GroupLike | None) -> ProcessGroup | None:
+def gathering_group(gather: bool | str, process_group: GroupLike | None) -> ProcessGroup | None:
     """The ranks whose texts are contrasted; None for this rank alone."""
     if gather is False:
         if process_group is not None:

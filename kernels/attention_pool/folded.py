@@ -12,11 +12,13 @@ computes S and dA = g x̂ᵀ in one product, where g = W_vᵀ dout is the gradie
 
     dS = A (dA - δ),  [dz; means] = [dS; A] x̂,  dx̂ = [dS; A]ᵀ [z; g],  <x̂_p, dx̂_p> = Σ dS S + A dA,
 
-so that the gradient through the norm is only a multiple of x itself. A key and a value of zeros beside the patches add
-exp(sink) to the softmax's denominator and nothing else, where the sink is the logit of that key relative to keys without
-their bias: with l = logsumexp(S) the output is multiplied by exp(l - l') per latent query, l' = logaddexp(l, sink). The
-backward is the same with A = exp(S - l') and the δ above. Latent queries and gradients lie interleaved,
+so that the gradient through the norm is only a multiple of x itself. Latent queries and gradients lie interleaved,
 zg (c, K, 2, H, D): each half is the output of one batched product, and the whole is the (c, 2 L, D) operand of others.
+
+A key and a value of zeros beside the patches add exp(sink) to the softmax's denominator and nothing else, where the
+sink is the logit of that key relative to keys without their bias. With l = logsumexp(S) and l' = logaddexp(l, sink),
+the output of a latent query is multiplied by exp(l - l'), and the backward is the same with A = exp(S - l') and the δ
+above.
 
 The Triton backend differs only in the two steps between the projections (``Attention``).
 

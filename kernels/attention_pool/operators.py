@@ -82,9 +82,10 @@ def attention_pool(
 
     Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
     to the side of the queries where that is less work (``cost``); the backward then keeps the arguments and the
-    result, and with ``add_zero_attn`` two numbers for each query and head, nothing else. Softmax and sums are in float32 (float64 for float64), and the result is in the dtype of
-    ``x``, under autocast as well; deterministic. Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``,
-    ``v_bias`` and ``k_bias``; the projected backends as often as PyTorch's own operators.
+    result, and with ``add_zero_attn`` two numbers for each query and head, nothing else. Softmax and sums are in
+    float32 (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
+    Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends
+    as often as PyTorch's own operators.
 
     Args:
         x: (B, P, D) patches, P >= 1. With ``normalize`` they are divided by their norms; patches of norm 0 (up to

@@ -68,7 +68,7 @@ def some_masked(b: int, p: int) -> Tensor:
 
 
 def projected(x, q, k_weight, v_weight, v_bias, heads, mask=None, normalize=True, zero_and_k_bias=None):
-    """The docstring's formulas, that with a key of zeros if there is a bias of keys; for an image without patches, 0."""
+    """The docstring's formula, with a key of zeros if there is a bias of keys; for an image without patches, 0."""
     x = F.normalize(x, dim=-1) if normalize else x
     k, v = F.linear(x, k_weight, zero_and_k_bias), F.linear(x, v_weight, v_bias)
     some = None if mask is None else mask.any(1)
