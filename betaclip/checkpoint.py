@@ -269,12 +269,13 @@ def set_random_states(states: dict[str, Any]) -> None:
 def load_checkpoint(
     path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published or in FLAIR's
+    layout.
 
     Args:
         path: the file or folder.
         device: where to put the model.
-        head_width, pool_heads: of a file in the published layout, as :func:`betaclip.published.load_published` takes
+        head_width, pool_heads: of a file in one of these layouts, as :func:`betaclip.published.load_published` takes
             them.
 
     Raises:

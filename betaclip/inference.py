@@ -163,13 +163,14 @@ def load(
     """Load a trained model for use from Python.
 
     Args:
-        path: the folder of a run, one of its checkpoints, a file in the published layout, or, with ``name``, a file in
-            open_clip's layout or the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
+        path: the folder of a run, one of its checkpoints, a file in the published layout or in that of released
+            FLAIR checkpoints, or, with ``name``, a file in open_clip's layout or the tag of an open_clip model
+            (``load("openai", name="ViT-B-16")``).
         name: the model of open_clip that the weights are of. Such a model has no pooling block, and answers
             ``encode_image``, ``encode_text`` and ``similarity`` only.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
-        head_width, pool_heads: of a file in the published layout, where no tensor shows them.
+        head_width, pool_heads: of a file in the published or in FLAIR's layout, where no tensor shows them.
 
     Returns:
         The model, in evaluation mode.
