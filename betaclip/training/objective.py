@@ -17,8 +17,8 @@ class Objective(nn.Module):
         several_ranks: the losses may span all ranks, as ``config.gather`` says.
 
     Raises:
-        ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, or the conditioned negatives have a
-            weight but no number.
+        ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, the conditioned negatives have a
+            weight but no number, or there is a number of sampled pictures below 1 or without its term.
     """
 
     def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
@@ -34,6 +34,10 @@ class Objective(nn.Module):
         if config.conditioned_negatives < 0 or (weights.get("conditioned") and not config.conditioned_negatives):
             expected = "at least 1 for the loss term conditioned, or 0 without it"
             raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
+        sampled = config.sampled_pictures
+        if sampled is not None and (sampled < 1 or not weights.get("text_conditioned")):
+            expected = "at least 1, and a weight of the loss term text_conditioned with it"
+            raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {sampled}")
         self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
         self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
         self.conditioned_negatives = config.conditioned_negatives if "conditioned" in self.terms else 0
