@@ -98,7 +98,8 @@ class Model:
         return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
     def attention(self, image: PictureLike, texts: str | Sequence[str]) -> Tensor:
-        """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1.
+        """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1,
+        also if a key of zeros beside the patches has a part of it.
 
         A picture that is no tensor is squashed to a square, so that nothing of it is cut off. Averaged over heads.
 
@@ -207,8 +208,9 @@ def attention(model: BetaCLIP, tokenizer: Tokenizer, pixels: Tensor, texts: Sequ
     with evaluating(model):
         _, patches = encode_images(model, [pixels])
         queries, _ = encode_slots(model, tokenizer, [texts])
-        weights: Tensor = model.pool(patches, queries, need_weights=True)[1]
-    return weights[0].unflatten(1, model.patch_grid).float()
+        weights: Tensor = model.pool(patches, queries, need_weights=True)[1][0].float()
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights.unflatten(1, model.patch_grid)
 
 
 def _pictures(images: PictureLike | Sequence[PictureLike]) -> Sequence[Any]:

@@ -201,9 +201,11 @@ class Trainer:
 
     def _check_resumable(self, content: dict[str, Any]) -> None:
         """Raise ConfigError for a run that would not be the checkpoint's run."""
+        # A setting that the checkpoint's version did not have was at its default.
+        model = to_dict(from_dict(ModelConfig(), content["config"]["model"]))
         fixed = [
             change
-            for change in differences(content["config"], to_dict(self.config))
+            for change in differences(content["config"] | {"model": model}, to_dict(self.config))
             if is_fixed(change.partition(":")[0])
         ]
         if fixed:

@@ -84,9 +84,13 @@ def test_embeddings_equal(released, file):
             assert model.logit_bias == clip.logit_bias and not model.logit_bias.requires_grad
 
 
-def test_load(file):
+def test_load(file, monkeypatch):
     model = betaclip.load(file, device="cpu", head_width=8, pool_heads=HEADS)
     assert model.conditioned_similarity(torch.rand(2, 3, 24, 24), []).shape == (2, 0)
+    monkeypatch.setattr(model, "tokenizer", lambda text: [57, len(text), END])
+    attention = model.attention(torch.rand(3, 24, 24), ["a dog", "a cat!"])
+    assert attention.shape == (2, 3, 3)
+    torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
     assert model.model.context_length == 77 and not model.model.config.quick_gelu
 
 
