@@ -278,8 +278,8 @@ def load_checkpoint(
     head_width: int = 64,
     pool_heads: int = 8,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout. Adapters
-    of LoRA are merged.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published or in FLAIR's
+    layout. Adapters of LoRA are merged.
 
     Args:
         path: the file or folder.
@@ -287,7 +287,7 @@ def load_checkpoint(
         weights: ``"ema"``, the average of the weights that a run with ``optimizer.ema_decay`` keeps, ``"raw"``, the
             weights after the last update, or ``"auto"``, the average if there is one. The model's ``averaged`` says
             which it has.
-        head_width, pool_heads: of a file in the published layout, as :func:`betaclip.published.load_published` takes
+        head_width, pool_heads: of a file in one of these layouts, as :func:`betaclip.published.load_published` takes
             them.
 
     Raises:

@@ -98,7 +98,8 @@ class Model:
         return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
     def attention(self, image: PictureLike, texts: str | Sequence[str]) -> Tensor:
-        """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1.
+        """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1,
+        also if a key of zeros beside the patches has a part of it.
 
         A picture that is no tensor is squashed to a square, so that nothing of it is cut off. Averaged over heads.
 
@@ -164,15 +165,16 @@ def load(
     """Load a trained model for use from Python.
 
     Args:
-        path: the folder of a run, one of its checkpoints, a file in the published layout, or, with ``name``, a file in
-            open_clip's layout or the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
+        path: the folder of a run, one of its checkpoints, a file in the published layout or in that of released
+            FLAIR checkpoints, or, with ``name``, a file in open_clip's layout or the tag of an open_clip model
+            (``load("openai", name="ViT-B-16")``).
         name: the model of open_clip that the weights are of. Such a model has no pooling block, and answers
             ``encode_image``, ``encode_text`` and ``similarity`` only.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
         weights: of a run with ``optimizer.ema_decay``: ``ema``, the average of the weights, ``raw``, those after the
             last update, or ``auto``, the average if there is one. ``model.averaged`` of the result says which it has.
-        head_width, pool_heads: of a file in the published layout, where no tensor shows them.
+        head_width, pool_heads: of a file in the published or in FLAIR's layout, where no tensor shows them.
 
     Returns:
         The model, in evaluation mode.
@@ -209,8 +211,9 @@ def attention(model: BetaCLIP, tokenizer: Tokenizer, pixels: Tensor, texts: Sequ
     with evaluating(model):
         _, patches = encode_images(model, [pixels])
         queries, _ = encode_slots(model, tokenizer, [texts])
-        weights: Tensor = model.pool(patches, queries, need_weights=True)[1]
-    return weights[0].unflatten(1, model.patch_grid).float()
+        weights: Tensor = model.pool(patches, queries, need_weights=True)[1][0].float()
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights.unflatten(1, model.patch_grid)
 
 
 def _pictures(images: PictureLike | Sequence[PictureLike]) -> Sequence[Any]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype, unit_rows
-from betaclip.layers import LayerNorm, QuickGELU, check_attention
+from betaclip.layers import LayerNorm, QuickGELU, check_attention, has_hooks
 from betaclip.pair_chunks import Budget, plan_pairs
 
 
@@ -24,6 +24,7 @@ class _Operands(NamedTuple):
     k_weight: Tensor  # (D, D)
     v_weight: Tensor  # (D, D)
     v_bias: Tensor  # (D,)
+    k_bias: Tensor  # (D,), which counts beside a key of zeros alone
 
 
 class TextConditionedPool(nn.Module):
@@ -42,15 +43,26 @@ class TextConditionedPool(nn.Module):
     The block reads the weights of ``attn`` and never calls it: parametrizations of ``attn`` take effect, wrappers of it
     and hooks on it are refused. ``attn.out_proj`` and the MLP are called, so adapters around them take effect.
 
+    With ``mlp_ratio=0, norm_qkv=True, add_zero_attn=True`` it is FLAIR's block (arXiv 2412.03561), equivalent to, with
+    ``attn`` an ``nn.MultiheadAttention`` with ``add_zero_attn``:
+
+        return attn(ln_q(queries), ln_k(patches), ln_v(patches))[0]
+
+    Both LayerNorms of the patches standardise them once; their weights and biases become parts of the projections, so
+    that the block can still be folded. Those of ``ln_k`` and ``ln_v`` are read, as those of ``attn`` are.
+
     Args:
         embed_dim: D, the width of patches and texts.
         num_heads: H, a divisor of D.
-        mlp_ratio: hidden width of the MLP as a multiple of D.
+        mlp_ratio: hidden width of the MLP as a multiple of D; 0 for a block without MLP.
         norm_inputs: apply LayerNorm to the queries (``ln_1``) and to the patches (``ln_1_kv``) after their
             normalisation. The released models do not.
         identity: initialise the projections to identities and the MLP to zero: a text attends to patches that resemble
             it, and the result is their weighted mean. Towers trained from scratch then learn faster; the released
             models start from random projections.
+        norm_qkv: in place of normalising patches and queries, apply LayerNorm to the queries (``ln_q``) and to the
+            patches, as keys (``ln_k``) and as values (``ln_v``).
+        add_zero_attn: let texts also attend to a key and a value of zeros, and so to no patch.
         backend: the backend of :func:`betaclip.kernels.attention_pool.attention_pool`; ``"auto"`` chooses.
         device, dtype: those of the parameters, as for PyTorch's modules.
 
@@ -59,7 +71,8 @@ class TextConditionedPool(nn.Module):
             use it.
 
     Raises:
-        ValueError: ``embed_dim`` is not divisible by ``num_heads``; ``mlp_ratio`` leaves no hidden unit.
+        ValueError: ``embed_dim`` is not divisible by ``num_heads``; ``mlp_ratio`` is not 0 but leaves no hidden unit;
+            both ``norm_inputs`` and ``norm_qkv`` are set.
 
     Example:
         >>> import torch
@@ -81,6 +94,8 @@ class TextConditionedPool(nn.Module):
         norm_inputs: bool = False,
         identity: bool = False,
         *,
+        norm_qkv: bool = False,
+        add_zero_attn: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,22 +104,31 @@ class TextConditionedPool(nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
         hidden = int(embed_dim * mlp_ratio)
-        if hidden < 1:
-            raise ValueError(f"mlp_ratio: expected at least 1 / embed_dim = 1 / {embed_dim}, got {mlp_ratio}")
+        if hidden < 1 and mlp_ratio != 0:
+            expected = f"at least 1 / embed_dim = 1 / {embed_dim}, or 0 for no MLP"
+            raise ValueError(f"mlp_ratio: expected {expected}, got {mlp_ratio}")
+        if norm_inputs and norm_qkv:
+            raise ValueError(
+                "norm_qkv: expected False with norm_inputs, which is another place of LayerNorms, got True"
+            )
         placed: Any = {"device": device, "dtype": dtype}
         self.backend = backend
         self.ln_1 = LayerNorm(embed_dim, **placed) if norm_inputs else None
         self.ln_1_kv = LayerNorm(embed_dim, **placed) if norm_inputs else None
+        self.ln_q, self.ln_k, self.ln_v = (LayerNorm(embed_dim, **placed) if norm_qkv else None for _ in range(3))
         # It has the parameters, their names and their initialisation; attention_pool computes the attention.
-        self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, **placed)
-        self.ln_2 = LayerNorm(embed_dim, **placed)
-        c_fc, c_proj = nn.Linear(embed_dim, hidden, **placed), nn.Linear(hidden, embed_dim, **placed)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        self.attn = nn.MultiheadAttention(embed_dim, num_heads, add_zero_attn=add_zero_attn, batch_first=True, **placed)
+        self.ln_2: LayerNorm | None = None
+        self.mlp: nn.Sequential | None = None
         self.hidden = hidden
+        if hidden:
+            self.ln_2 = LayerNorm(embed_dim, **placed)
+            c_fc, c_proj = nn.Linear(embed_dim, hidden, **placed), nn.Linear(hidden, embed_dim, **placed)
+            self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
         if identity:
             for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.attn.out_proj.weight):
                 nn.init.eye_(weight)
-            for zero in c_proj.parameters():
+            for zero in self.mlp.c_proj.parameters() if self.mlp is not None else ():
                 nn.init.zeros_(zero)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), **placed))
 
@@ -131,12 +155,13 @@ class TextConditionedPool(nn.Module):
 
         Returns:
             (B, K, D) text-conditioned image embeddings, not normalised; with ``need_weights`` also the (B, K, P)
-            attention weights, averaged over heads. The dtype is that of the patches, or autocast's where it is enabled.
+            attention weights, averaged over heads, without that of the key of zeros. The dtype is that of the patches,
+            or autocast's where it is enabled.
 
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
-            NotImplementedError: the named backend cannot run these inputs, or ``attn`` is wrapped or has hooks; the
-                message says why.
+            NotImplementedError: the named backend cannot run these inputs, ``attn``, ``ln_k`` or ``ln_v`` is wrapped or
+                has hooks, or these two differ in eps; the message says why.
 
         Example:
             >>> import torch
@@ -155,7 +180,7 @@ class TextConditionedPool(nn.Module):
             return out
         patches, queries, k_weight, *_ = operands
         weights = attention_weights(
-            patches, queries, k_weight, self.attn.num_heads, patch_mask, normalize=self.ln_1_kv is None
+            patches, queries, k_weight, self.attn.num_heads, patch_mask, **self._attention_options(operands)
         )
         return out, _zero_without(weights, None, query_mask)
 
@@ -196,6 +221,7 @@ class TextConditionedPool(nn.Module):
         queries: Tensor,
         *,
         images: Tensor | None = None,
+        texts: Tensor | None = None,
         patch_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         chunk_bytes: int = 64 * 2**20,
@@ -205,6 +231,8 @@ class TextConditionedPool(nn.Module):
         Equivalent to:
 
             scores = F.cosine_similarity(self(patches, queries), queries, dim=-1)  # (B, M)
+            if texts is not None:
+                return scores.gather(1, texts)  # (B, Q)
             return scores if images is None else scores.T.gather(1, images)  # (M, J)
 
         for the pairs that are asked for alone, in memory proportional to the arguments and the result: pairs are
@@ -219,15 +247,19 @@ class TextConditionedPool(nn.Module):
             queries: (M, D) text embeddings of any norm.
             images: (M, J) int64, the images to score each text with; None for all. The pairs are put in order on the
                 CPU: images on a GPU make the host wait for them.
+            texts: (B, Q) int64, in place of ``images``: the texts to score each image with, below 0 for none, which
+                scores 0.
             patch_mask: (B, P) bool, True = valid patch. An image without valid patches scores 0.
             query_mask: (M,) bool, True = valid text. Masked texts score 0, and may hold anything, NaN included.
             chunk_bytes: memory for the pairs of one chunk, in bytes.
 
         Returns:
-            (B, M), or (M, J) with ``images``: cosines in accumulation dtype, float32, or float64 for float64 inputs.
+            (B, M), (M, J) with ``images``, or (B, Q) with ``texts``: cosines in accumulation dtype, float32, or float64
+            for float64 inputs.
 
         Raises:
-            ValueError, NotImplementedError: as for :meth:`forward`; a number in ``images`` is not one of the B images.
+            ValueError, NotImplementedError: as for :meth:`forward`; a number in ``images`` is not one of the B images,
+                or one in ``texts``, if that is on the CPU, not one of the M texts.
 
         Example:
             >>> import torch
@@ -242,7 +274,7 @@ class TextConditionedPool(nn.Module):
             True
         """
         images = None if images is None else images.cpu()
-        _check_score(patches, queries, images, query_mask)
+        _check_score(patches, queries, images, texts, query_mask)
         if query_mask is not None:
             queries = queries.masked_fill(~query_mask[:, None], 0)
         dtype = accumulation_dtype(patches.dtype)
@@ -261,22 +293,25 @@ class TextConditionedPool(nn.Module):
 
         budget = self._chunk_budget(patches.shape[1], dtype, chunk_bytes)
         if images is None:
-            texts = max(1, min(queries.shape[1], budget.texts()))
-            count = budget.images(texts)
-            masks = [None] * len(patches.split(count)) if patch_mask is None else patch_mask.split(count)
-            scores = torch.cat(
-                [
-                    torch.cat(
-                        [
-                            checkpoint(cosines, x, q, unit, mask, use_reentrant=False)
-                            for q, unit in zip(queries.split(texts, 1), units.split(texts), strict=True)
-                        ],
-                        dim=1,
-                    )
-                    for x, mask in zip(patches.split(count), masks, strict=True)
+            at_once = max(1, min(queries.shape[1] if texts is None else texts.shape[1], budget.texts()))
+            count = budget.images(at_once)
+            x_chunks = patches.split(count)
+            masks = [None] * len(x_chunks) if patch_mask is None else patch_mask.split(count)
+            if texts is None:
+                exists, shared = query_mask, list(zip(queries.split(at_once, 1), units.split(at_once), strict=True))
+                rows = [
+                    [checkpoint(cosines, x, q, unit, mask, use_reentrant=False) for q, unit in shared]
+                    for x, mask in zip(x_chunks, masks, strict=True)
                 ]
-            )
-            return scores if query_mask is None else scores.masked_fill(~query_mask, 0)
+            else:
+                exists, texts = texts >= 0, texts.clamp_min(0)
+                exists = exists if query_mask is None else exists & query_mask[texts]
+                rows = [
+                    [checkpoint(cosines_of, x, t, mask, use_reentrant=False) for t in text.split(at_once, 1)]
+                    for x, text, mask in zip(x_chunks, texts.split(count), masks, strict=True)
+                ]
+            scores = torch.cat([torch.cat(row, 1) for row in rows])
+            return scores if exists is None else scores.masked_fill(~exists, 0)
         device, valid = patches.device, None if query_mask is None else query_mask.cpu()
         plan = plan_pairs(images.to(torch.int64), len(patches), valid, budget)
         if len(plan.used) < len(patches):
@@ -309,26 +344,65 @@ class TextConditionedPool(nn.Module):
         dtype = autocast_dtype(patches.device.type) or patches.dtype
         if query_mask is not None:
             queries = queries.masked_fill(~query_mask[..., None], 0)
-        queries = unit_rows(queries if queries.dim() == 3 else queries[None]).to(dtype)
+        if patch_mask is not None and not self._normalizes_later:
+            patches = patches.masked_fill(~patch_mask[..., None], 0)
+        queries = queries if queries.dim() == 3 else queries[None]
+        (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = in_weight.chunk(3), in_bias.chunk(3)
+        if self.ln_q is not None and self.ln_k is not None and self.ln_v is not None:
+            _check_norms(self.ln_k, self.ln_v)
+            queries = self.ln_q(queries)
+            patches = F.layer_norm(patches.to(accumulation_dtype(dtype)), patches.shape[2:], eps=self.ln_k.eps)
+            k_weight, k_bias = _after_norm(self.ln_k, k_weight, k_bias)
+            v_weight, v_bias = _after_norm(self.ln_v, v_weight, v_bias)
+        else:
+            queries = unit_rows(queries).to(dtype)
         if self.ln_1_kv is not None:
-            if patch_mask is not None:
-                patches = patches.masked_fill(~patch_mask[..., None], 0)
             patches = self.ln_1_kv(unit_rows(patches))
         if self.ln_1 is not None:
             queries = self.ln_1(queries)
-        q_weight, k_weight, v_weight = in_weight.to(dtype).chunk(3)
-        q_bias, _, v_bias = in_bias.to(dtype).chunk(3)  # the keys' bias cancels in the softmax
-        return _Operands(patches.to(dtype), F.linear(queries, q_weight, q_bias), k_weight, v_weight, v_bias)
+        patches, queries, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias = (
+            t.to(dtype) for t in (patches, queries, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+        )
+        return _Operands(patches, F.linear(queries, q_weight, q_bias), k_weight, v_weight, v_bias, k_bias)
+
+    @property
+    def _normalizes_later(self) -> bool:
+        """Whether patches are normalised by ``attention_pool`` alone."""
+        return self.ln_1_kv is None and self.ln_k is None
+
+    def _attention_options(self, operands: _Operands) -> dict[str, Any]:
+        zero = self.attn.add_zero_attn
+        return {"add_zero_attn": zero, "k_bias": operands.k_bias, "normalize": self._normalizes_later}
 
     def _attention(self, operands: _Operands, patch_mask: Tensor | None) -> Tensor:
         """(B, K, D)"""
-        out = attention_pool(
-            *operands, self.attn.num_heads, patch_mask, normalize=self.ln_1_kv is None, backend=self.backend
-        )
+        *given, _ = operands
+        options = self._attention_options(operands)
+        out = attention_pool(*given, self.attn.num_heads, patch_mask, **options, backend=self.backend)
         return self.attn.out_proj(out)
 
     def _mlp(self, out: Tensor) -> Tensor:
-        return out + self.mlp(self.ln_2(out))
+        return out if self.mlp is None or self.ln_2 is None else out + self.mlp(self.ln_2(out))
+
+
+def _after_norm(norm: LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in accumulation dtype, that give of standardised rows what the given ones give of ``norm``."""
+    dtype = accumulation_dtype(weight.dtype)
+    weight, bias, scale, shift = (t.to(dtype) for t in (weight, bias, norm.weight, norm.bias))
+    return weight * scale, bias + (weight * shift).sum(1)
+
+
+def _check_norms(ln_k: LayerNorm, ln_v: LayerNorm) -> None:
+    """Raise NotImplementedError if reading the LayerNorms' weights gives something else than calling them."""
+    for name, norm in (("ln_k", ln_k), ("ln_v", ln_v)):
+        if type(norm).forward is not LayerNorm.forward or "forward" in vars(norm) or has_hooks(norm):
+            reason = f"{name} has hooks or a forward of its own, which would never be called"
+            raise NotImplementedError(f"TextConditionedPool reads the weights of ln_k and ln_v, but {reason}")
+    if ln_k.eps != ln_v.eps:
+        raise NotImplementedError(
+            f"TextConditionedPool standardises patches once for ln_k and ln_v; expected the same eps in both, "
+            f"got {ln_k.eps} and {ln_v.eps}"
+        )
 
 
 def _check(
@@ -373,7 +447,9 @@ def _zero_without(out: Tensor, patch_mask: Tensor | None, query_mask: Tensor | N
     return out
 
 
-def _check_score(patches: Tensor, queries: Tensor, images: Tensor | None, query_mask: Tensor | None) -> None:
+def _check_score(
+    patches: Tensor, queries: Tensor, images: Tensor | None, texts: Tensor | None, query_mask: Tensor | None
+) -> None:
     """Raise a ValueError for arguments that only ``score`` takes, or takes in another form."""
     if queries.dim() != 2:
         raise ValueError(f"queries: expected (M, D), got shape {tuple(queries.shape)}")
@@ -390,3 +466,13 @@ def _check_score(patches: Tensor, queries: Tensor, images: Tensor | None, query_
         if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < len(patches):
             got = f"{int(images.min())} to {int(images.max())}"
             raise ValueError(f"images: expected numbers from 0 to {len(patches) - 1}, got {got}")
+    if texts is None:
+        return
+    if images is not None:
+        raise ValueError("texts: expected None with images, which choose the pairs too, got a tensor")
+    expect("texts", texts, "as for patches", device=patches.device)
+    if texts.dim() != 2 or len(texts) != len(patches) or texts.dtype not in (torch.int64, torch.int32):
+        expected = f"integers of shape ({len(patches)}, Q)"
+        raise ValueError(f"texts: expected {expected}, got {texts.dtype} {tuple(texts.shape)}")
+    if texts.device.type == "cpu" and texts.numel() and int(texts.max()) >= count:
+        raise ValueError(f"texts: expected numbers up to {count - 1}, or below 0 for none, got {int(texts.max())}")

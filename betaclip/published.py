@@ -1,4 +1,4 @@
-"""Load and save models in the layout of the published β-CLIP checkpoints."""
+"""Load and save models in the layout of the published β-CLIP checkpoints; load those of FLAIR."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from betaclip.files import write_atomically
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_published_state
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_flair_state, load_published_state
+from betaclip.model.flair_layout import FLAIR_SETTINGS, flair_config, is_flair
 from betaclip.model.published_layout import (
     has_input_norms,
     is_published,
@@ -24,7 +25,8 @@ from betaclip.model.weights import read_file, read_weights, weights_of
 def load_published(
     path: Path | str, *, head_width: int = 64, pool_heads: int = 8, allow_pickle: bool = False
 ) -> BetaCLIP:
-    """Load a model from the published layout, with its sizes taken from the tensors.
+    """Load a model from the published layout, or from that of released FLAIR checkpoints (arXiv 2412.03561), with its
+    sizes taken from the tensors.
 
     Args:
         path: a safetensors file, or one of ``torch.save`` (:func:`betaclip.model.weights.read_weights`).
@@ -53,13 +55,20 @@ def load_published(
         True
     """
     state = read_weights(path, allow_pickle=allow_pickle)
-    if not is_published(state):
+    flair = is_flair(state)
+    if not (flair or is_published(state)):
         raise ValueError(f"{path}: expected the published layout, which has positional_embedding_res and "
                          f"text_conditioned_patches_block.*; got {', '.join(sorted(state)[:8])} ...")  # fmt: skip
     try:
-        towers = open_clip_config(state, head_width)
+        towers = (flair_config if flair else open_clip_config)(state, head_width)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if flair:
+        length = towers["text_cfg"]["context_length"]
+        config = ModelConfig(json.dumps(towers), context_length=length, pool_heads=pool_heads, **FLAIR_SETTINGS)
+        model = create_model(config)
+        load_flair_state(model, state, path)
+        return model
     config = ModelConfig(
         name=json.dumps(towers),
         context_length=stretched(towers["text_cfg"]["context_length"]),
@@ -82,7 +91,7 @@ def save_published(model: BetaCLIP, path: Path | str) -> None:
     Raises:
         NotImplementedError: the layout cannot express the model; the message lists every reason.
     """
-    reasons = not_published_reasons(model.clip)
+    reasons = not_published_reasons(model.clip, model.config)
     if reasons:
         raise NotImplementedError(f"the published layout cannot express this model: {'; '.join(reasons)}")
     tensors = to_published({name: value.detach().cpu() for name, value in model.state_dict().items()})

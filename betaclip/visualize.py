@@ -39,7 +39,7 @@ class VisualizeConfig:
     """The model, the picture and the texts."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, the folder of a run, or a file in the published layout."""
+    """A checkpoint, the folder of a run, or a file in the published or in FLAIR's layout."""
     image: tyro.conf.Positional[Path]
     """A picture of any shape; the model sees it squashed to a square."""
     texts: tyro.conf.Positional[tuple[str, ...]]
@@ -50,7 +50,7 @@ class VisualizeConfig:
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format, .png if it has none."""
     head_width: int = 64
-    """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
+    """Width of the towers' attention heads, if the file has the published or FLAIR's layout: no tensor shows it."""
     pool_heads: int = 8
     """Attention heads of the pooling block, likewise."""
     device: str = "auto"

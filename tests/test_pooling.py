@@ -16,9 +16,12 @@ from torch.nn.utils import parametrize
 
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.attention_pool.operators import BACKENDS, PROJECTED
+from betaclip.losses.flair import text_conditioned_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = load_file(GOLDEN / "text_conditioned_pool.safetensors")
+FLAIR = load_file(GOLDEN / "flair.safetensors")  # of FLAIR's released code, in float64: 5 images with 3 texts each
+FLAIR_BLOCK = {"mlp_ratio": 0, "norm_qkv": True, "add_zero_attn": True}
 PREFIX = "text_conditioned_patches_block."
 
 
@@ -53,6 +56,43 @@ def test_published_gradients(backend, form):
     for name, t in expected.items():
         largest = float(t.abs().max())
         torch.testing.assert_close(pool.get_parameter(name).grad, t.to(DEVICE), atol=1e-4 * largest, rtol=0)
+
+
+def flair_pool(backend: str = "auto") -> TextConditionedPool:
+    """The block of the released values."""
+    pool, start = TextConditionedPool(32, 8, **FLAIR_BLOCK, backend=backend).double(), "visual_proj."
+    state = {name.removeprefix(start): t for name, t in FLAIR.items() if name.startswith(start)}
+    pool.load_state_dict(state | {"logit_scale": pool.logit_scale})
+    return pool.to(DEVICE)
+
+
+def require(backend: str, *tensors: Tensor) -> None:
+    if reasons := BACKENDS[backend](*tensors, *tensors):
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flair_values_and_gradients(backend):
+    """Pooled embeddings, attention, and the text-conditioned sigmoid loss with every gradient, to 1e-10."""
+    require(backend, FLAIR["image_tokens"].to(DEVICE))
+    names = ("image_tokens", "text_features", "logit_scale", "logit_bias")
+    patches, texts, scale, bias = leaves = [FLAIR[name].clone().to(DEVICE).requires_grad_() for name in names]
+    pool, chosen = flair_pool(backend), FLAIR["chosen_texts"].to(DEVICE)
+    pooled, attention = pool(patches, texts.view(5, 3, 32), need_weights=True)
+    exactly = {"atol": 1e-12, "rtol": 1e-10}
+    torch.testing.assert_close(pooled, FLAIR["pooled"].to(DEVICE), **exactly)
+    torch.testing.assert_close(attention, FLAIR["attention"][..., :-1].to(DEVICE), **exactly)  # the last is the zero's
+    own = chosen // 3 == torch.arange(5, device=DEVICE)[:, None]
+    scores = pool.score(patches, texts, texts=chosen)
+    loss = text_conditioned_loss(scores, own, scale, logit_bias=bias)
+    torch.testing.assert_close(loss, FLAIR["tcs.loss"].to(DEVICE), **exactly)
+    loss.backward()
+    gradients = {f"visual_proj.{name}": p.grad for name, p in pool.named_parameters() if name != "logit_scale"}
+    gradients |= {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
+    assert len(gradients) == 14
+    for name, gradient in gradients.items():
+        truth = FLAIR[f"tcs.grad.{name}"].to(DEVICE)
+        torch.testing.assert_close(gradient, truth, atol=1e-10 * float(truth.abs().max()), rtol=1e-10, msg=name)
 
 
 def published(pool: TextConditionedPool, patches: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +199,78 @@ def test_masks(backend, norm_inputs):
     assert all(g.isfinite().all() for g in gradients)
     assert not gradients[0][~patch_mask].any() and not gradients[1][~query_mask].any() and not gradients[0][2].any()
     assert gradients[0][0].all() and gradients[1][1, :3].all()
+
+
+@pytest.mark.parametrize("backend", ["folded", "sdpa", "reference"])
+def test_masks_of_flair_block(backend):
+    """Masked rows may hold anything, give zeros and get zero gradients; the rest is as if they were not there."""
+    pool, (patches, queries) = flair_pool(backend), (torch.randn(3, n, 32, dtype=torch.float64) for n in (7, 5))
+    patches, queries = patches.to(DEVICE), queries.to(DEVICE)
+    patch_mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [False] * 7], device=DEVICE)
+    query_mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
+    leaves = [
+        t.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+        for t, mask in ((patches, patch_mask), (queries, query_mask))
+    ]
+    out, weights = pool(*leaves, patch_mask=patch_mask, query_mask=query_mask, need_weights=True)
+    alone, attention = pool(patches[1:2, :3], queries[1:2, :3], need_weights=True)
+    torch.testing.assert_close(out[1, :3], alone[0])
+    torch.testing.assert_close(weights[1, :3, :3], attention[0])
+    assert not out[1, 3:].any() and not out[2].any() and not weights[2].any()
+    assert (weights[0].sum(-1) < 1).all() and (weights[0].sum(-1) > 0).all()
+    gradients = torch.autograd.grad(
+        out.square().sum(), [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    )
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][~patch_mask].any() and not gradients[1][~query_mask].any() and not gradients[0][2].any()
+    assert gradients[0][0].all() and gradients[1][1, :3].all()
+
+
+@pytest.mark.parametrize("backend", ["folded", "sdpa"])
+def test_key_of_zeros_beside_the_published_block(backend):
+    """add_zero_attn alone: normalised patches, the keys' bias, and the MLP, as nn.MultiheadAttention has it."""
+    pool, leaves = block(backend=backend, add_zero_attn=True), [t.requires_grad_() for t in inputs()]
+    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    ours, truth = pool(*leaves), published(pool, *leaves)[0]
+    torch.testing.assert_close(ours, truth)
+    weight = torch.randn_like(truth)
+    for a, b in zip(*(torch.autograd.grad(out, wanted, weight) for out in (ours, truth)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["folded", "sdpa"])
+def test_dtypes_of_flair_block(backend):
+    """LayerNorms, softmax and the products of weights in float32, also under autocast; gradients keep their dtypes."""
+    exact, (patches, texts) = (
+        flair_pool(backend),
+        (FLAIR[name].to(DEVICE) for name in ("image_tokens", "text_features")),
+    )
+    truth, pool = exact(patches, texts[:4]).detach(), flair_pool(backend).float()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        leaf = patches.float().requires_grad_()
+        out, scores = (
+            pool(leaf, texts[:4].float()),
+            pool.score(leaf, texts.float(), texts=FLAIR["chosen_texts"].to(DEVICE)),
+        )
+    assert out.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(out.double(), truth, atol=2e-2 * float(truth.abs().max()), rtol=0)
+    assert torch.autograd.grad(scores.sum(), leaf)[0].dtype == torch.float32
+    half = exact.bfloat16()(patches.bfloat16(), texts[:4].bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), truth, atol=4e-2 * float(truth.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ln_k", "ln_v"])
+def test_layer_norms_that_are_read(name):
+    """Their parameters take effect; what only a call would run is refused, and so are two eps."""
+    pool, patches, texts = flair_pool(), FLAIR["image_tokens"].to(DEVICE), FLAIR["text_features"].to(DEVICE)
+    getattr(pool, name).eps = 1e-3
+    with pytest.raises(NotImplementedError, match="expected the same eps in both, got "):
+        pool(patches, texts)
+    getattr(pool, name).eps = 1e-5
+    getattr(pool, name).register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=f"reads the weights of ln_k and ln_v, but {name} has hooks"):
+        pool(patches, texts)
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> int:
@@ -300,6 +412,46 @@ def test_chosen_scores_in_bounded_memory():
     assert saved < 8 * pairs / 2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 30_000, 2**26])
+def test_score_of_chosen_texts(chunk_bytes, masked):
+    """Equal to those entries of all pairs, in value and every gradient; a text may come twice, or there may be none."""
+    pool, (patches, _) = block(backend="folded"), inputs(b=5)
+    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
+    chosen = torch.randint(1, 7, (5, 4), device=DEVICE)
+    chosen[:, 1] = chosen[:, 0]
+    chosen[2, 3] = -1
+    patch_mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
+    query_mask = torch.arange(7, device=DEVICE) != 2 if masked else None
+    if patch_mask is not None:
+        patch_mask[3] = False
+        texts[2] = torch.nan
+        chosen[0, 2] = 2
+    leaves = [patches.requires_grad_(), texts.requires_grad_()]
+    options = {"patch_mask": patch_mask, "query_mask": query_mask}
+    ours = pool.score(*leaves, texts=chosen, **options, chunk_bytes=chunk_bytes)
+    truth = pool.score(*leaves, **options).gather(1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0)
+    torch.testing.assert_close(ours, truth)
+    assert ours[2, 3] == 0 and (not masked or ours[0, 2] == 0)
+    weight = torch.randn(5, 4, dtype=torch.float64, device=DEVICE)
+    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
+    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.isfinite().all()
+
+
+def test_scores_of_chosen_texts_in_bounded_memory():
+    """Not the (B, Q, D) embeddings of all chosen pairs."""
+    pool, (patches, _) = block(), inputs(b=16, p=5)
+    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
+    chosen = torch.randint(64, (16, 48), device=DEVICE)
+    pairs = chosen.numel() * 16
+    with LargestTensor() as largest:
+        pool.score(patches, texts, texts=chosen, chunk_bytes=2**15).sum().backward()
+    assert texts.numel() <= largest.numel <= pairs / 4
+    assert saved_bytes(lambda: pool.score(patches, texts, texts=chosen, chunk_bytes=2**15)) < 8 * pairs / 2
+
+
 def test_score_of_masked_texts():
     pool, (patches, queries) = block(), inputs()
     mask = torch.tensor([True, False, True, True, False], device=DEVICE)
@@ -321,6 +473,9 @@ def test_score_of_nothing():
     assert pool.score(patches, queries[0, :0], images=torch.zeros(0, 3, dtype=torch.int32)).shape == (0, 3)
     assert pool.score(patches, queries[0, :0]).shape == (3, 0)
     assert pool.score(patches[:0], queries[0]).shape == (0, 5)
+    none = torch.zeros(3, 0, dtype=torch.int64, device=DEVICE)
+    assert pool.score(patches, queries[0], texts=none).shape == (3, 0)
+    assert pool.score(patches[:0], queries[0, :0], texts=none[:0].view(0, 4)[:, :2]).shape == (0, 2)
 
 
 def test_autocast():
@@ -427,9 +582,9 @@ def test_second_derivatives(backend):
 # Devices, dtypes, and modules around the block's own
 
 
-@pytest.mark.parametrize("norm_inputs", [False, True])
-def test_device_and_dtype(norm_inputs):
-    options = {"norm_inputs": norm_inputs, "identity": True}
+@pytest.mark.parametrize("options", [{}, {"norm_inputs": True}, FLAIR_BLOCK])
+def test_device_and_dtype(options):
+    options = {**options, "identity": True}
     pool = TextConditionedPool(16, 4, **options, device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in pool.parameters()} == {("meta", torch.float64)}
     made = TextConditionedPool(16, 4, **options, device=DEVICE, dtype=torch.float64)
@@ -529,8 +684,10 @@ def test_rejects(change, message):
 def test_rejects_heads_and_scores():
     with pytest.raises(ValueError, match="num_heads: expected a divisor of embed_dim = 12, got 8"):
         TextConditionedPool(12)
-    with pytest.raises(ValueError, match=r"mlp_ratio: expected at least 1 / embed_dim = 1 / 16, got 0\.05"):
+    with pytest.raises(ValueError, match=r"mlp_ratio: expected at least 1 / embed_dim = 1 / 16, or 0 .*, got 0\.05"):
         TextConditionedPool(16, mlp_ratio=0.05)
+    with pytest.raises(ValueError, match="norm_qkv: expected False with norm_inputs"):
+        TextConditionedPool(16, norm_inputs=True, norm_qkv=True)
     with pytest.raises(ValueError, match=r"queries: expected \(M, D\), got shape \(2, 6, 8\)"):
         TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(2, 6, 8))
 
@@ -547,6 +704,11 @@ def test_rejects_heads_and_scores():
             {"query_mask": torch.ones(2, 6) > 0},
             r"query_mask: expected bool of shape \(6,\), .* got torch.bool \(2, 6\)",
         ),
+        ({"texts": torch.zeros(2, 3)}, r"texts: expected integers of shape \(2, Q\), got torch.float32 \(2, 3\)"),
+        ({"texts": torch.zeros(6, 3).long()}, r"texts: expected integers of shape \(2, Q\), got torch.int64 \(6, 3\)"),
+        ({"texts": torch.full((2, 3), 6)}, "texts: expected numbers up to 5, or below 0 for none, got 6"),
+        ({"texts": torch.zeros(2, 3, device="meta").long()}, "texts: expected device cpu as for patches, got meta"),
+        ({"texts": torch.zeros(2, 3).long(), "images": torch.zeros(6, 2).long()}, "texts: expected None with images"),
         ({"query_mask": torch.ones(6)}, r"query_mask: expected bool of shape \(6,\), True = valid, got torch.float32"),
         ({"query_mask": (torch.ones(6) > 0).to("meta")}, "query_mask: expected device cpu as for queries, got meta"),
     ],

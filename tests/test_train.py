@@ -1,21 +1,29 @@
 """The settings of ``betaclip train``, and what it composes. Whole runs of the command are in test_cli."""
 
 import json
+import math
 from dataclasses import fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import open_clip
 import pytest
+import torch
 from support.paths import ROOT
+from support.tiny import IMAGE_SIZE, WORDS, TinyDataset
 from torch._subclasses import FakeTensorMode
 
+from betaclip.checkpoint import load_checkpoint
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import create_model
+from betaclip.model.flair_layout import FLAIR_SETTINGS
+from betaclip.process_group import SINGLE_PROCESS
 from betaclip.settings import read, to_toml
 from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator
 from betaclip.training.config import GroupConfig, OptimizerConfig, check
+from betaclip.training.log import read_metrics
+from betaclip.training.trainer import Trainer
 
 CONFIGS = ROOT / "configs"
 DATA_OF_THE_RELEASED_CODE = {
@@ -64,6 +72,39 @@ def test_recipe_of_the_large_model():
         built.clip.transformer.resblocks[0].attn.num_heads == 12 and len(built.clip.visual.transformer.resblocks) == 24
     )
     assert round(sum(parameter.numel() for parameter in built.parameters()) / 1e6) == 435
+
+
+def test_flair_recipe(tmp_path, monkeypatch):
+    """Two updates of the recipe with tiny towers, and its checkpoint."""
+    config = read(TrainConfig(), CONFIGS / "flair.toml")
+    towers = json.loads(config.model.name)
+    assert (towers["init_logit_scale"], towers["init_logit_bias"]) == (pytest.approx(math.log(10)), -10)
+    assert {name: getattr(config.model, name) for name in FLAIR_SETTINGS} == FLAIR_SETTINGS
+    assert (config.model.pool_heads, config.model.pool_identity, config.data.max_phrases) == (8, False, 0)
+    towers["embed_dim"] = 16
+    towers["vision_cfg"] |= {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
+    towers["text_cfg"] |= {"vocab_size": WORDS, "width": 16, "heads": 2, "layers": 1}
+    optimizer = OptimizerConfig(GroupConfig(1e-3, 0.0, warmup=1), GroupConfig(1e-3, 0.0, warmup=1))
+    run = {"folder": tmp_path, "name": "run", "steps": 2, "batch_size": 6, "micro_batch_size": 3, "workers": 0}
+    config = replace(
+        config, model=replace(config.model, name=json.dumps(towers)), optimizer=optimizer,
+        run=replace(config.run, **run, log_every=1, tensorboard=False),
+    )  # fmt: skip
+    monkeypatch.setattr(DataConfig, "create", lambda *_, **__: TinyDataset(14))
+    trainer = Trainer(config, SINGLE_PROCESS, torch.device("cpu"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2 and {"multi_positive_loss", "text_conditioned_loss"} <= rows[0].keys()
+    for row in rows:
+        assert row["loss"] == pytest.approx((row["multi_positive_loss"] + row["text_conditioned_loss"]) / 2)
+        assert row["norm_pool"] > 0
+    after = trainer.model.state_dict()
+    unmoved = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert unmoved == {"pool.logit_scale"}  # FLAIR's losses do not read it
+    again = load_checkpoint(tmp_path / "run")
+    assert again.config == trainer.model.config and again.pool.attn.add_zero_attn
+    assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
 
 
 def test_recorded_run_loads():

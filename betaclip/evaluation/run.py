@@ -33,14 +33,14 @@ class EvaluateConfig(EvaluationConfig):
     """Evaluate a checkpoint on the sets that the options name. Under torchrun, ranks share the work."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, a run's folder, or a file in the published layout."""
+    """A checkpoint, a run's folder, or a file in the published or in FLAIR's layout."""
     output: Path | None = None
     """JSON file for the results."""
     weights: Weights = "auto"
     """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
     the average if there is one."""
     head_width: int = 64
-    """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
+    """Width of the towers' attention heads, if the file has the published or FLAIR's layout: no tensor shows it."""
     pool_heads: int = 8
     """Attention heads of the pooling block, likewise."""
     device: str = "auto"

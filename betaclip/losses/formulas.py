@@ -130,7 +130,7 @@ def _eager_over_ranks(
 def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
     """:func:`betaclip.beta_cal_ce_loss` under the name by which ranks tell losses apart."""
     options.check("ce")
-    group = _gathering_group(options)
+    group = gathering_group(options.gather, options.process_group)
     batch = _prepare(inputs, options)
     targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
     weights = prepare_row_weights(batch, inputs.weights, options.padding)
@@ -189,7 +189,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
 def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
     """:func:`betaclip.beta_cal_bce_loss` under the name by which ranks tell losses apart."""
     options.check("bce")
-    group = _gathering_group(options)
+    group = gathering_group(options.gather, options.process_group)
     batch = _prepare(inputs, options)
     layout, given_bias = batch.layout, inputs.logit_bias
     bias = None if given_bias is None else as_scalar("logit_bias", given_bias, batch.image, batch.scale.dtype)
@@ -270,9 +270,8 @@ def _mean(total: Tensor, number: Tensor) -> Tensor:
     return total / torch.where(number != 0, number, 1)
 
 
-def _gathering_group(options: Options) -> ProcessGroup | None:
+def gathering_group(gather: bool | str, process_group: GroupLike | None) -> ProcessGroup | None:
     """The ranks whose texts are contrasted; None for this rank alone."""
-    gather, process_group = options.gather, options.process_group
     if gather is False:
         if process_group is not None:
             raise ValueError("process_group: expected None without gather, got a group")

@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nvtx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from betaclip.model.flair_layout import FLAIR_SETTINGS, from_flair, is_flair, to_flair
 from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
-from betaclip.model.other_pictures import conditioned_outputs, pool_with_others
+from betaclip.model.other_pictures import conditioned_outputs, pool_with_others, sampled_texts
 from betaclip.model.packing import to_device
 from betaclip.model.published_layout import (
     from_published,
@@ -49,7 +50,8 @@ class ModelConfig:
     """An open_clip model (ViT-B-16, ViT-L-14, any with a ViT and a causal text tower of open_clip's own), an open_clip
     configuration in JSON, or scenes, a small one."""
     pretrained: str | None = None
-    """An open_clip tag (openai), or a file in open_clip's, the published or our own layout. Random weights without."""
+    """An open_clip tag (openai), or a file in open_clip's, the published, FLAIR's or our own layout. Random weights
+    without."""
     context_length: int = 77
     """The number of tokens that the model has (77), or 248: positions are then stretched as in the published models,
     and the first 20 frozen."""
@@ -59,6 +61,16 @@ class ModelConfig:
     """LayerNorms of texts and patches in the pooling block; the published models have none."""
     pool_identity: bool = False
     """Start the pooling block from identities rather than at random, for towers that start at random."""
+    pool_norm_qkv: bool = False
+    """FLAIR's LayerNorms in the pooling block: of texts, of patches as keys and of patches as values, none of which are
+    normalised before."""
+    pool_add_zero_attn: bool = False
+    """Let texts attend to a key and a value of zeros beside the patches, as in FLAIR."""
+    pool_mlp_ratio: float = 4.0
+    """Hidden width of the pooling block's MLP, as a multiple of the embeddings'; 0 for no MLP, as in FLAIR."""
+    attended_patches: bool = False
+    """Let patches attend in the vision tower's last block, as in CLIP and FLAIR. In β-CLIP each takes its own value
+    there instead."""
     gradient_checkpointing: bool = False
     """Compute the towers' blocks again in the backward rather than keep their activations."""
     quick_gelu: bool = False
@@ -120,8 +132,9 @@ class BetaCLIP(nn.Module):
         self.patch_grid: tuple[int, int] = clip.visual.grid_size
         self.averaged = False
         self.pool = TextConditionedPool(
-            self.embed_dim, config.pool_heads, norm_inputs=config.pool_norm_inputs, identity=config.pool_identity
-        )
+            self.embed_dim, config.pool_heads, config.pool_mlp_ratio, config.pool_norm_inputs, config.pool_identity,
+            norm_qkv=config.pool_norm_qkv, add_zero_attn=config.pool_add_zero_attn,
+        )  # fmt: skip
 
     @property
     def context_length(self) -> int:
@@ -155,7 +168,8 @@ class BetaCLIP(nn.Module):
         Returns:
             (B, D) CLS embeddings, and (B, P, D) patch embeddings, row by row.
         """
-        tokens = encode_patches(self.clip.visual, images, self.config.gradient_checkpointing)
+        attending: Literal["all", "cls"] = "all" if self.config.attended_patches else "cls"
+        tokens = encode_patches(self.clip.visual, images, self.config.gradient_checkpointing, attending)
         cls, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
         return cls[:, 0].clone(), patches.clone()  # copies, because FSDP2 warns of outputs that are views
 
@@ -180,6 +194,8 @@ class BetaCLIP(nn.Module):
         texts: RaggedTexts,
         texts_per_image: int | None = None,
         other_pictures: Sequence[int] = (),
+        other_texts: Tensor | None = None,
+        pooled: bool = True,
     ) -> dict[str, Tensor]:
         """Compute the inputs of the losses.
 
@@ -189,13 +205,16 @@ class BetaCLIP(nn.Module):
             texts_per_image: K; the largest number of texts of an image if None.
             other_pictures: J numbers; the texts of image b also pool the images b + number, modulo B. A multiple of B
                 stands for no picture.
+            other_texts: (B, J) int64, texts of other images that each image is scored with beside its own: number b K +
+                k for text k of image b, below 0 for none.
+            pooled: whether to pool the images for their own texts; other pictures need it.
 
         Returns:
             By name, with no embedding normalised:
 
             - ``image_embeds`` (B, D), of CLS.
             - ``text_embeds`` (B, K, D), the captions at [:, 0].
-            - ``pooled_embeds`` (B, K, D), the image as each text pools it.
+            - ``pooled_embeds`` (B, K, D), the image as each text pools it, if ``pooled``.
             - ``mask`` (B, K) bool, True where there is a text. Elsewhere both embeddings are 0, unless ``texts`` have a
               padding text there, which is encoded and pooled like others.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
@@ -204,6 +223,9 @@ class BetaCLIP(nn.Module):
               from other pictures; ``conditioned_mask`` (B, K, J) bool, False where there is no text or no picture, or
               the picture has an equal text of its own; and ``conditioned_leak`` (B, K) bool, whether the embedding that
               a text pools from the first of them is nearer to this text than to all different ones of the batch.
+            - with ``other_texts``, ``scores`` (B, K + J), the cosines of the image's own and the other texts with what
+              they pool from it; and ``scores_mask`` of the same shape, bool, False where there is no text, or one that
+              equals an own text.
 
         Raises:
             ValueError: a text is longer than the context, an image has more than K texts, or images and texts disagree.
@@ -216,21 +238,26 @@ class BetaCLIP(nn.Module):
             index, filled, mask = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
             # Empty slots take the appended row of zeros.
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1))).clone()  # FSDP2 warns of views
-        with _range("pooling"):
-            shifts = [number for number in other_pictures if len(images) and number % len(images)]
-            pooled_embeds, pooled_others = pool_with_others(self.pool, patches, text_embeds, filled, shifts)
         out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
-            "pooled_embeds": pooled_embeds,
             "mask": mask,
             "logit_scale": self.logit_scale.exp(),
             "pool_logit_scale": self.pool.logit_scale.exp(),
         }
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias.reshape(()).clone()
-        if other_pictures:
-            out |= conditioned_outputs(pooled_others, text_embeds, index, mask, shifts, len(other_pictures))
+        with _range("pooling"):
+            if pooled or other_pictures:
+                shifts = [number for number in other_pictures if len(images) and number % len(images)]
+                out["pooled_embeds"], others = pool_with_others(self.pool, patches, text_embeds, filled, shifts)
+                if other_pictures:
+                    out |= conditioned_outputs(others, text_embeds, index, mask, shifts, len(other_pictures))
+            if other_texts is not None:
+                own = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+                chosen, valid = sampled_texts(own, to_device(other_texts, mask.device), index, mask)
+                scores = self.pool.score(patches, text_embeds.flatten(0, 1), texts=chosen)
+                out |= {"scores": scores, "scores_mask": valid}
         return out
 
     @torch.no_grad()
@@ -295,12 +322,15 @@ def create_model(config: ModelConfig) -> BetaCLIP:
         file, tag = Path(tag), None
     weights = read_weights(file) if file else {}
     published, ours = is_published(weights), any(name.startswith(("clip.", "pool.")) for name in weights)
+    flair = is_flair(weights)
     openai = all(name in weights for name in OPENAI_SIZES)
     quick_gelu = config.quick_gelu or published or openai or needs_quick_gelu(config.name, tag)
     with torch.device("cpu"):  # open_clip makes its modules on the default device
         model = BetaCLIP(create_towers(config.name, tag, quick_gelu), replace(config, quick_gelu=quick_gelu))
     source = f"pretrained: {file} does not fit model.name {config.name} with context_length {config.context_length}"
-    if file and not (published or ours):
+    if flair:
+        load_flair_state(model, weights, source)
+    elif file and not (published or ours):
         load_towers(model.clip, weights, source)
     own = model.context_length
     if own > FROZEN and config.context_length == stretched(own):
@@ -332,7 +362,7 @@ def load_published_state(model: BetaCLIP, state: Mapping[str, Tensor], source: P
         ValueError: they are those of another model, or this one has not what the layout assumes; the message begins
             with ``source``.
     """
-    reasons = not_published_reasons(model.clip)
+    reasons = not_published_reasons(model.clip, model.config)
     if reasons:
         raise ValueError(f"{source}: the published layout cannot express this model: {'; '.join(reasons)}")
     norms = has_input_norms(state)
@@ -342,3 +372,21 @@ def load_published_state(model: BetaCLIP, state: Mapping[str, Tensor], source: P
         )
     check_weights(state, to_published(model.state_dict()), source)
     model.load_state_dict(from_published(state))
+
+
+def load_flair_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load weights in FLAIR's layout.
+
+    Raises:
+        ValueError: they are those of another model, or this one has other settings than FLAIR; the message begins with
+            ``source``.
+    """
+    for name, value in FLAIR_SETTINGS.items():
+        if getattr(model.config, name) != value:
+            got = getattr(model.config, name)
+            raise ValueError(f"{source}: {name}: expected {value}, as FLAIR's weights need it, got {got}")
+    scalars = {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias")
+               if name in state and state[name].numel() == 1}  # fmt: skip
+    state = {**state, **scalars}
+    check_weights(state, to_flair(model.state_dict()), source)
+    model.load_state_dict(from_flair(state))

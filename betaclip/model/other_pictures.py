@@ -1,7 +1,8 @@
 """What the texts of a batch pool from each other's pictures.
 
-Others are chosen by shifts: the texts of image b also pool image b + shift, modulo the number of images. Each image
-then serves as many texts as any other, and pools them all in one call.
+In β-CLIP others are chosen by shifts: the texts of image b also pool image b + shift, modulo the number of images. Each
+image then serves as many texts as any other, and pools them all in one call. In FLAIR each image pools one text of each
+other image, which is drawn for that pair.
 """
 
 from collections.abc import Sequence
@@ -57,6 +58,23 @@ def conditioned_outputs(
         numbers = number.masked_fill(~mask.flatten(), -1)
         leak = identified(others[:, :, 0].flatten(0, 1), flat, number, flat, numbers).view(mask.shape) & valid[:, :, 0]
     return {"conditioned_negatives": negatives, "conditioned_mask": valid, "conditioned_leak": leak}
+
+
+def sampled_texts(own: Tensor, other: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts to score each image with: its own, and one of each other image, as numbers of slots in row-major order.
+
+    Args:
+        own: (B, K) numbers of the slots. other: (B, J) int64 those of the others' texts, below 0 for none.
+        index: (B, K) number of the distinct text in each slot. mask: (B, K) bool, True where there is a text.
+
+    Returns:
+        (B, K + J) numbers, below 0 for none; and the same as bool, True where there is a text. Texts of others that
+        equal one of the image's own are left out.
+    """
+    slots = other.clamp_min(0)
+    owned = (index.flatten()[slots].unsqueeze(2) == index.masked_fill(~mask, -1).unsqueeze(1)).any(2)
+    valid = torch.cat((mask, (other >= 0) & mask.flatten()[slots] & ~owned), 1)
+    return torch.cat((own, other), 1).masked_fill(~valid, -1), valid
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ It has timm's names in the vision tower; in the text tower, q, k and v apart and
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from open_clip.model import CLIP
@@ -55,8 +55,8 @@ def has_input_norms(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith((f"{POOL}ln_1.", f"{POOL}ln_1_kv.")) for name in state)
 
 
-def not_published_reasons(clip: nn.Module) -> list[str]:
-    """Why the layout cannot express a model with these towers; empty if it can."""
+def not_published_reasons(clip: nn.Module, config: Any) -> list[str]:
+    """Why the layout cannot express a model with these towers and these settings; empty if it can."""
     if not isinstance(clip, CLIP):
         return [f"its towers are of type {type(clip).__name__}, not CLIP"]
     reasons = []
@@ -73,6 +73,10 @@ def not_published_reasons(clip: nn.Module) -> list[str]:
         reasons.append("its vision tower has no LayerNorm before the blocks")
     if not isinstance(clip.text_projection, nn.Parameter):
         reasons.append("its text projection is not a plain matrix")
+    if config.pool_norm_qkv or config.pool_add_zero_attn or not config.pool_mlp_ratio:
+        reasons.append("its pooling block is FLAIR's in part (pool_norm_qkv, pool_add_zero_attn, pool_mlp_ratio 0)")
+    if config.attended_patches:
+        reasons.append("its patches attend in the last block (attended_patches)")
     return reasons
 
 
@@ -93,9 +97,9 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(POOL):
             ours["pool." + name.removeprefix(POOL)] = value
             continue
-        name = _renamed(name, _BEGINNINGS)
+        name = renamed(name, _BEGINNINGS)
         if found := _VISION_BLOCK.fullmatch(name):
-            name = found[1] + _renamed(found[2], _PARTS)
+            name = found[1] + renamed(found[2], _PARTS)
         if name in ("visual.class_embedding", "visual.positional_embedding"):
             value = value.reshape(value.shape[-2:] if name.endswith("positional_embedding") else -1)
         ours["clip." + name] = value
@@ -118,10 +122,10 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs |= {f"{block}{x}_proj.{kind}": part for x, part in zip("qkv", value.chunk(3), strict=True)}
             continue
         if found := _VISION_BLOCK.fullmatch(name):
-            name = found[1] + _renamed(found[2], parts)
+            name = found[1] + renamed(found[2], parts)
         if name in ("visual.class_embedding", "visual.positional_embedding"):
             value = value.reshape(1, -1, value.shape[-1])
-        theirs[_renamed(name, beginnings)] = value
+        theirs[renamed(name, beginnings)] = value
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
@@ -136,43 +140,72 @@ def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, 
         ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by
             ``head_width``.
     """
-    vision_width, _, patch, _ = _shape(state, "visual.patch_embed.proj.weight", "(width, 3, patch, patch)")
-    _, rows, _ = _shape(state, "visual.pos_embed", "(1, 1 + patches, width)")
-    vocabulary, text_width = _shape(state, "token_embedding.weight", "(vocabulary, width)")
-    _, embed_dim = _shape(state, "image_projection", "(width, embedding)")
-    length, _ = _shape(state, "positional_embedding", "(tokens, width)")
-    vision_hidden, _ = _shape(state, "visual.blocks.0.mlp.fc1.weight", "(hidden, width)")
-    text_hidden, _ = _shape(state, "transformer.resblocks.0.mlp.c_fc.weight", "(hidden, width)")
-    grid = math.isqrt(rows - 1)
-    if grid < 1 or grid**2 != rows - 1:
-        raise ValueError(f"visual.pos_embed: expected 1 + the square of a number of rows, got {rows}")
+    vision_width, _, patch, _ = shape_of(state, "visual.patch_embed.proj.weight", "(width, 3, patch, patch)")
+    _, positions, _ = shape_of(state, "visual.pos_embed", "(1, 1 + patches, width)")
+    vocabulary, text_width = shape_of(state, "token_embedding.weight", "(vocabulary, width)")
+    _, embed_dim = shape_of(state, "image_projection", "(width, embedding)")
+    length, _ = shape_of(state, "positional_embedding", "(tokens, width)")
+    vision_hidden, _ = shape_of(state, "visual.blocks.0.mlp.fc1.weight", "(hidden, width)")
+    text_hidden, _ = shape_of(state, "transformer.resblocks.0.mlp.c_fc.weight", "(hidden, width)")
     if length <= FROZEN or stretched(unstretched(length)) != length:
         raise ValueError(f"positional_embedding: expected {FROZEN} rows and a multiple of {STRETCH}, got {length}")
-    for tower, width in (("vision", vision_width), ("text", text_width)):
-        if head_width < 1 or width % head_width:
-            raise ValueError(f"head_width: expected a divisor of the {tower} tower's width {width}, got {head_width}")
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "width": vision_width,
-            "layers": _layers(state, "visual.blocks."),
-            "head_width": head_width,
-            "mlp_ratio": vision_hidden / vision_width,
-        },
-        "text_cfg": {
-            "context_length": unstretched(length),
-            "vocab_size": vocabulary,
-            "width": text_width,
-            "heads": text_width // head_width,
-            "layers": _layers(state, "transformer.resblocks."),
-            "mlp_ratio": text_hidden / text_width,
-        },
-    }
+    return Sizes(
+        embed_dim, patch, positions, vision_width, vision_hidden, count_layers(state, "visual.blocks."),
+        unstretched(length), vocabulary, text_width, text_hidden, count_layers(state, "transformer.resblocks."),
+    ).open_clip_config(head_width, "visual.pos_embed")  # fmt: skip
 
 
-def _shape(state: Mapping[str, Tensor], name: str, form: str) -> tuple[int, ...]:
+class Sizes(NamedTuple):
+    """The sizes of a model's towers. positions: those of CLS and the patches."""
+
+    embed_dim: int
+    patch: int
+    positions: int
+    vision_width: int
+    vision_hidden: int
+    vision_layers: int
+    context_length: int
+    vocabulary: int
+    text_width: int
+    text_hidden: int
+    text_layers: int
+
+    def open_clip_config(self, head_width: int, positions: str) -> dict[str, Any]:
+        """The open_clip configuration; ``positions`` is the name of the tensor that shows the number of patches.
+
+        Raises:
+            ValueError: the patches are no square, or a width is not divisible by ``head_width``.
+        """
+        grid = math.isqrt(self.positions - 1)
+        if grid < 1 or grid**2 != self.positions - 1:
+            raise ValueError(f"{positions}: expected 1 + the square of a number of rows, got {self.positions}")
+        for tower, width in (("vision", self.vision_width), ("text", self.text_width)):
+            if head_width < 1 or width % head_width:
+                raise ValueError(
+                    f"head_width: expected a divisor of the {tower} tower's width {width}, got {head_width}"
+                )
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": grid * self.patch,
+                "patch_size": self.patch,
+                "width": self.vision_width,
+                "layers": self.vision_layers,
+                "head_width": head_width,
+                "mlp_ratio": self.vision_hidden / self.vision_width,
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "vocab_size": self.vocabulary,
+                "width": self.text_width,
+                "heads": self.text_width // head_width,
+                "layers": self.text_layers,
+                "mlp_ratio": self.text_hidden / self.text_width,
+            },
+        }
+
+
+def shape_of(state: Mapping[str, Tensor], name: str, form: str) -> tuple[int, ...]:
     """The shape of a tensor, which is checked to have as many dimensions as ``form`` and no empty one."""
     if name not in state:
         raise ValueError(f"{name}: expected {form}, but it is missing")
@@ -182,11 +215,13 @@ def _shape(state: Mapping[str, Tensor], name: str, form: str) -> tuple[int, ...]
     return shape
 
 
-def _layers(state: Mapping[str, Tensor], blocks: str) -> int:
+def count_layers(state: Mapping[str, Tensor], blocks: str) -> int:
+    """The number of blocks whose tensors begin with ``blocks`` and a number."""
     return len({name.removeprefix(blocks).split(".")[0] for name in state if name.startswith(blocks)})
 
 
-def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """The name with another beginning, by the first of ``beginnings`` that it has."""
     for begin, other in beginnings.items():
         if name.startswith(begin):
             return other + name.removeprefix(begin)

@@ -60,13 +60,18 @@ def prepare_vision(clip: Any) -> None:
     replace_blocks(clip.visual.transformer.resblocks, VisionBlock)
 
 
-def encode_patches(visual: Any, images: Tensor, checkpointing: bool) -> Tensor:
-    """Encode images (B, 3, H, W) into (B, 1 + P, D): CLS, then the patches row by row; projected, not normalised."""
+def encode_patches(
+    visual: Any, images: Tensor, checkpointing: bool, attending: Literal["all", "cls"] = "cls"
+) -> Tensor:
+    """Encode images (B, 3, H, W) into (B, 1 + P, D): CLS, then the patches row by row; projected, not normalised.
+
+    attending: the tokens that attend in the last block; CLS alone in β-CLIP.
+    """
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     x = visual.ln_pre(torch.cat((cls, patches), dim=1) + visual.positional_embedding.to(patches.dtype))
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = run_block(block, x, checkpointing, attending="all")
-    x = run_block(last, x, checkpointing, attending="cls")
+    x = run_block(last, x, checkpointing, attending=attending)
     return visual.ln_post(x) @ visual.proj

@@ -24,8 +24,8 @@ class LossConfig:
     global_weight: float = 1.0
     """Weight of CLIP's loss between images and captions; 0 leaves it out."""
     beta_cal_weight: float = 1.0
-    """Weight of β-CAL; 0 leaves it out and, unless there are conditioned negatives, all texts but the captions, and
-    freezes the pooling block."""
+    """Weight of β-CAL; 0 leaves it out and, unless another term reads them, all texts but the captions, and freezes the
+    pooling block."""
     conditioned_negatives: int = 0
     """Number of other pictures that each text also pools, as negatives under the same text; 0 for none. They are drawn
     among the pictures that are encoded together. The loss term is called conditioned, and its weight is 1 unless
@@ -33,8 +33,11 @@ class LossConfig:
     text_queue: int = 0
     """Number of texts of earlier updates that β-CAL has as further negatives, over all ranks; 0 for none. Their
     embeddings are as the model was then. Take fewer than an epoch has, or a text meets itself."""
+    sampled_pictures: int | None = None
+    """The loss term text_conditioned: number of other pictures of which each picture pools a random text, among the
+    pictures that are encoded together; by default all of these, as in FLAIR."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights of further loss terms, by name."""
+    """Weights of further loss terms, by name: multi_positive and text_conditioned are FLAIR's."""
     padding: Literal["ignore", "published"] = "ignore"
     """Images may have different numbers of texts. ignore: β-CAL contrasts the texts that there are. published: each
     image gets as many sentences and phrases as the richest one by padding texts, which are encoded, stay in the softmax
@@ -257,7 +260,8 @@ RUN_FILES = (
 # Settings that a resumed run must have as they were: others make another model, train other parts of it, or take other
 # samples. The order of the data source has the rest of what its samples depend on.
 FIXED_SETTINGS = (
-    "model.name", "model.context_length", "model.pool_heads", "model.pool_norm_inputs",
+    "model.name", "model.context_length", "model.pool_heads", "model.pool_norm_inputs", "model.pool_norm_qkv",
+    "model.pool_add_zero_attn", "model.pool_mlp_ratio", "model.attended_patches",
     "data.kind", "data.scenes_seed", "data.shuffle", "lora.rank", "lora.alpha", "lora.targets", "optimizer.layer_decay",
     "lock.image", "lock.image_unlocked_groups", "lock.image_freeze_layer_norm",
     "lock.text", "lock.text_unlocked_layers", "lock.text_freeze_layer_norm",

@@ -28,8 +28,10 @@ def freeze(model: BetaCLIP, config: TrainingConfig, objective: Objective) -> Non
 
 def freeze_unused(model: BetaCLIP, objective: Objective) -> None:
     """Freeze the parameters that no loss term reaches: they would neither get a gradient nor should they decay."""
-    if not objective.needs("pooled_embeds", "pool_logit_scale"):
+    if not objective.needs("pooled_embeds", "scores"):
         model.pool.requires_grad_(False)
+    if not objective.needs("pool_logit_scale"):
+        model.pool.logit_scale.requires_grad_(False)
     if not objective.needs("logit_scale"):
         model.logit_scale.requires_grad_(False)
     if model.logit_bias is not None:

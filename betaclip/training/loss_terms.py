@@ -9,6 +9,7 @@ from torch import Tensor
 from betaclip.losses.beta_cal import BetaCALLoss
 from betaclip.losses.conditioned import conditioned_loss
 from betaclip.losses.detached import detached_clip_loss
+from betaclip.losses.flair import multi_positive_loss, text_conditioned_loss
 from betaclip.losses.functional import beta_cal_ce_loss
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training.config import LossConfig
@@ -143,10 +144,47 @@ class ConditionedTerm:
         return {"leak": out["conditioned_leak"].sum() / asked.clamp_min(1)}
 
 
+class MultiPositiveTerm:
+    """FLAIR's sigmoid loss between whole images (CLS) and all texts, those of the image being positives."""
+
+    needs = frozenset({"image_embeds", "text_embeds", "mask", "logit_scale", "logit_bias"})
+    captions_only = False
+
+    def __init__(self, config: LossConfig, several_ranks: bool) -> None:
+        self.backend, self.gather = config.backend, several_ranks and _GATHER[config.gather]
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        return multi_positive_loss(
+            out["image_embeds"], out["text_embeds"], out["logit_scale"],
+            logit_bias=out.get("logit_bias"), mask=out["mask"], backend=self.backend, gather=self.gather,
+        )  # fmt: skip
+
+
+class TextConditionedTerm:
+    """FLAIR's sigmoid loss of pictures with their own texts and with one text of each of some other pictures, each from
+    its cosine with what it pools from the picture."""
+
+    needs = frozenset({"scores", "scores_mask", "mask", "logit_scale", "logit_bias"})
+    captions_only = False
+
+    def __init__(self, config: LossConfig, several_ranks: bool) -> None:
+        self.group = ProcessGroup.of() if several_ranks and config.gather != "false" else None
+
+    def __call__(self, out: dict[str, Tensor]) -> Tensor:
+        scores = out["scores"]
+        own = (torch.arange(scores.shape[1], device=scores.device) < out["mask"].shape[1]).expand(scores.shape)
+        return text_conditioned_loss(
+            scores, own, out["logit_scale"],
+            logit_bias=out.get("logit_bias"), mask=out["scores_mask"], group=self.group,
+        )  # fmt: skip
+
+
 # By name: a term's weight is loss.NAME_weight or loss.weights' NAME, its value is logged as NAME_loss. Made from the
 # settings and whether there are several ranks.
 LOSS_TERMS: dict[str, Callable[[LossConfig, bool], LossTerm]] = {
     "global": GlobalLoss,
     "beta_cal": BetaCALTerm,
     "conditioned": ConditionedTerm,
+    "multi_positive": MultiPositiveTerm,
+    "text_conditioned": TextConditionedTerm,
 }

@@ -18,7 +18,8 @@ class Objective(nn.Module):
 
     Raises:
         ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, the conditioned negatives have a
-            weight but no number, or there is a queue of texts without β-CAL.
+            weight but no number, there is a queue of texts without β-CAL, or a number of sampled pictures below 1 or
+            without its term.
     """
 
     def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
@@ -37,6 +38,10 @@ class Objective(nn.Module):
         if config.text_queue < 0 or (config.text_queue and not weights.get("beta_cal")):
             expected = "at least 0, and 0 without the loss term beta_cal"
             raise ConfigError(f"loss.text_queue: expected {expected}, got {config.text_queue}")
+        sampled = config.sampled_pictures
+        if sampled is not None and (sampled < 1 or not weights.get("text_conditioned")):
+            expected = "at least 1, and a weight of the loss term text_conditioned with it"
+            raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {sampled}")
         self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
         self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
         self.conditioned_negatives = config.conditioned_negatives if "conditioned" in self.terms else 0

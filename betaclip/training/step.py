@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import nvtx
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from betaclip.data.batches import Batch
 from betaclip.data.padding import pad_as_published
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.texts import RaggedTexts
 from betaclip.process_group import ProcessGroup
 from betaclip.training.config import TrainingConfig
 from betaclip.training.gradient_cache import cached_backward
@@ -31,6 +33,17 @@ def other_pictures(images: int, count: int, seed: int) -> list[int]:
     random = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(max(images - 1, 0), generator=random, device="cpu")[:count] + 1
     return drawn.tolist() + [0] * (count - len(drawn))
+
+
+def texts_of_others(texts: RaggedTexts, slots: int, pictures: int, seed: int) -> Tensor:
+    """For each of B images a random text of each of ``pictures`` others, (B, pictures) int64 numbers of slots, of which
+    each image has ``slots``; -1 for each other that there is not, or that has no text."""
+    images = torch.arange(texts.num_images, device="cpu")
+    shifts = torch.tensor(other_pictures(len(images), pictures, seed), dtype=torch.int64, device="cpu")
+    other = (images[:, None] + shifts) % max(len(images), 1)
+    random, counts = torch.Generator("cpu").manual_seed(mix(seed, len(images))), texts.counts[other]
+    text = (torch.rand(other.shape, generator=random, device="cpu") * counts).long()
+    return torch.where((shifts > 0) & (text < counts), other * slots + text, -1)
 
 
 class TrainStep:
@@ -101,15 +114,14 @@ class TrainStep:
         micro_batches = self._micro_batches(batch, images)
         if not cached:
             micro_batches = [self._padded(micro_batch) for micro_batch in micro_batches]
-        parts = self._with_others(micro_batches, step)
+        parts = self._with_options(micro_batches, max(1, batch.texts.max_texts_per_image) if cached else None, step)
         losses: list[Tensor] = []
 
-        def forward(part: tuple[Batch, list[int]]) -> dict[str, Tensor]:
-            micro_batch, others = part
-            slots = max(1, (batch if cached else micro_batch).texts.max_texts_per_image)
+        def forward(part: tuple[Batch, dict[str, Any]]) -> dict[str, Tensor]:
+            micro_batch, options = part
             # Autocast ends before the next pass: while it lasts, it keeps the weights that it has cast.
             with self._autocast():
-                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, slots, others)
+                return self.wrapped(micro_batch.to(self._device).images, micro_batch.texts, **options)
 
         def loss(out: dict[str, Tensor]) -> Tensor:
             with _range("loss"), self._autocast():
@@ -148,15 +160,27 @@ class TrainStep:
             bounds += [len(batch.paths)] * (count - len(bounds))
         return [batch.of_images(begin, end) for begin, end in pairwise(bounds)]
 
-    def _with_others(self, micro_batches: list[Batch], step: int) -> list[tuple[Batch, list[int]]]:
-        """Each with the other pictures that its texts pool. They depend on nothing but the seed and the place in the
-        run: a second pass and a resumed run have the same ones."""
-        count, rank = self.objective.conditioned_negatives, self.process_group.rank
-        seeds = (mix(self.config.run.seed, step, rank, i) for i in range(len(micro_batches)))
-        return [
-            (part, other_pictures(len(part.images), count, seed))
-            for part, seed in zip(micro_batches, seeds, strict=True)
-        ]
+    def _with_options(
+        self, micro_batches: list[Batch], slots: int | None, step: int
+    ) -> list[tuple[Batch, dict[str, Any]]]:
+        """Each with the options of its forward. What is drawn depends on nothing but the seed and the place in the run:
+        a second pass and a resumed run draw the same.
+
+        slots: the number of texts for which each image gets room; None for as many as the micro-batch needs.
+        """
+        pooled, scored = (self.objective.needs(output) for output in ("pooled_embeds", "scores"))
+        most = max(len(micro_batch.images) for micro_batch in micro_batches)
+        sampled = self.config.loss.sampled_pictures or max(0, most - 1)
+        parts = []
+        for i, part in enumerate(micro_batches):
+            seed = mix(self.config.run.seed, step, self.process_group.rank, i)
+            others = other_pictures(len(part.images), self.objective.conditioned_negatives, seed)
+            room = slots or max(1, part.texts.max_texts_per_image)
+            options = {"texts_per_image": room, "other_pictures": others, "pooled": pooled}
+            if scored:
+                options["other_texts"] = texts_of_others(part.texts, room, sampled, seed)
+            parts.append((part, options))
+        return parts
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)

@@ -15,6 +15,11 @@ computes S and dA = g x̂ᵀ in one product, where g = W_vᵀ dout is the gradie
 so that the gradient through the norm is only a multiple of x itself. Latent queries and gradients lie interleaved,
 zg (c, K, 2, H, D): each half is the output of one batched product, and the whole is the (c, 2 L, D) operand of others.
 
+A key and a value of zeros beside the patches add exp(sink) to the softmax's denominator and nothing else, where the
+sink is the logit of that key relative to keys without their bias. With l = logsumexp(S) and l' = logaddexp(l, sink),
+the output of a latent query is multiplied by exp(l - l'), and the backward is the same with A = exp(S - l') and the δ
+above.
+
 The Triton backend differs only in the two steps between the projections (``Attention``).
 
 Legend: B images, c of them at a time; P patches, K queries, D width, H heads, L = K H latent queries.
@@ -89,12 +94,12 @@ class Eager:
 
     scratch_bytes: int = SCRATCH_BYTES
     scratch_tiles: int = 2
-    keeps_lse: bool = False
+    keeps_lse: bool = False  # a sink needs them
 
     def dtype(self, x: Tensor) -> torch.dtype:
         return accumulation_dtype(x.dtype)
 
-    def forward(self, x: Patches, z: Tensor, means: Tensor, tiles: Tensor) -> None:
+    def forward(self, x: Patches, z: Tensor, means: Tensor, tiles: Tensor) -> Tensor | None:
         logits, weights = tiles
         torch.bmm(z, x.rows.mT, out=logits)
         inverse = x.inverse_norm()
@@ -102,6 +107,7 @@ class Eager:
             logits.mul_(inverse)
         _softmax(logits, x.mask, weights)
         torch.bmm(weights if inverse is None else weights.mul_(inverse), x.rows, out=means)
+        return logits.logsumexp(2) if self.keeps_lse else None
 
     def backward(
         self, x: Patches, zg: Tensor, lse: Tensor, delta: Tensor, weights: Tensor, tiles: Tensor
@@ -111,10 +117,14 @@ class Eager:
         factor = weights.new_ones(()) if inverse is None else inverse[:, :, None]
         logits, a = tiles.view(2, *weights[:, :, 0].shape)
         torch.mul(weights[:, :, 0], factor, out=logits)
-        _softmax(logits.flatten(1, 2), x.mask, a.flatten(1, 2))
         da = weights[:, :, 1].mul_(factor)
-        # From these very numbers, so that dS is 0 where A is 1: ``out`` was rounded to the dtype of the patches.
-        delta = (a * da).sum(3, keepdim=True)
+        if self.keeps_lse:
+            _mask(logits.flatten(1, 2), x.mask)
+            torch.sub(logits, lse.view(delta.shape), out=a).exp_()
+        else:
+            _softmax(logits.flatten(1, 2), x.mask, a.flatten(1, 2))
+            # From these very numbers, so that dS is 0 where A is 1: ``out`` was rounded to the dtype of the patches.
+            delta = (a * da).sum(3, keepdim=True)
         radial = None
         if inverse is not None:
             radial = torch.bmm(delta.flatten(1, 3).unsqueeze(1), a.flatten(1, 2)).squeeze(1)  # Σ A δ
@@ -131,11 +141,14 @@ class Eager:
 
 def _softmax(logits: Tensor, mask: Tensor | None, out: Tensor) -> None:
     """Softmax over the last dimension of (c, L, P), 0 for an image without valid patches; overwrites the logits."""
-    if mask is None:
-        torch.softmax(logits, -1, out=out)
-        return
-    torch.softmax(logits.masked_fill_(~mask[:, None], -torch.inf), -1, out=out)
-    out.masked_fill_(~mask.any(1)[:, None, None], 0)
+    torch.softmax(_mask(logits, mask), -1, out=out)
+    if mask is not None:
+        out.masked_fill_(~mask.any(1)[:, None, None], 0)
+
+
+def _mask(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """(c, L, P) logits, overwritten: -inf for masked patches."""
+    return logits if mask is None else logits.masked_fill_(~mask[:, None], -torch.inf)
 
 
 class Pooling(NamedTuple):
@@ -143,6 +156,8 @@ class Pooling(NamedTuple):
 
     x: (B, P, D) patches. q: (B, K, D) times (D / H)^-½. k_weight, v_weight: (D, D).
     v_bias: (D,) or None. mask: (B, P) bool or None. norm_eps: as for ``Patches``.
+    sink: (B, K, H) in accumulation dtype, the logit of a key of zeros, whose value is 0 too, less what a bias adds to
+    those of all patches; None without such a key.
     """
 
     x: Tensor
@@ -151,6 +166,7 @@ class Pooling(NamedTuple):
     v_weight: Tensor
     v_bias: Tensor | None
     mask: Tensor | None
+    sink: Tensor | None
     num_heads: int
     norm_eps: float | None
 
@@ -160,7 +176,9 @@ class Pooling(NamedTuple):
 
     def single(self) -> Tensor | None:
         """(B, 1, 1, 1) bool, True for images with one valid patch: its weight is 1 whatever the query. None if no image
-        can be one."""
+        can be one, or if there is a sink."""
+        if self.sink is not None:
+            return None
         if self.mask is not None:
             return (self.mask.sum(1) == 1)[:, None, None, None]
         return self.x.new_ones(self.x.shape[0], 1, 1, 1, dtype=torch.bool) if self.x.shape[1] == 1 else None
@@ -188,7 +206,7 @@ class ImageChunks:
 
     def __iter__(self) -> Iterator[tuple[slice, Patches, Tensor]]:
         """The slice of images, their patches, and their queries (c, K, D)."""
-        x, q, _, _, _, mask, _, norm_eps = self.pooling
+        x, q, mask, norm_eps = self.pooling.x, self.pooling.q, self.pooling.mask, self.pooling.norm_eps
         for lo in range(0, x.shape[0], self.step):
             part = slice(lo, min(lo + self.step, x.shape[0]))
             rows = x[part].to(self.dtype)
@@ -205,7 +223,8 @@ def _latents_by_head(t: Tensor) -> Tensor:
 
 
 def attention_pool_fwd(pooling: Pooling, attention: Attention) -> tuple[Tensor, Tensor]:
-    """The result (B, K, D) in the dtype of x, and (B, L) log-sum-exps, or (0,) if the backward does not need them."""
+    """The result (B, K, D) in the dtype of x, and (B, L) log-sum-exps with the sink, or (0,) if the backward does not
+    need them."""
     x, heads = pooling.x, pooling.num_heads
     images, patches, width = x.shape
     queries = pooling.q.shape[1]
@@ -227,10 +246,20 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention) -> tuple[Tensor, 
             _product_into(chunks.by_head(out[part]), _latents_by_head(mean), chunks.v_weight.mT)
     if pooling.v_bias is not None:
         out += pooling.v_bias
+    lse = torch.cat(statistics) if statistics else x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    if pooling.sink is not None:
+        with_sink = torch.logaddexp(lse.view(pooling.sink.shape), pooling.sink)
+        out.unflatten(2, (heads, -1)).mul_(attended(with_sink, pooling.sink).unsqueeze(3))
+        lse = with_sink.flatten(1)
     empty = pooling.empty()
     if empty is not None:
         out.masked_fill_(empty, 0)
-    return out, torch.cat(statistics) if statistics else x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    return out, lse
+
+
+def attended(lse: Tensor, sink: Tensor) -> Tensor:
+    """What the patches have together of the attention, from log-sum-exps with the sink."""
+    return -torch.expm1(sink - lse)
 
 
 def attention_pool_bwd(

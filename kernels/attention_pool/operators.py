@@ -7,6 +7,7 @@ is left to PyTorch's autograd.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor
 from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.attention_pool import projected
 from betaclip.kernels.attention_pool.cost import folding_pays
-from betaclip.kernels.attention_pool.folded import Attention, Eager, Pooling, attention_pool_bwd, attention_pool_fwd
+from betaclip.kernels.attention_pool.folded import (
+    Attention,
+    Eager,
+    Pooling,
+    attended,
+    attention_pool_bwd,
+    attention_pool_fwd,
+)
 from betaclip.kernels.backends import (
     always_supported,
     count_run,
@@ -35,15 +43,14 @@ BACKENDS = FOLDED | PROJECTED
 Backend = str | Attention
 
 
-def local_backend(backend: Backend) -> Attention:
+def local_backend(backend: Backend, has_sink: bool = False) -> Attention:
     """The object behind a folding backend's name. A backend for one architecture would be chosen here."""
-    if not isinstance(backend, str):
-        return backend
     if backend == "triton":
         from betaclip.kernels.attention_pool.triton_kernels import Fused  # Triton may not be installed
 
         return Fused()
-    return Eager()
+    attention = Eager() if isinstance(backend, str) else backend
+    return replace(attention, keeps_lse=True) if has_sink and isinstance(attention, Eager) else attention
 
 
 def attention_pool(
@@ -55,6 +62,8 @@ def attention_pool(
     num_heads: int,
     mask: Tensor | None = None,
     *,
+    add_zero_attn: bool = False,
+    k_bias: Tensor | None = None,
     normalize: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -68,11 +77,16 @@ def attention_pool(
         out = F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
         return out.transpose(1, 2).flatten(2)
 
-    A bias of the keys cancels in the softmax, so there is none. ``"auto"`` folds the projections of keys and values
+    With ``add_zero_attn`` a query also attends to a key and a value of zeros, as in nn.MultiheadAttention:
+
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)))
+
+    Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
     to the side of the queries where that is less work (``cost``); the backward then keeps the arguments and the
-    result, nothing else. Softmax and sums are in float32 (float64 for float64), and the result is in the dtype of
-    ``x``, under autocast as well; deterministic. Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight`` and
-    ``v_bias``; the projected backends as often as PyTorch's own operators.
+    result, and with ``add_zero_attn`` two numbers for each query and head, nothing else. Softmax and sums are in
+    float32 (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
+    Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends
+    as often as PyTorch's own operators.
 
     Args:
         x: (B, P, D) patches, P >= 1. With ``normalize`` they are divided by their norms; patches of norm 0 (up to
@@ -82,6 +96,8 @@ def attention_pool(
         v_bias: (D,) bias of the values, or None.
         num_heads: H, a divisor of D.
         mask: (B, P) bool, True = valid patch; other patches are ignored and may hold anything, NaN included.
+        add_zero_attn: add a key and a value of zeros to the patches of each image.
+        k_bias: (D,) bias of the keys, or None. Without ``add_zero_attn`` it has no effect.
         backend: ``"auto"``; ``"triton"`` or ``"folded"`` (plain PyTorch), which fold;
             ``"sdpa"`` or ``"reference"``, which project; or an ``Attention`` object, which folds.
 
@@ -103,7 +119,7 @@ def attention_pool(
         [0.97, 0.01, 0.01, 0.01]
         [0.25, 0.25, 0.25, 0.25]
     """
-    pooling = _pooling(x, q, k_weight, v_weight, v_bias, num_heads, mask, normalize)
+    pooling = _pooling(x, q, k_weight, v_weight, v_bias, num_heads, mask, normalize, add_zero_attn, k_bias)
     if isinstance(backend, str):
         # Only the choice weighs the costs, so that a named backend is exported for any number of images and queries.
         backend = resolve("attention_pool", backend, _preferred(pooling) if backend == "auto" else BACKENDS, x, q)
@@ -112,17 +128,26 @@ def attention_pool(
     if not torch.compiler.is_compiling():
         count_run("attention_pool", backend)
     with autocast_off(x.device.type):  # or dtype and precision would follow the choice of backend
-        return projected.sdpa(pooling) if backend == "sdpa" else projected.reference(pooling)
+        return projected.sdpa(pooling, k_bias) if backend == "sdpa" else projected.reference(pooling)
 
 
 def attention_weights(
-    x: Tensor, q: Tensor, k_weight: Tensor, num_heads: int, mask: Tensor | None = None, *, normalize: bool = True
+    x: Tensor,
+    q: Tensor,
+    k_weight: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    *,
+    add_zero_attn: bool = False,
+    k_bias: Tensor | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """The attention weights (B, K, P) of :func:`attention_pool`, averaged over heads, for example to draw them.
 
     Plain PyTorch, in O(B·H·K·P) memory. The arguments are ``attention_pool``'s; 0 for an image without a valid patch.
+    With ``add_zero_attn`` they sum to less than 1: the key of zeros has the rest.
     """
-    pooling = _pooling(x, q, k_weight, k_weight, None, num_heads, mask, normalize)
+    pooling = _pooling(x, q, k_weight, k_weight, None, num_heads, mask, normalize, add_zero_attn, k_bias)
     with autocast_off(x.device.type):
         return projected.mean_attention(pooling)
 
@@ -136,13 +161,25 @@ def _pooling(
     num_heads: int,
     mask: Tensor | None,
     normalize: bool,
+    add_zero_attn: bool,
+    k_bias: Tensor | None,
 ) -> Pooling:
     """The arguments, checked; queries are scaled and one per image, masked patches are 0."""
-    _check(x, q, k_weight, v_weight, v_bias, num_heads, mask)
+    _check(x, q, k_weight, v_weight, v_bias, num_heads, mask, k_bias)
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
-    q = (q * (x.shape[2] // num_heads) ** -0.5).expand(x.shape[0], -1, -1)
-    return Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, norm_eps(x.dtype) if normalize else None)
+    q = q * (x.shape[2] // num_heads) ** -0.5
+    sink = _sink(q, k_bias, num_heads).expand(x.shape[0], -1, -1) if add_zero_attn else None
+    q = q.expand(x.shape[0], -1, -1)
+    return Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, norm_eps(x.dtype) if normalize else None)
+
+
+def _sink(q: Tensor, k_bias: Tensor | None, num_heads: int) -> Tensor:
+    """(B or 1, K, H) in accumulation dtype: the logit 0 of a key of zeros, less what the bias adds to all others."""
+    dtype = accumulation_dtype(q.dtype)
+    if k_bias is None:
+        return q.new_zeros(*q.shape[:2], num_heads, dtype=dtype)
+    return -(q.to(dtype) * k_bias.to(dtype)).unflatten(2, (num_heads, -1)).sum(3)
 
 
 def _preferred(pooling: Pooling) -> dict[str, Callable[[Tensor, Tensor], list[str]]]:
@@ -160,6 +197,7 @@ def _check(
     v_bias: Tensor | None,
     num_heads: int,
     mask: Tensor | None,
+    k_bias: Tensor | None,
 ) -> None:
     """Raise on malformed tensors."""
     if x.dim() != 3 or x.shape[1] == 0:
@@ -171,9 +209,11 @@ def _check(
         raise ValueError(f"num_heads: expected a divisor of D = {width}, got {num_heads}")
     if q.dim() != 3 or q.shape[0] not in (1, images) or q.shape[2] != width:
         raise ValueError(f"q: expected ({images} or 1, K, {width}) as x is {tuple(x.shape)}, got {tuple(q.shape)}")
-    others = {"q": q, "k_weight": k_weight, "v_weight": v_weight, "v_bias": v_bias}
-    for name, shape in (("k_weight", (width, width)), ("v_weight", (width, width)), ("v_bias", (width,))):
-        expect(name, others[name], shape=shape)
+    others = {"q": q, "k_weight": k_weight, "v_weight": v_weight, "v_bias": v_bias, "k_bias": k_bias}
+    for name in ("k_weight", "v_weight"):
+        expect(name, others[name], shape=(width, width))
+    for name in ("v_bias", "k_bias"):
+        expect(name, others[name], shape=(width,))
     for name, tensor in others.items():
         expect(name, tensor, "as x", dtype=x.dtype)
     if mask is not None and (mask.shape != (images, patches) or mask.dtype != torch.bool):
@@ -185,31 +225,31 @@ def _check(
 
 @without_autocast
 def _folded(  # type: ignore[no-untyped-def]
-    x, q, k_weight, v_weight, v_bias, mask, num_heads, eps, backend: Backend
+    x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the log-sum-exps for the backward, empty if the backend does not keep them."""
-    pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps)
-    return attention_pool_fwd(pooling, _running(backend))
+    """The result, and the log-sum-exps for the backward, empty if it does not need them."""
+    pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
+    return attention_pool_fwd(pooling, _running(backend, sink is not None))
 
 
 @without_autocast
 def _folded_backward(  # type: ignore[no-untyped-def]
-    x, q, k_weight, v_weight, v_bias, mask, out, lse, dout, need_dx, num_heads, eps, backend: Backend
+    x, q, k_weight, v_weight, v_bias, mask, sink, out, lse, dout, need_dx, num_heads, eps, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (B, P, D) (empty if not needed) and dq (B, K, D) in the dtype of x; dk_weight and dv_weight (D, D) in
     accumulation dtype."""
-    pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps)
-    return attention_pool_bwd(pooling, out, lse, dout, need_dx, _running(backend))
+    pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
+    return attention_pool_bwd(pooling, out, lse, dout, need_dx, _running(backend, sink is not None))
 
 
-def _running(backend: Backend) -> Attention:
+def _running(backend: Backend, has_sink: bool) -> Attention:
     """The object behind a backend's name, which is about to run."""
     if isinstance(backend, str):
         count_run("attention_pool", backend)
-    return local_backend(backend)
+    return local_backend(backend, has_sink)
 
 
-_TENSORS = "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? mask"
+_TENSORS = "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? mask, Tensor? sink"
 _OPTIONS = "int num_heads, float? eps, str backend"
 folded = define_operator("attention_pool", _folded, f"{_TENSORS}, {_OPTIONS}", 2)
 folded_backward = define_operator(
@@ -222,14 +262,14 @@ folded_backward.register_autograd(refuse_second_derivative)
 
 
 @folded.register_fake
-def _(x, q, k_weight, v_weight, v_bias, mask, num_heads, eps, backend):  # type: ignore[no-untyped-def]
-    keeps = local_backend(backend).keeps_lse
+def _(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps, backend):  # type: ignore[no-untyped-def]
+    keeps = local_backend(backend, sink is not None).keeps_lse
     lse = (x.shape[0], q.shape[1] * num_heads) if keeps else (0,)
     return x.new_empty(q.shape), x.new_empty(lse, dtype=accumulation_dtype(x.dtype))
 
 
 @folded_backward.register_fake
-def _(x, q, k_weight, v_weight, v_bias, mask, out, lse, dout, need_dx, *options):  # type: ignore[no-untyped-def]
+def _(x, q, k_weight, v_weight, v_bias, mask, sink, out, lse, dout, need_dx, *options):  # type: ignore[no-untyped-def]
     dtype = accumulation_dtype(x.dtype)
     dk_weight, dv_weight = (w.new_empty(w.shape, dtype=dtype) for w in (k_weight, v_weight))
     return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(q.shape), dk_weight, dv_weight
@@ -237,8 +277,8 @@ def _(x, q, k_weight, v_weight, v_bias, mask, out, lse, dout, need_dx, *options)
 
 class _Folded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, q, k_weight, v_weight, v_bias, mask, *options):  # type: ignore[no-untyped-def]
-        tensors = x, q, k_weight, v_weight, v_bias, mask
+    def forward(ctx: Any, x, q, k_weight, v_weight, v_bias, mask, sink, *options):  # type: ignore[no-untyped-def]
+        tensors = x, q, k_weight, v_weight, v_bias, mask, sink
         out, lse = run_operator(folded, _folded, *tensors, *options)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.options = options
@@ -247,10 +287,18 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
-        x, mask = tensors[0], tensors[5]
+        x, mask, sink, out, lse = tensors[0], *tensors[5:]
         need_dx = ctx.needs_input_grad[0]
         gradients = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
         if mask is not None:
             dout = dout.masked_fill(~mask.any(1)[:, None, None], 0)
-        dv_bias = dout.sum((0, 1), dtype=gradients[2].dtype) if ctx.needs_input_grad[4] else None
-        return needed_gradients(ctx, *(None if g is None else g.to(x.dtype) for g in (*gradients, dv_bias)))
+        dsink, dtype = None, accumulation_dtype(x.dtype)
+        if sink is not None:
+            # Its value is 0, so that its weight's gradient is -<dout, out> and that of its logit the weight times this.
+            share, by_head = attended(lse.view(sink.shape), sink), (ctx.options[0], -1)
+            products = (dout.to(dtype) * out.to(dtype)).unflatten(2, by_head).sum(3)
+            dsink = (share - 1) * products
+            dout = (dout.unflatten(2, by_head) * share.unsqueeze(3)).flatten(2)
+        dv_bias = dout.sum((0, 1), dtype=dtype) if ctx.needs_input_grad[4] else None
+        of_inputs = (None if g is None else g.to(x.dtype) for g in (*gradients, dv_bias))
+        return needed_gradients(ctx, *of_inputs, None, dsink)

@@ -33,11 +33,13 @@ def _finish(out: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _attention(pooling: Pooling) -> Tensor:
-    """The attention weights (B, H, K, P), for normalised patches."""
+    """The attention weights (B, H, K, P), for normalised patches; the sink has what is left of 1."""
     logits = _heads(pooling.q, pooling) @ _heads(F.linear(pooling.x, pooling.k_weight), pooling).mT
     if pooling.mask is not None:
         logits = logits.masked_fill(~_softmax_mask(pooling.mask), -torch.inf)
-    return logits.softmax(-1)
+    if pooling.sink is None:
+        return logits.softmax(-1)
+    return torch.cat((logits, pooling.sink.transpose(1, 2).unsqueeze(3)), 3).softmax(-1)[..., :-1]
 
 
 def _wide(pooling: Pooling) -> Pooling:
@@ -55,11 +57,15 @@ def reference(pooling: Pooling) -> Tensor:
     return _finish(out, wide).to(pooling.x.dtype)
 
 
-def sdpa(pooling: Pooling) -> Tensor:
-    """PyTorch's fused attention after the projections."""
+def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
+    """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink."""
     unit = _unit_patches(pooling)
-    k, v = F.linear(unit.x, unit.k_weight), F.linear(unit.x, unit.v_weight, unit.v_bias)
+    k_bias = None if unit.sink is None else k_bias
+    k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, unit.v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)
+    if unit.sink is not None:
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        mask = None if mask is None else F.pad(mask, (0, 1), value=True)
     q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
     return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=1.0), unit)
 

@@ -45,6 +45,37 @@ def test_outputs(shifts):
     assert not out["conditioned_leak"].requires_grad
 
 
+def test_scores():
+    """Of own texts and of chosen others, each pair by itself; none that is missing or equals an own text."""
+    model, pictures = tiny_model().double(), torch.randn(B, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    texts = RaggedTexts.of(TOKENS)
+    # The fourth image's first text equals the second of the first image; slot 5 is empty.
+    chosen = torch.tensor([[3, 9, 10], [1, 5, -1], [11, 10, 0], [1, 2, 3]])
+    out = model(pictures, texts, other_texts=chosen, pooled=False)
+    plain = model(pictures, texts)
+    assert out.keys() == plain.keys() - {"pooled_embeds"} | {"scores", "scores_mask"}
+    cosines = F.cosine_similarity(plain["pooled_embeds"], plain["text_embeds"], dim=-1)
+    torch.testing.assert_close(out["scores"][:, :K][plain["mask"]], cosines[plain["mask"]])
+    assert torch.equal(out["scores_mask"][:, :K], plain["mask"])
+    expected = [[True, False, True], [True, False, False], [True, True, True], [False, True, True]]
+    assert out["scores_mask"][:, K:].tolist() == expected
+    assert not out["scores"][~out["scores_mask"]].any()
+    _, patches = model.encode_image(pictures)
+    flat = plain["text_embeds"].flatten(0, 1)
+    for b, j in torch.tensor(expected).nonzero().tolist():
+        text = flat[chosen[b, j]]
+        pooled = model.pool(patches[b : b + 1], text[None])[0, 0]
+        torch.testing.assert_close(out["scores"][b, K + j], F.cosine_similarity(pooled, text, dim=0))
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_scores_without_other_pictures(images):
+    model, batch = tiny_model(), tiny_batch(images)
+    out = model(batch.images, batch.texts, K, other_texts=torch.full((images, 2), -1))
+    assert out["scores"].shape == (images, K + 2) and not out["scores_mask"][:, K:].any()
+    assert "pooled_embeds" in out
+
+
 def test_gradients():
     """Through the other pictures' patches, the text and the pool."""
     model, batch = tiny_model().double(), tiny_batch(B)

@@ -129,9 +129,12 @@ def test_rejects():
         with pytest.raises(ConfigError, match="loss: expected weights >= 0, at least one above 0, got global"):
             Objective(LossConfig(global_weight=weights[0], beta_cal_weight=weights[1]))
     with pytest.raises(
-        ConfigError, match=r"loss\.weights: expected names of global, beta_cal, conditioned, got globel"
+        ConfigError, match=r"loss\.weights: expected names of global, beta_cal, .*, text_conditioned, got globel"
     ):
         Objective(LossConfig(weights={"globel": 1.0}))
     for number, weights in ((0, {"conditioned": 1.0}), (-1, {})):
         with pytest.raises(ConfigError, match=rf"loss\.conditioned_negatives: expected at least 1 .*, got {number}"):
             Objective(LossConfig(conditioned_negatives=number, weights=weights))
+    for number, weights in ((0, {"text_conditioned": 1.0}), (2, {})):
+        with pytest.raises(ConfigError, match=rf"loss\.sampled_pictures: expected at least 1, and .*, got {number}"):
+            Objective(LossConfig(sampled_pictures=number, weights=weights))

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from betaclip import BetaCALLoss
 from betaclip.data.batches import Batch
 from betaclip.data.padding import pad_as_published
+from betaclip.losses.flair import multi_positive_loss, text_conditioned_loss
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.texts import RaggedTexts
 from betaclip.process_group import ProcessGroup
 from betaclip.training import parallel
 from betaclip.training.config import GroupConfig, LockConfig, LoraConfig, LossConfig, TrainingConfig
@@ -20,7 +23,7 @@ from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
 from betaclip.training.sampler import mix
-from betaclip.training.step import TrainStep, other_pictures
+from betaclip.training.step import TrainStep, other_pictures, texts_of_others
 
 
 def test_cached_micro_batches_equal_the_whole_batch():
@@ -78,7 +81,7 @@ def test_conditioned_negatives_of_micro_batches(accumulation):
     batch, settings = double(tiny_batch(7)), conditioned(micro_batch_size=3, accumulation=accumulation)
     model, other = tiny_model().double(), tiny_model().double()
     train_step, drawn = create_step(model, settings), []
-    model.register_forward_pre_hook(lambda module, arguments: drawn.append(arguments[3]))
+    model.register_forward_pre_hook(lambda *given: drawn.append(given[2]["other_pictures"]), with_kwargs=True)
     row = dict(zip(train_step.columns, train_step(batch, 4, 7), strict=True))
     passes = 2 if accumulation == "grad_cache" else 1
     assert drawn == drawn[:3] * passes and len(drawn) == 3 * passes
@@ -117,11 +120,80 @@ def test_conditioned_negatives_depend_on_seed_and_step():
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         model = tiny_model()
         train_step = create_step(model, conditioned(seed=seed))
-        model.register_forward_pre_hook(lambda module, arguments: drawn.append(tuple(arguments[3])))
+        model.register_forward_pre_hook(
+            lambda *given: drawn.append(tuple(given[2]["other_pictures"])), with_kwargs=True
+        )
         state = torch.get_rng_state()
         train_step(batch, step, 6)
         assert torch.equal(torch.get_rng_state(), state)  # nor do they take random numbers from dropout
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+
+
+def flair(sampled: int | None = None, **run: Any) -> TrainingConfig:
+    """FLAIR's objective."""
+    weights = {"multi_positive": 0.5, "text_conditioned": 0.5}
+    loss = LossConfig(global_weight=0, beta_cal_weight=0, sampled_pictures=sampled, weights=weights)
+    return replace(config(**run), loss=loss)
+
+
+@pytest.mark.parametrize("sampled", [None, 1, 5])
+@pytest.mark.parametrize("micro_batch_size", [3, 6])
+def test_flair_draws_again_what_it_drew(micro_batch_size, sampled):
+    """One loss over all micro-batches, each with texts of its own pictures: the gradients of one graph."""
+    batch, model = double(tiny_batch(6)), tiny_model(init_logit_bias=-4.0).double()
+    train_step = create_step(model, flair(sampled, micro_batch_size=micro_batch_size))
+    row = dict(zip(train_step.columns, train_step(batch, 1, 6).tolist(), strict=True))
+    other = tiny_model(init_logit_bias=-4.0).double()
+    other.logit_bias.requires_grad_()
+    count = sampled or micro_batch_size - 1
+    outs = []
+    for i, begin in enumerate(range(0, 6, micro_batch_size)):
+        part = batch.of_images(begin, begin + micro_batch_size)
+        drawn = texts_of_others(part.texts, 3, count, mix(0, 1, 0, i))
+        outs.append(other(part.images, part.texts, 3, other_texts=drawn))
+        assert outs[-1]["scores"].shape == (micro_batch_size, 3 + count)
+    out = {name: torch.cat([o[name] for o in outs]) if t.dim() else t for name, t in outs[0].items()}
+    given = {"logit_bias": out["logit_bias"]}
+    first = multi_positive_loss(
+        out["image_embeds"], out["text_embeds"], out["logit_scale"], mask=out["mask"], gather=False, **given
+    )
+    own = torch.zeros_like(out["scores_mask"])
+    own[:, :3] = True
+    second = text_conditioned_loss(out["scores"], own, out["logit_scale"], mask=out["scores_mask"], **given)
+    ((first + second) / 2).backward()
+    assert row["multi_positive_loss"] == pytest.approx(first.item())
+    assert row["text_conditioned_loss"] == pytest.approx(second.item())
+    assert row["loss"] == pytest.approx((first + second).item() / 2)
+    gradients = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    assert "logit_bias" in {name.rpartition(".")[2] for name in gradients} and "pool.logit_scale" not in gradients
+    for part in ("pool", "backbone"):
+        norms = [g.norm() for name, g in gradients.items() if name.startswith("pool.") == (part == "pool")]
+        assert row[f"norm_{part}"] == pytest.approx(torch.stack(norms).norm().item())
+
+
+def test_texts_of_others():
+    """One for each other image that has any, each of its texts in turn, none of the image's own."""
+    texts = tiny_batch(5).texts  # 1, 2, 3, 1, 2 texts
+    drawn = torch.stack([texts_of_others(texts, 3, 4, seed) for seed in range(40)])
+    assert drawn.shape == (40, 5, 4) and torch.equal(drawn[7], texts_of_others(texts, 3, 4, 7))
+    for image in range(5):
+        others = drawn[:, image] // 3
+        assert all(sorted(one) == [j for j in range(5) if j != image] for one in others.tolist())
+    exist = {3 * b + k for b, count in enumerate(texts.counts.tolist()) for k in range(count)}
+    assert set(drawn.flatten().tolist()) == exist
+    assert (texts_of_others(texts, 3, 6, 0) < 0).sum(1).tolist() == [2] * 5
+    some = RaggedTexts.of([[[1]], [], [[2], [3]]])
+    assert [sorted(row) for row in (texts_of_others(some, 2, 2, 0) // 2).tolist()][1] == [0, 2]
+    assert (texts_of_others(some, 2, 2, 0)[[0, 2]] < 0).sum(1).tolist() == [1, 1]
+    assert [texts_of_others(RaggedTexts.of([[[1]]] * n), 1, 2, 0).tolist() for n in (0, 1)] == [[], [[-1, -1]]]
+
+
+def test_flair_step_without_images():
+    """A rank whose share was bad still takes part, with gradients of zero."""
+    batch, model = tiny_batch(0), tiny_model(init_logit_bias=-4.0)
+    train_step = create_step(model, flair())
+    row = dict(zip(train_step.columns, train_step(batch, 0, 1).tolist(), strict=True))
+    assert row["loss"] == 0 and row["norm_pool"] == 0
 
 
 def test_accumulation_is_the_mean_of_losses():

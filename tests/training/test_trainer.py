@@ -469,6 +469,15 @@ def test_layer_rates_are_said(tmp_path, capsys):
     assert read_metrics(run.folder / "metrics.jsonl")[2]["lr_backbone"] == 1e-5
 
 
+def test_checkpoint_from_before_a_setting_was_added(tmp_path):
+    train(config(tmp_path, steps=2))
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    content = checkpoints.read(path)
+    del content["config"]["model"]["pool_add_zero_attn"]
+    checkpoints.write(path, content, keep=1)
+    assert Trainer(config(tmp_path, resume=True), SINGLE_PROCESS, CPU).step == 2
+
+
 def test_precision_at_resume(tmp_path):
     train(config(tmp_path, steps=2))
     with pytest.raises(

@@ -15,13 +15,14 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The share of the attention inside the box, where a patch counts in proportion to its part that the box covers,
-    and the box's share of the picture, which is the result for even attention; (N,) each.
+    """The share of the attention to patches that is inside the box, where a patch counts in proportion to its part that
+    the box covers, and the box's share of the picture, which is the result for even attention; (N,) each.
 
-    attention: (N, P), each row sums to 1; boxes: (N, 4) in units of patches.
+    attention: (N, P), of any sums, because a key of zeros may have a part of it; boxes: (N, 4) in units of patches.
     """
     covered = coverage(boxes, grid)
-    return (attention * covered).sum(1), covered.mean(1)
+    total = attention.sum(1).clamp_min(torch.finfo(attention.dtype).tiny)
+    return (attention * covered).sum(1) / total, covered.mean(1)
 
 
 def pointing(

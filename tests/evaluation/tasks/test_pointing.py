@@ -23,6 +23,10 @@ def test_mass_in_boxes():
     torch.testing.assert_close(share, torch.tensor([1 / 6, 1 / 2, 1, 1 / 6]))
     even = torch.full((4, 6), 1 / 6)
     torch.testing.assert_close(*mass_in_boxes(even, boxes, grid))
+    torch.testing.assert_close(
+        mass_in_boxes(peak.expand(4, 6) / 4, boxes, grid)[0], mass
+    )  # a key of zeros has the rest
+    assert not mass_in_boxes(torch.zeros(4, 6), boxes, grid)[0].any()
 
 
 def coloured(squares: colours.Squares, phrases: dict[str, tuple[int, int, int, int]], side: int) -> Scene:

@@ -1,6 +1,7 @@
 """Attention pooling: every backend against the projected form in float64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, K, P, D, H, no two alike where it matters: within one tile of the interpreter; ragged everything; one patch.
 SIZES = [(2, 4, 16, 32, 4), (3, 5, 37, 40, 8), (5, 3, 1, 24, 2)]
-NAMES = ("x", "q", "k_weight", "v_weight", "v_bias")
+NAMES = ("x", "q", "k_weight", "v_weight", "v_bias", "k_bias")
 
 
 # Two chunks of images of (3, 5, 37, 40, 8) in float64.
@@ -66,17 +67,18 @@ def some_masked(b: int, p: int) -> Tensor:
     return mask.to(DEVICE)
 
 
-def projected(x, q, k_weight, v_weight, v_bias, heads, mask=None, normalize=True):
-    """The docstring's formula; for an image without patches, 0."""
+def projected(x, q, k_weight, v_weight, v_bias, heads, mask=None, normalize=True, zero_and_k_bias=None):
+    """The docstring's formula, with a key of zeros if there is a bias of keys; for an image without patches, 0."""
     x = F.normalize(x, dim=-1) if normalize else x
-    q, k, v = (
-        t.unflatten(2, (heads, -1)).transpose(1, 2)
-        for t in (q.expand(x.shape[0], -1, -1), F.linear(x, k_weight), F.linear(x, v_weight, v_bias))
-    )
+    k, v = F.linear(x, k_weight, zero_and_k_bias), F.linear(x, v_weight, v_bias)
+    some = None if mask is None else mask.any(1)
+    if zero_and_k_bias is not None:
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q.expand(x.shape[0], -1, -1), k, v))
     logits = q @ k.mT / q.shape[-1] ** 0.5
     if mask is None:
         return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    some = mask.any(1)
     logits = logits.masked_fill(~mask[:, None, None], torch.finfo(logits.dtype).min)
     return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2) * some[:, None, None]
 
@@ -96,6 +98,7 @@ def check(
     normalize: bool = True,
     ulps: float = 32,
     scratch_bytes: int = SMALL_SCRATCH,
+    zero: bool = False,
 ) -> None:
     """Error at most twice that of PyTorch's own attention in the same dtype, plus a few ulps of the largest value."""
     require(backend, dtype)
@@ -103,18 +106,23 @@ def check(
     tensors = arguments(*shape, dtype)
     if not normalize:
         tensors[0] = F.normalize(tensors[0], dim=-1)
+    if zero:
+        tensors.append(torch.randn(shape[3], dtype=torch.float64).to(DEVICE, dtype))
     mask = some_masked(shape[0], shape[2]) if masked else None
     weight = torch.randn(*shape[:2], shape[3], dtype=torch.float64, device=DEVICE)
 
     def ours(*leaves: Tensor) -> Tensor:
-        return attention_pool(*leaves, heads, mask, normalize=normalize, backend=with_scratch(backend, scratch_bytes))
+        options = {"add_zero_attn": True, "k_bias": leaves[5]} if zero else {}
+        options |= {"normalize": normalize, "backend": with_scratch(backend, scratch_bytes)}
+        return attention_pool(*leaves[:5], heads, mask, **options)
 
     def plain(*leaves: Tensor) -> Tensor:
-        return projected(*leaves, heads, mask, normalize)
+        return projected(*leaves[:5], heads, mask, normalize, *leaves[5:])
 
     truth = value_and_gradients(plain, weight, [t.double() for t in tensors])
     eager = value_and_gradients(plain, weight, tensors)
-    for name, a, b, t in zip(("out", *NAMES), value_and_gradients(ours, weight, tensors), eager, truth, strict=True):
+    names = ("out", *NAMES[: len(tensors)])
+    for name, a, b, t in zip(names, value_and_gradients(ours, weight, tensors), eager, truth, strict=True):
         assert a.dtype == dtype, name
         size_, error, allowed = t.abs().max(), (a.double() - t).abs().max(), (b.double() - t).abs().max()
         # With one patch the gradient of the softmax is 0, a difference of numbers around 1.
@@ -135,6 +143,32 @@ def test_matches_reference(backend, dtype, size, masked, normalize):
 def test_matches_reference_in_half_precision(backend, dtype):
     # On the CPU float16 runs as bfloat16 products, with an eighth of its precision.
     check(backend, dtype, (3, 5, 37, 64, 8), True, ulps=16 if DEVICE == "cuda" or dtype == torch.bfloat16 else 128)
+
+
+@pytest.mark.parametrize("dtype, normalize", [(torch.float32, False), (torch.float64, True)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_of_zeros(backend, dtype, size, masked, normalize):
+    check(backend, dtype, size, masked, normalize, zero=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_of_zeros_in_half_precision(backend, dtype):
+    ulps = 16 if DEVICE == "cuda" or dtype == torch.bfloat16 else 128
+    check(backend, dtype, (3, 5, 37, 64, 8), True, ulps=ulps, zero=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_of_keys_counts_beside_a_key_of_zeros_alone(backend):
+    require(backend, torch.float64)
+    tensors, k_bias = arguments(2, 3, 7, 16), torch.randn(16, dtype=torch.float64, device=DEVICE)
+    plain = attention_pool(*tensors, 4, backend=backend)
+    assert torch.equal(attention_pool(*tensors, 4, k_bias=k_bias, backend=backend), plain)
+    zero = attention_pool(*tensors, 4, add_zero_attn=True, backend=backend)
+    torch.testing.assert_close(zero, projected(*tensors, 4, zero_and_k_bias=torch.zeros_like(k_bias)))
+    assert (zero - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("p, d", [(19, 64), (300, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
@@ -197,23 +231,30 @@ def test_gradcheck(backend):
             nondet_tol=0,
             fast_mode=backend == "triton",  # random projections of the Jacobian: its interpreter is slow
         )
+    leaves.append(torch.randn(4, dtype=torch.float64, device=DEVICE, requires_grad=True))
+
+    def with_zero(*leaves: Tensor) -> Tensor:
+        return attention_pool(*leaves[:5], 2, mask, add_zero_attn=True, k_bias=leaves[5], backend=backend)
+
+    assert torch.autograd.gradcheck(with_zero, leaves, nondet_tol=0, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", FOLDED)
 def test_chunks_of_images(backend):
     """One image at a time, a last chunk that is smaller, all at once: statistics and gradients find their images."""
     b, k, p, d, heads = 5, 3, 7, 16, 4
-    pooling = Pooling(*arguments(b, k, p, d), None, heads, None)
+    pooling = Pooling(*arguments(b, k, p, d), None, None, heads, None)
     sizes = (1, 10_000, 20_000, 40_000, 80_000, 2**22)
     assert {1, 2, 3, 5} <= {ImageChunks(pooling, Eager(size), 4, 4).step for size in sizes}
     for size in sizes:
-        check(backend, torch.float64, (b, k, p, d, heads), True, scratch_bytes=size)
+        for zero in (False, True):
+            check(backend, torch.float64, (b, k, p, d, heads), True, scratch_bytes=size, zero=zero)
 
 
 def test_gradient_of_patches_costs_nothing_if_not_wanted():
     b, k, p, d, heads = 2, 3, 7, 16, 4
     tensors = arguments(b, k, p, d)
-    pooling = Pooling(*tensors, None, heads, None)
+    pooling = Pooling(*tensors, None, None, heads, None)
     out, lse = attention_pool_fwd(pooling, Eager())
     flop = []
     for need_dx in (True, False):
@@ -307,13 +348,24 @@ def test_extreme_logits(backend, scale):
     """One patch gets all attention, or all get the same: no overflow, a gradient of 0 where the softmax saturates."""
     require(backend, torch.float32)
     x, q, *rest = arguments(2, 3, 21, 32, torch.float32)
-    tensors = [x, q * scale, *rest]
+    tensors = [x, q * scale, *rest, torch.randn(32, device=DEVICE)]
     weight = torch.randn(2, 3, 32, dtype=torch.float64, device=DEVICE)
-    ours = value_and_gradients(lambda *leaves: attention_pool(*leaves, 4, backend=backend), weight, tensors)
-    truth = value_and_gradients(lambda *leaves: projected(*leaves, 4), weight, [t.double() for t in tensors])
-    for name, a, t in zip(("out", *NAMES), ours, truth, strict=True):
+
+    def both(pool: Callable[..., Tensor], leaves: tuple[Tensor, ...], **with_zero: Tensor | bool) -> Tensor:
+        return pool(*leaves[:5], 4) + pool(*leaves[:5], 4, **with_zero)
+
+    def ours(*leaves: Tensor) -> Tensor:
+        pool = partial(attention_pool, backend=backend)
+        return both(pool, leaves, add_zero_attn=True, k_bias=leaves[5])
+
+    def plain(*leaves: Tensor) -> Tensor:
+        return both(projected, leaves, zero_and_k_bias=leaves[5])
+
+    found = value_and_gradients(ours, weight, tensors)
+    truth = value_and_gradients(plain, weight, [t.double() for t in tensors])
+    for name, a, t in zip(("out", *NAMES), found, truth, strict=True):
         # Logits of some thousands are known to 1e-3 at best in float32; and a softmax's gradient to 1e-7 of 1.
-        floor = 1e-6 * (float(tensors[1].abs().max()) if name == "k_weight" else 1)
+        floor = 1e-6 * (float(tensors[1].abs().max()) if name in ("k_weight", "k_bias") else 1)
         torch.testing.assert_close(a.double(), t, atol=float(1e-2 * t.abs().max()) + floor, rtol=0)
 
 
@@ -393,12 +445,13 @@ def test_opcheck(backend):
     *tensors, v_bias = arguments(3, 4, 5, 16)
     require(backend, v_bias.dtype)
     mask = some_masked(3, 5)
-    for given, bias, norm_eps in ((None, v_bias, 1e-12), (mask, None, 1e-12), (mask, v_bias, None)):
-        opcheck(folded, *tensors, bias, given, 4, norm_eps, backend)
-        out, lse = folded(*tensors, bias, given, 4, norm_eps, backend)
+    sink = torch.randn(3, 4, 4, dtype=torch.float64, device=DEVICE)
+    for *given, norm_eps in ((v_bias, None, None, 1e-12), (None, mask, None, 1e-12), (v_bias, mask, sink, None)):
+        opcheck(folded, *tensors, *given, 4, norm_eps, backend)
+        out, lse = folded(*tensors, *given, 4, norm_eps, backend)
         for need_dx in (True, False):
             incoming = torch.ones_like(out)
-            opcheck(folded_backward, *tensors, bias, given, out, lse, incoming, need_dx, 4, norm_eps, backend)
+            opcheck(folded_backward, *tensors, *given, out, lse, incoming, need_dx, 4, norm_eps, backend)
 
 
 @pytest.mark.parametrize("backend", ["auto", "folded", "sdpa", "reference"])
@@ -406,7 +459,11 @@ def test_compile(backend):
     """One graph, and no wrong reuse of it at a second shape."""
 
     def loss(*leaves):
-        return attention_pool(*leaves, 4, backend=backend).square().sum()
+        plain, zero = (
+            attention_pool(*leaves, 4, add_zero_attn=add_zero_attn, k_bias=leaves[-1], backend=backend)
+            for add_zero_attn in (False, True)
+        )
+        return plain.square().sum() + zero.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for size in ((2, 3, 5, 16), (3, 4, 9, 16)):
@@ -474,6 +531,8 @@ def test_keeps_no_more_than_queries_and_results(backend):
     kept = saved_bytes(lambda: attention_pool(*leaves, heads, backend=backend), leaves)
     lse = 4 * b * k * heads
     assert 4 * b * k * d <= kept <= 2 * 4 * b * k * d + lse
+    kept = saved_bytes(lambda: attention_pool(*leaves, heads, add_zero_attn=True, backend=backend), leaves)
+    assert kept <= 2 * 4 * b * k * d + 2 * lse
 
 
 def test_attention_weights():
@@ -485,18 +544,25 @@ def test_attention_weights():
         # Pooling the patches' own indicator vectors gives the attention back.
         heads = projected_attention(F.normalize(x, dim=-1), q, k_weight, 4, given)
         torch.testing.assert_close(weights, heads)
-    assert not weights[-1].any()
+        k_bias = torch.randn(16, dtype=torch.float64, device=DEVICE)
+        with_zero = attention_weights(x, q, k_weight, 4, given, add_zero_attn=True, k_bias=k_bias)
+        heads = projected_attention(F.normalize(x, dim=-1), q, k_weight, 4, given, k_bias)
+        torch.testing.assert_close(with_zero, heads)
+    assert not weights[-1].any() and not with_zero[-1].any()
     torch.testing.assert_close(weights[:-1].sum(-1), torch.ones_like(weights[:-1, :, 0]))
 
 
-def projected_attention(x, q, k_weight, heads, mask):
+def projected_attention(x, q, k_weight, heads, mask, zero_and_k_bias=None):
     by_head = []
     for h in range(heads):
         part = slice(h * x.shape[2] // heads, (h + 1) * x.shape[2] // heads)
         logits = q[:, :, part] @ (x @ k_weight[part].T).mT / (x.shape[2] // heads) ** 0.5
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None], -torch.inf)
-        by_head.append(logits.softmax(-1).nan_to_num(0))
+        if zero_and_k_bias is not None:
+            of_bias = q[:, :, part] @ zero_and_k_bias[part] / (x.shape[2] // heads) ** 0.5
+            logits = torch.cat((logits + of_bias[..., None], torch.zeros_like(logits[..., :1])), -1)
+        by_head.append(logits.softmax(-1).nan_to_num(0)[..., : x.shape[1]])
     return torch.stack(by_head).mean(0)
 
 
@@ -514,6 +580,8 @@ def projected_attention(x, q, k_weight, heads, mask):
         ({"k_weight": torch.ones(4, 8)}, r"k_weight: expected shape \(4, 4\), got \(4, 8\)"),
         ({"v_weight": torch.ones(4)}, r"v_weight: expected shape \(4, 4\), got \(4,\)"),
         ({"v_bias": torch.ones(8)}, r"v_bias: expected shape \(4,\), got \(8,\)"),
+        ({"k_bias": torch.ones(8)}, r"k_bias: expected shape \(4,\), got \(8,\)"),
+        ({"k_bias": torch.ones(4).double()}, r"k_bias: expected dtype torch.float32 as x, got torch.float64"),
         ({"v_bias": torch.ones(4, device="meta")}, r"v_bias: expected device cpu as for x, got meta"),
         (
             {"mask": torch.ones(2, 5)},
