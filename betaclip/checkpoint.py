@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from betaclip.errors import ConfigError
+from betaclip.exported import REST, is_exported, load_exported
 from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.weights import read_file, weights_of
@@ -267,9 +268,14 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def load_checkpoint(
-    path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    head_width: int | None = None,
+    pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, a file in the published layout, or a folder
+    that ``betaclip export`` wrote.
 
     Args:
         path: the file or folder.
@@ -278,14 +284,16 @@ def load_checkpoint(
             them.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without checkpoints.
+        FileNotFoundError: no such file, or a folder with neither checkpoints nor an exported model.
         ValueError: the file has neither layout or is damaged; the message is one line that names it.
     """
     path = Path(path)
+    if path.is_dir() and is_exported(path):
+        return load_exported(path).to(device)
     if path.is_dir():
         found = read_latest(path, MODEL_KEYS)
         if found is None:
-            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
+            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder, and no {REST} of an exported model")
         path, content = found
         return _model(path, content).to(device)
     if not path.exists():

@@ -157,19 +157,21 @@ def load(
     name: str | None = None,
     device: str = "auto",
     batch_size: int = 64,
-    head_width: int = 64,
-    pool_heads: int = 8,
+    head_width: int | None = None,
+    pool_heads: int | None = None,
 ) -> Model:
     """Load a trained model for use from Python.
 
     Args:
-        path: the folder of a run, one of its checkpoints, a file in the published layout, or, with ``name``, a file in
-            open_clip's layout or the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
+        path: the folder of a run, one of its checkpoints, a folder that ``betaclip export`` wrote, a file in the
+            published layout, or, with ``name``, a file in open_clip's layout or the tag of an open_clip model
+            (``load("openai", name="ViT-B-16")``).
         name: the model of open_clip that the weights are of. Such a model has no pooling block, and answers
             ``encode_image``, ``encode_text`` and ``similarity`` only.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
-        head_width, pool_heads: of a file in the published layout, where no tensor shows them.
+        head_width, pool_heads: of a file in the published layout, where no tensor shows them. By default what the file
+            says, or 64 and 8.
 
     Returns:
         The model, in evaluation mode.
@@ -186,7 +188,7 @@ def load(
         >>> untrained = create_model(ModelConfig(quick_gelu=True, context_length=248))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_published(untrained, f"{folder}/model.safetensors")
-        ...     model = betaclip.load(f"{folder}/model.safetensors", head_width=32)
+        ...     model = betaclip.load(f"{folder}/model.safetensors")
         >>> picture = torch.rand(3, 72, 72)
         >>> model.similarity(picture, ["a red mug", "a dog"]).shape
         torch.Size([1, 2])

@@ -36,10 +36,11 @@ class EvaluateConfig(EvaluationConfig):
     """A checkpoint, a run's folder, or a file in the published layout."""
     output: Path | None = None
     """JSON file for the results."""
-    head_width: int = 64
-    """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
-    pool_heads: int = 8
-    """Attention heads of the pooling block, likewise."""
+    head_width: int | None = None
+    """Width of the towers' attention heads, if the checkpoint has the published layout and does not say it; by default
+    64."""
+    pool_heads: int | None = None
+    """Attention heads of the pooling block, likewise; by default 8."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
 

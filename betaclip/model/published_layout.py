@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from betaclip.layers import QuickGELU
-from betaclip.model.text_tower import FROZEN, STRETCH, stretched, unstretched
+from betaclip.model.text_tower import FROZEN, STRETCH, stretched, text_modules, unstretched
 
 POOL = "text_conditioned_patches_block."
 # Prefixes of published names and of open_clip's; the first that fits counts.
@@ -65,13 +65,19 @@ def not_published_reasons(clip: nn.Module) -> list[str]:
         reasons.append(f"its positions are not stretched: expected context_length {stretched(length)}, got {length}")
     if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
         reasons.append("its activation is not QuickGELU, which the layout assumes")
+    return reasons + not_plain_reasons(clip)
+
+
+def not_plain_reasons(clip: nn.Module) -> list[str]:
+    """What an open_clip model that is a BetaCLIP's has beyond OpenAI's CLIP."""
+    reasons = []
     if getattr(clip, "logit_bias", None) is not None:
         reasons.append("it has a bias of the logits (init_logit_bias)")
     if any(isinstance(m, LayerScale) for m in clip.modules()):
         reasons.append("it has LayerScale")
     if isinstance(clip.visual.ln_pre, nn.Identity):
         reasons.append("its vision tower has no LayerNorm before the blocks")
-    if not isinstance(clip.text_projection, nn.Parameter):
+    if not isinstance(text_modules(clip).text_projection, nn.Parameter):
         reasons.append("its text projection is not a plain matrix")
     return reasons
 
@@ -125,16 +131,16 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
-def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, Any]:
+def open_clip_config(state: Mapping[str, Tensor], vision_head_width: int, text_head_width: int) -> dict[str, Any]:
     """The open_clip configuration of towers with these sizes.
 
     Args:
         state: tensors of the published layout.
-        head_width: of the towers' attention heads, which no tensor shows.
+        vision_head_width, text_head_width: of the towers' attention heads, which no tensor shows.
 
     Raises:
-        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by
-            ``head_width``.
+        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by that of
+            the heads.
     """
     vision_width, _, patch, _ = _shape(state, "visual.patch_embed.proj.weight", "(width, 3, patch, patch)")
     _, rows, _ = _shape(state, "visual.pos_embed", "(1, 1 + patches, width)")
@@ -148,7 +154,10 @@ def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, 
         raise ValueError(f"visual.pos_embed: expected 1 + the square of a number of rows, got {rows}")
     if length <= FROZEN or stretched(unstretched(length)) != length:
         raise ValueError(f"positional_embedding: expected {FROZEN} rows and a multiple of {STRETCH}, got {length}")
-    for tower, width in (("vision", vision_width), ("text", text_width)):
+    for tower, width, head_width in (
+        ("vision", vision_width, vision_head_width),
+        ("text", text_width, text_head_width),
+    ):
         if head_width < 1 or width % head_width:
             raise ValueError(f"head_width: expected a divisor of the {tower} tower's width {width}, got {head_width}")
     return {
@@ -158,14 +167,14 @@ def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, 
             "patch_size": patch,
             "width": vision_width,
             "layers": _layers(state, "visual.blocks."),
-            "head_width": head_width,
+            "head_width": vision_head_width,
             "mlp_ratio": vision_hidden / vision_width,
         },
         "text_cfg": {
             "context_length": unstretched(length),
             "vocab_size": vocabulary,
             "width": text_width,
-            "heads": text_width // head_width,
+            "heads": text_width // text_head_width,
             "layers": _layers(state, "transformer.resblocks."),
             "mlp_ratio": text_hidden / text_width,
         },

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -109,6 +110,19 @@ def read_file(path: Path | str, *, allow_pickle: bool = False, mmap: bool = Fals
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for files of other formats."""
+    path = Path(path)
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    try:
+        with safe_open(path, framework="pt") as content:
+            return content.metadata() or {}
+    except SafetensorError:  # damaged, which reading its tensors will say
+        return {}
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:
