@@ -105,11 +105,15 @@ def create_known(known: str, tag: str | None, **options: Any) -> Any:
         with _without_alarm():
             return open_clip.create_model(known, pretrained=tag, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if tag is None:
-            raise ValueError(f"name: open_clip cannot make {known}: {reason}") from error
+            raise ValueError(f"name: open_clip cannot make {known}: {one_line(error)}") from error
         message = f"pretrained: open_clip cannot load {tag} for {known}; without a network, give a file"
-        raise ValueError(f"{message}: {reason}") from error
+        raise ValueError(f"{message}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

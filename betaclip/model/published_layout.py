@@ -68,7 +68,7 @@ def not_published_reasons(clip: nn.Module) -> list[str]:
     return reasons + not_plain_reasons(clip)
 
 
-def not_plain_reasons(clip: nn.Module) -> list[str]:
+def not_plain_reasons(clip: Any) -> list[str]:
     """What an open_clip model that is a BetaCLIP's has beyond OpenAI's CLIP."""
     reasons = []
     if getattr(clip, "logit_bias", None) is not None:

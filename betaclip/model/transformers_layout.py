@@ -47,7 +47,7 @@ _QUERY = re.compile(r"self_attn\.q_proj\.(weight|bias)")
 _TEXT = "text."
 
 
-def not_transformers_reasons(clip: nn.Module) -> list[str]:
+def not_transformers_reasons(clip: Any) -> list[str]:
     """Why ``CLIPModel`` cannot hold an open_clip model that is a BetaCLIP's; empty if it can."""
     text = text_modules(clip)
     reasons = not_plain_reasons(clip)
@@ -89,7 +89,7 @@ def transformers_config(clip: Any) -> dict[str, Any]:
 
 def to_transformers(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert towers in open_clip's layout to the state dict of a ``CLIPModel``."""
-    theirs = {}
+    theirs: dict[str, Tensor] = {}
     for name, value in towers.items():
         name = name.removeprefix(_TEXT)
         if found := _BLOCK.fullmatch(name):
