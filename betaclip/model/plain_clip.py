@@ -155,7 +155,7 @@ def create_plain(name: str, pretrained: str | None) -> PlainClip:
     weights = read_weights(file)
     quick_gelu = all(size in weights for size in OPENAI_SIZES)
     if custom:
-        clip: Any = create_towers(name, None, quick_gelu)
+        clip = create_towers(name, None, quick_gelu)
         load_towers(clip, weights, f"pretrained: {file} does not fit {name}")
         return _plain(clip, known, {"size": clip.visual.image_size})
     clip = create_known(known, None, force_quick_gelu=quick_gelu, pretrained_text=False)

@@ -163,6 +163,32 @@ def test_all_sets(tmp_path, known, capsys, caplog):
         assert name in caplog.text
 
 
+@pytest.mark.parametrize("form", ["benchmark", "lines"])
+def test_fg_ovd_under_its_real_names(tmp_path, known, capsys, form):
+    """All eight subsets of the benchmark, or the four of FG-CLIP's files."""
+    folder = fg_ovd(tmp_path)
+    questions = (folder / "material.json").read_text()
+    for file in folder.glob("*.json"):
+        file.unlink()
+    kinds = ["hard", "medium", "easy", "trivial"]
+    if form == "benchmark":
+        kinds += ["color", "material", "pattern", "transparency"]
+        files = [f"{name}_attributes.json" for name in (1, 2, 3)]
+        files += [f"{name}.json" for name in ("shuffle_negatives", *kinds[4:])]
+    else:
+        box = json.loads(questions)["annotations"][0]["bbox"]
+        row = {"img_path": "/val2017/1.png", "bbox": box}
+        row |= {"pos_expression": ["a green square"], "neg_expression": ["a red square"]}
+        questions = json.dumps(row) + "\n"
+        files = [f"{name}_attributes_llava.jsonl" for name in "hme"] + ["shuffle_negatives_llava.jsonl"]
+    for name in files:
+        (folder / name).write_text(questions)
+    main(["evaluate", "x", "--fg-ovd", str(folder), "--fg-ovd-images", str(folder / "coco"), "--device", "cpu"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    # Both colours are in the picture, so both texts find what they say in it.
+    assert lines[2:] == [f"fg_ovd {kind} 1 0 100.0 0.0 50.0" for kind in kinds]
+
+
 def test_command(tmp_path, known, capsys):
     folder = urban1k(tmp_path / "urban1k")
     main(["evaluate", "anything", "--urban1k", str(folder), "--no-conditioned", "--device", "cpu"])
