@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from betaclip.errors import ConfigError
+from betaclip.exported import REST, is_exported, load_exported
 from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.weights import read_file, weights_of
@@ -275,11 +276,11 @@ def load_checkpoint(
     *,
     device: torch.device | str = "cpu",
     weights: Weights = "auto",
-    head_width: int = 64,
-    pool_heads: int = 8,
+    head_width: int | None = None,
+    pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published or in FLAIR's
-    layout. Adapters of LoRA are merged.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, a file in the published or in FLAIR's layout,
+    or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
 
     Args:
         path: the file or folder.
@@ -291,28 +292,34 @@ def load_checkpoint(
             them.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without checkpoints.
+        FileNotFoundError: no such file, or a folder with neither checkpoints nor an exported model.
         ValueError: the file has neither layout, is damaged, or has no average; the message is one line that names it.
     """
     path = Path(path)
+    if path.is_dir() and is_exported(path):
+        _expect_averaged(weights, False, path)
+        return load_exported(path).to(device)
     if path.is_dir():
         found = read_latest(path, MODEL_KEYS)
         if found is None:
-            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
+            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder, and no {REST} of an exported model")
         path, content = found
         return _model(path, content, weights).to(device)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if _is_ours(path):
         return _model(path, read(path, MODEL_KEYS), weights).to(device)
-    if weights == "ema":
-        raise ValueError(f"{path}: expected a checkpoint with averaged weights, got a file without")
+    _expect_averaged(weights, False, path)
     return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
 
 
-def _model(path: Path, content: dict[str, Any], weights: Weights) -> BetaCLIP:
-    if weights == "ema" and "ema" not in content:
+def _expect_averaged(weights: Weights, averaged: bool, path: Path) -> None:
+    if weights == "ema" and not averaged:
         raise ValueError(f"{path}: expected averaged weights, which a run with optimizer.ema_decay has, got none")
+
+
+def _model(path: Path, content: dict[str, Any], weights: Weights) -> BetaCLIP:
+    _expect_averaged(weights, "ema" in content, path)
     if weights == "raw":
         content = {key: value for key, value in content.items() if key != "ema"}
     model = create_model(replace(_model_config(path, content), pretrained=None))

@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
-    "export": Command("betaclip.export", "ExportConfig", "export", "write a model in the published layout"),
+    "export": Command("betaclip.export", "ExportConfig", "export", "write a model for other programs"),
     "env": Command("betaclip.env", None, "main", "versions, devices and backends, for a bug report"),
 }
 

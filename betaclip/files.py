@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -45,6 +47,38 @@ def write_atomically(path: Path | str) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_atomically(path: Path | str) -> Iterator[Path]:
+    """A folder to write files in, which gets its name once all of it is there; a failure leaves nothing.
+
+    Raises:
+        ConfigError: something has the name already, an empty folder excepted.
+        OutputError: the folder cannot be written; the message names it.
+    """
+    target = Path(os.path.abspath(path))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{path}: exists already; name another folder, or remove it")
+    with reporting(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    try:
+        yield partial
+        with reporting(path):
+            partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
+            if target.is_dir():
+                target.rmdir()
+            partial.replace(target)
+            _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

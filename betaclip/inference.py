@@ -13,9 +13,21 @@ from torch import Tensor
 
 from betaclip.checkpoint import Weights, load_checkpoint
 from betaclip.data.transforms import EvaluationTransform, UnreadableImageError, read_image, to_rgb
-from betaclip.evaluation.encode import Squash, Transform, batches, encode_images, encode_slots, encode_texts, evaluating
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.evaluation.encode import (
+    Encoder,
+    Squash,
+    Tokenize,
+    Transform,
+    batches,
+    encode_images,
+    encode_slots,
+    encode_texts,
+    evaluating,
+)
+from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.plain_clip import PlainClip, create_plain
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.pooling import TextConditionedPool
 from betaclip.process_group import local_device
 
 PictureLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -34,8 +46,9 @@ class Model:
         pooled: whether the pooling block is trained. Without, what depends on it raises a ValueError.
 
     Attributes:
-        model: the BetaCLIP, for everything that is not here.
-        transform: makes a (3, S, S) tensor of a PIL image: the central square of the picture, as in the evaluation.
+        model: the BetaCLIP, for everything that is not here; a PlainClip if ``load`` was given a name.
+        transform: makes a (3, S, S) tensor of a PIL image: the central square of the picture, as in the evaluation, or
+            what a model of open_clip takes in its place.
 
     Example:
         >>> import torch, betaclip
@@ -45,12 +58,17 @@ class Model:
         torch.Size([2, 3])
     """
 
-    def __init__(self, model: BetaCLIP, *, batch_size: int = 64, pooled: bool = True) -> None:
+    def __init__(self, model: Encoder, *, batch_size: int = 64, pooled: bool = True) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        self.model, self.batch_size, self.pooled = model.eval(), batch_size, pooled
-        self.tokenizer = Tokenizer(model.context_length)
-        self.transform: Transform = EvaluationTransform(model.image_size)
+        self.model, self.batch_size = model.eval(), batch_size
+        self.pooled = pooled and model.pool is not None
+        if isinstance(model, PlainClip):
+            self.tokenizer: Tokenize = model.tokenizer
+            self.transform: Transform = model.transform
+        else:
+            self.tokenizer = Tokenizer(model.context_length)
+            self.transform = EvaluationTransform(model.image_size)
 
     def encode_image(self, images: PictureLike | Sequence[PictureLike]) -> Tensor:
         """Encode B pictures into (B, D) unit embeddings.
@@ -85,16 +103,16 @@ class Model:
         Raises:
             ValueError: the pooling block is not trained, a picture cannot be read, or top_k is below 1.
         """
-        self._need_pool()
+        pool = self._pool()
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {top_k}")
         embeds, patches = self._encode(images, keep_patches=True)
         queries = self._queries(texts)
         with evaluating(self.model):
             if top_k is None or top_k >= len(embeds):
-                return self.model.pool.score(patches, queries).float()
+                return pool.score(patches, queries).float()
             nearest = (_unit(queries) @ embeds.T).topk(top_k).indices
-            scores = self.model.pool.score(patches, queries, images=nearest).float()
+            scores = pool.score(patches, queries, images=nearest).float()
         return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
     def attention(self, image: PictureLike, texts: str | Sequence[str]) -> Tensor:
@@ -106,9 +124,9 @@ class Model:
         Raises:
             ValueError: the pooling block is not trained, or the picture cannot be read.
         """
-        self._need_pool()
+        pool = self._pool()
         pixels = self._pixels(image, Squash(self.model.image_size))
-        return attention(self.model, self.tokenizer, pixels, _texts(texts))
+        return _attention(self.model, pool, self.tokenizer, pixels, _texts(texts))
 
     def _queries(self, texts: str | Sequence[str]) -> Tensor:
         """(M, D) text embeddings of any norm."""
@@ -147,9 +165,10 @@ class Model:
         except UnreadableImageError as error:
             raise ValueError(f"images: {error}") from error
 
-    def _need_pool(self) -> None:
-        if not self.pooled:
+    def _pool(self) -> TextConditionedPool:
+        if not self.pooled or self.model.pool is None:
             raise ValueError("the weights have no pooling block: load a checkpoint of a β-CLIP model")
+        return self.model.pool
 
 
 def load(
@@ -159,22 +178,24 @@ def load(
     device: str = "auto",
     batch_size: int = 64,
     weights: Weights = "auto",
-    head_width: int = 64,
-    pool_heads: int = 8,
+    head_width: int | None = None,
+    pool_heads: int | None = None,
 ) -> Model:
     """Load a trained model for use from Python.
 
     Args:
-        path: the folder of a run, one of its checkpoints, a file in the published layout or in that of released
-            FLAIR checkpoints, or, with ``name``, a file in open_clip's layout or the tag of an open_clip model
-            (``load("openai", name="ViT-B-16")``).
-        name: the model of open_clip that the weights are of. Such a model has no pooling block, and answers
-            ``encode_image``, ``encode_text`` and ``similarity`` only.
+        path: the folder of a run, one of its checkpoints, a folder that ``betaclip export`` wrote, a file in the
+            published layout or in that of released FLAIR checkpoints, or, with ``name``, a file in open_clip's layout or
+            the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
+        name: the CLIP or SigLIP of open_clip that the weights are of, which then has its own tokenizer and
+            preprocessing. Such a model has no pooling block, and answers ``encode_image``, ``encode_text`` and
+            ``similarity`` only.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
         weights: of a run with ``optimizer.ema_decay``: ``ema``, the average of the weights, ``raw``, those after the
             last update, or ``auto``, the average if there is one. ``model.averaged`` of the result says which it has.
-        head_width, pool_heads: of a file in the published or in FLAIR's layout, where no tensor shows them.
+        head_width, pool_heads: of a file in the published or in FLAIR's layout, where no tensor shows them. By default
+            what the file says, or 64 and 8.
 
     Returns:
         The model, in evaluation mode.
@@ -191,7 +212,7 @@ def load(
         >>> untrained = create_model(ModelConfig(quick_gelu=True, context_length=248))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_published(untrained, f"{folder}/model.safetensors")
-        ...     model = betaclip.load(f"{folder}/model.safetensors", head_width=32)
+        ...     model = betaclip.load(f"{folder}/model.safetensors")
         >>> picture = torch.rand(3, 72, 72)
         >>> model.similarity(picture, ["a red mug", "a dog"]).shape
         torch.Size([1, 2])
@@ -202,16 +223,22 @@ def load(
     if name is None:
         model = load_checkpoint(path, device=chosen, weights=weights, head_width=head_width, pool_heads=pool_heads)
         return Model(model, batch_size=batch_size)
-    return Model(create_model(ModelConfig(name, str(path))).to(chosen), batch_size=batch_size, pooled=False)
+    return Model(create_plain(name, str(path)).to(chosen), batch_size=batch_size)
 
 
-def attention(model: BetaCLIP, tokenizer: Tokenizer, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+def attention(model: BetaCLIP, tokenizer: Tokenize, pixels: Tensor, texts: Sequence[str]) -> Tensor:
     """The attention of M texts over the grid of patches of a picture (3, S, S): (M, rows, columns), averaged over
     heads; each sums to 1."""
+    return _attention(model, model.pool, tokenizer, pixels, texts)
+
+
+def _attention(
+    model: Encoder, pool: TextConditionedPool, tokenizer: Tokenize, pixels: Tensor, texts: Sequence[str]
+) -> Tensor:
     with evaluating(model):
         _, patches = encode_images(model, [pixels])
         queries, _ = encode_slots(model, tokenizer, [texts])
-        weights: Tensor = model.pool(patches, queries, need_weights=True)[1][0].float()
+        weights: Tensor = pool(patches, queries, need_weights=True)[1][0].float()
     weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights.unflatten(1, model.patch_grid)
 

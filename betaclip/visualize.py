@@ -39,7 +39,8 @@ class VisualizeConfig:
     """The model, the picture and the texts."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, the folder of a run, or a file in the published or in FLAIR's layout."""
+    """A checkpoint, the folder of a run, a file in the published or in FLAIR's layout, or a folder that betaclip export
+    wrote."""
     image: tyro.conf.Positional[Path]
     """A picture of any shape; the model sees it squashed to a square."""
     texts: tyro.conf.Positional[tuple[str, ...]]
@@ -49,10 +50,11 @@ class VisualizeConfig:
     the average if there is one."""
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format, .png if it has none."""
-    head_width: int = 64
-    """Width of the towers' attention heads, if the file has the published or FLAIR's layout: no tensor shows it."""
-    pool_heads: int = 8
-    """Attention heads of the pooling block, likewise."""
+    head_width: int | None = None
+    """Width of the towers' attention heads, if the file has the published or FLAIR's layout and does not say it; by
+    default 64."""
+    pool_heads: int | None = None
+    """Attention heads of the pooling block, likewise; by default 8."""
     device: str = "auto"
     """cpu, cuda or auto, which takes a GPU if there is one."""
 

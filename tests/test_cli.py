@@ -285,6 +285,7 @@ def test_recipe_by_name(tmp_path, monkeypatch, capsys):
 
 def test_help_is_light():
     """Help imports no more than the package itself does."""
-    code = "import sys; from betaclip.cli import main; main(['--help']); print({'tyro', 'open_clip', 'torch._dynamo'} & {*sys.modules})"
+    code = "import sys; from betaclip.cli import main; main(['--help']); "
+    code += "print({'tyro', 'open_clip', 'torch._dynamo'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("usage: betaclip COMMAND") and "  prepare" in out and out.endswith("set()\n")

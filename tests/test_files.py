@@ -11,7 +11,7 @@ import torch
 from support.tiny import START
 
 from betaclip.errors import ConfigError, OutputError
-from betaclip.files import lock_folder, write_atomically
+from betaclip.files import lock_folder, write_atomically, write_folder_atomically
 
 
 def write(path: Path, content: bytes) -> None:
@@ -55,6 +55,28 @@ def test_failures_leave_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         write(tmp_path / "nowhere" / "a", b"")
     with pytest.raises(OutputError, match="Is a directory"):
         write(tmp_path, b"")
+
+
+def test_folder(tmp_path, monkeypatch):
+    """It has its name once it is whole, and then holds what was written; no other one is replaced."""
+    for name in ("new/a", "b"):
+        (tmp_path / "b").mkdir(exist_ok=True)  # an empty one may be there
+        with write_folder_atomically(tmp_path / name) as folder:
+            (folder / "file").write_text("x")
+            assert not (tmp_path / name / "file").exists()
+        assert (tmp_path / name / "file").read_text() == "x"
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+    for taken in (tmp_path / "b", tmp_path / "b" / "file"):
+        with pytest.raises(ConfigError, match=f"^{taken}: exists already"), write_folder_atomically(taken):
+            pass
+    with pytest.raises(KeyError), write_folder_atomically(tmp_path / "c") as folder:
+        (folder / "half").touch()
+        raise KeyError
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="c: cannot be written: No space left"):
+        patch.setattr(Path, "replace", full)
+        with write_folder_atomically(tmp_path / "c"):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "new"]
 
 
 def test_cause_of_an_error_of_torch_is_named(tmp_path):

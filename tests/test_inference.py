@@ -98,6 +98,8 @@ def test_load(tmp_path):
     save_file({k: v.clone() for k, v in towers.clip.state_dict().items()}, tmp_path / "clip.safetensors")
     plain = betaclip.load(tmp_path / "clip.safetensors", name=TOKENIZER_MODEL)
     torch.testing.assert_close(plain.encode_text(TEXTS), betaclip.Model(towers).encode_text(TEXTS))
+    torch.testing.assert_close(plain.encode_image(pictures()), betaclip.Model(towers).encode_image(pictures()))
+    assert not plain.pooled
     image = torch.zeros(3, 32, 32)
     for call in (plain.conditioned_similarity, plain.attention):
         with pytest.raises(ValueError, match="the weights have no pooling block: load a checkpoint"):

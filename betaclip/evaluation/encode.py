@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from betaclip.data.batches import Bad
 from betaclip.data.transforms import UnreadableImageError, normalize, read_image
 from betaclip.model.beta_clip import BetaCLIP
+from betaclip.model.plain_clip import PlainClip
 from betaclip.model.texts import RaggedTexts
-from betaclip.model.tokenizer import Tokenizer
 
 Source = Path | npt.NDArray[np.uint8]  # a file, or (H, W, 3)
 Picture = tuple[Tensor, tuple[int, int]]  # (3, S, S), normalised; the width and height that the source had
 Transform = Callable[[Image.Image], Tensor]
+Encoder = BetaCLIP | PlainClip
+Tokenize = Callable[[str], list[int]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -115,18 +117,18 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def encode_images(model: BetaCLIP, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def encode_images(model: Encoder, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Encode B pictures (3, S, S) into (B, D) CLS embeddings and (B, P, D) patch embeddings."""
     return model.encode_image(torch.stack(list(images)).to(model.logit_scale.device))
 
 
-def encode_texts(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
+def encode_texts(model: Encoder, tokenizer: Tokenize, texts: Sequence[str], batch_size: int) -> Tensor:
     """Encode N texts into (N, D) embeddings, ``batch_size`` texts at a time."""
     parts = [model.encode_text(RaggedTexts.of([tokenizer(t)] for t in some)) for some in batches(texts, batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, model.embed_dim, device=model.logit_scale.device)
 
 
-def encode_slots(model: BetaCLIP, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+def encode_slots(model: Encoder, tokenizer: Tokenize, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
     """Encode the texts of B images or questions into (B, K, D) embeddings; also return (B, K) bool, True for a text."""
     ragged = RaggedTexts.of([tokenizer(text) for text in some] for some in texts)
     slots, valid = (t.to(model.logit_scale.device) for t in ragged.slots())

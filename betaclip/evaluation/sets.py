@@ -1,8 +1,8 @@
 """The sets that a model is evaluated on: the settings that name them, and their contents without the pictures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from betaclip.data.batches import Bad
 from betaclip.data.multiple_choice import ChoiceSet
@@ -12,6 +12,8 @@ from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RetrievalConfig
 from betaclip.errors import ConfigError
 from betaclip.evaluation.tasks.zero_shot import TemplatesName
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,15 @@ class EvaluationConfig(RetrievalConfig):
     conditioned: bool = True
     """Also evaluate text-conditioned retrieval, for which each text pools each picture, much more work than the rest,
     and the leak on retrieval sets; that on scenes is always measured."""
+    top_k: int | None = None
+    """Also evaluate re-ranking: of this number of pictures that are nearest to a text by CLS, and of texts that are
+    nearest to a picture, the order by text-conditioned cosines (FLAIR takes 128 and 256). At least 10."""
+    own_text: bool = False
+    """Also evaluate retrieval where each picture is pooled by its own first text before the search, as in the released
+    code. The search is told what to find, so compare the results with such results only."""
+    limit: int | None = None
+    """Take at most this many pictures of each retrieval set and of the classes, and questions of each subset, spread
+    evenly. Results are then named SET_limitN, because retrieval among fewer is easier. By default all."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
     """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
     the same embedding."""
@@ -45,11 +56,13 @@ class EvaluationConfig(RetrievalConfig):
 
 @dataclass(frozen=True)
 class Sets:
-    """Retrieval sets, choices by subset, and classes."""
+    """Retrieval sets, choices by subset, and classes; the last two with the names of their results."""
 
     retrieval: list[RetrievalSet]
     choices: dict[str, ChoiceSet]
     classes: ClassFolders | None
+    choices_name: str = "fg_ovd"
+    classes_name: str = "zero_shot"
 
     @property
     def unusable(self) -> list[list[Bad]]:
@@ -64,13 +77,44 @@ def read_sets(config: EvaluationConfig) -> Sets:
         ConfigError: a set does not exist, or nothing in it can be used.
     """
     try:
-        return Sets(
+        sets = Sets(
             config.read_retrieval_sets(),
             {} if config.fg_ovd is None else _choices(config, config.fg_ovd),
             None if config.zero_shot is None else class_folders(config.zero_shot, config.zero_shot_names),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    return sets if config.limit is None else _limited(sets, config.limit)
+
+
+def _limited(sets: Sets, limit: int) -> Sets:
+    """At most ``limit`` pictures of each retrieval set and of the classes, and questions of each subset."""
+
+    def named(name: str, cut: bool) -> str:
+        return f"{name}_limit{limit}" if cut else name
+
+    retrieval = []
+    for one in sets.retrieval:
+        pictures = list(dict.fromkeys(picture for picture, _ in one.pairs))
+        kept = set(_spread(pictures, limit))
+        pairs = [pair for pair in one.pairs if pair[0] in kept]
+        retrieval.append(replace(one, name=named(one.name, len(pictures) > limit), pairs=pairs))
+    choices = {name: replace(found, choices=_spread(found.choices, limit)) for name, found in sets.choices.items()}
+    classes, pictures_of_classes = sets.classes, [] if sets.classes is None else sets.classes.pictures
+    if classes is not None:
+        classes = replace(classes, pictures=_spread(pictures_of_classes, limit))
+    return Sets(
+        retrieval,
+        choices,
+        classes,
+        named("fg_ovd", any(len(found) > limit for found in sets.choices.values())),
+        named("zero_shot", len(pictures_of_classes) > limit),
+    )
+
+
+def _spread(items: list[Item], limit: int) -> list[Item]:
+    """At most ``limit`` items, in their order and at equal distances."""
+    return items if len(items) <= limit else [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _choices(config: EvaluationConfig, folder: Path) -> dict[str, ChoiceSet]:

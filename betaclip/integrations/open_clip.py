@@ -240,19 +240,27 @@ def encode(model: Any, images: Tensor, texts: Tensor) -> Embeddings:
         >>> out.image.shape, out.patches.shape, out.texts.shape
         (torch.Size([2, 32]), torch.Size([2, 16, 32]), torch.Size([2, 3, 32]))
     """
-    visual = getattr(model, "visual", None)
-    if isinstance(visual, VisionTransformer):
-        image, patches = _encode_vit(visual, images)
-    elif isinstance(visual, TimmModel):
-        image, patches = _encode_timm(visual, images)
-    else:
-        kind = f"a {type(model).__name__}" if visual is None else f"one whose vision tower is a {type(visual).__name__}"
-        raise NotImplementedError(
-            f"model: expected an open_clip model with a VisionTransformer or a ViT of timm, got {kind} (of a wrapper "
-            "such as DistributedDataParallel, pass the module)"
-        )
+    image, patches = encode_images(model, images)
     flat = model.encode_text(texts.flatten(0, -2))
     return Embeddings(image, patches, flat.unflatten(0, texts.shape[:-1]))
+
+
+def encode_images(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`encode` returns of images: the embeddings (B, D) and (B, P, D).
+
+    Raises:
+        NotImplementedError: the vision tower has no patches in the space of the texts; the message says why.
+    """
+    visual = getattr(model, "visual", None)
+    if isinstance(visual, VisionTransformer):
+        return _encode_vit(visual, images)
+    if isinstance(visual, TimmModel):
+        return _encode_timm(visual, images)
+    kind = f"a {type(model).__name__}" if visual is None else f"one whose vision tower is a {type(visual).__name__}"
+    raise NotImplementedError(
+        f"model: expected an open_clip model with a VisionTransformer or a ViT of timm, got {kind} (of a wrapper "
+        "such as DistributedDataParallel, pass the module)"
+    )
 
 
 def _encode_vit(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:

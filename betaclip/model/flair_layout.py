@@ -43,16 +43,16 @@ def to_flair(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(name, theirs): value for name, value in state.items() if name != "pool.logit_scale"}
 
 
-def flair_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, Any]:
+def flair_config(state: Mapping[str, Tensor], vision_head_width: int, text_head_width: int) -> dict[str, Any]:
     """The open_clip configuration of towers with these sizes.
 
     Args:
         state: tensors of FLAIR's layout.
-        head_width: of the towers' attention heads, which no tensor shows.
+        vision_head_width, text_head_width: of the towers' attention heads, which no tensor shows.
 
     Raises:
-        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by
-            ``head_width``.
+        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by that of
+            the heads.
     """
     vision_width, _, patch, _ = shape_of(state, "visual.conv1.weight", "(width, 3, patch, patch)")
     positions, _ = shape_of(state, "visual.positional_embedding", "(1 + patches, width)")
@@ -67,4 +67,4 @@ def flair_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, Any]
         length, vocabulary, text_width, text_hidden, count_layers(state, blocks),
     )  # fmt: skip
     bias = {"init_logit_bias": 0.0} if "logit_bias" in state else {}
-    return sizes.open_clip_config(head_width, "visual.positional_embedding") | bias
+    return sizes.open_clip_config(vision_head_width, text_head_width, "visual.positional_embedding") | bias

@@ -1,10 +1,12 @@
 """Makes the open_clip model that a BetaCLIP is built on."""
 
+import difflib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import open_clip
@@ -43,8 +45,8 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
     if name == "scenes" or name.startswith("{"):
         if tag is not None:
             raise ValueError(f"pretrained: {tag} is not a file, and custom models have no pretrained tags")
-        options = SCENES if name == "scenes" else _parse(name)
-        options = options | {"quick_gelu": quick_gelu or options.get("quick_gelu", False)}
+        options = towers_config(name)
+        options["quick_gelu"] = quick_gelu or options.get("quick_gelu", False)
         kind = CustomTextCLIP if options.pop("custom_text", False) else CLIP
         try:
             return kind(**options)
@@ -52,22 +54,81 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
             raise ValueError(
                 f"name: expected the configuration of an open_clip model, got {name!r}: {error}"
             ) from error
-    known = name.replace("/", "-")
-    if known not in open_clip.list_models():
-        raise ValueError(f"name: expected scenes, JSON, or one of {', '.join(open_clip.list_models())}; got {name!r}")
+    known = known_model(name, "scenes, JSON, or a model of open_clip")
+    if tag is not None:
+        check_tag(known, tag)
+    return create_known(known, tag, force_quick_gelu=quick_gelu)
+
+
+def towers_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a name that :func:`create_towers` takes; a copy.
+
+    Raises:
+        ValueError: ``name`` is JSON that cannot be read.
+    """
+    if name == "scenes":
+        return deepcopy(SCENES)
+    return _parse(name) if name.startswith("{") else open_clip.get_model_config(name.replace("/", "-"))
+
+
+def known_model(name: str, expected: str) -> str:
+    """open_clip's own spelling of a model's name.
+
+    Raises:
+        ValueError: open_clip has no such model; the message names the nearest ones.
+    """
+    known, models = name.replace("/", "-"), open_clip.list_models()
+    if known not in models:
+        raise ValueError(f"name: expected {expected}, got {name!r}; {_nearest(known, models)}")
+    return known
+
+
+def check_tag(known: str, tag: str) -> None:
+    """Check that open_clip has weights of this tag for a model.
+
+    Raises:
+        ValueError: it has none; the message names the nearest ones.
+    """
     tags = open_clip.list_pretrained_tags_by_model(known)
-    if tag is not None and tag not in tags:
-        raise ValueError(f"pretrained: expected a file, or one of {', '.join(tags)} for {name}; got {tag!r}")
-    with _without_alarm():
-        return open_clip.create_model(known, pretrained=tag, force_quick_gelu=quick_gelu)
+    if tag not in tags:
+        found = _nearest(tag, tags) if tags else "there are none"
+        raise ValueError(f"pretrained: expected a file, or a tag that open_clip has for {known}, got {tag!r}; {found}")
+
+
+def create_known(known: str, tag: str | None, **options: Any) -> Any:
+    """``open_clip.create_model``, with its failures as messages of one line.
+
+    Raises:
+        ValueError: the weights or another file of the model cannot be downloaded, or do not fit.
+    """
+    try:
+        with _without_alarm():
+            return open_clip.create_model(known, pretrained=tag, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if tag is None:
+            raise ValueError(f"name: open_clip cannot make {known}: {one_line(error)}") from error
+        message = f"pretrained: open_clip cannot load {tag} for {known}; without a network, give a file"
+        raise ValueError(f"{message}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0)
+    return f"the nearest {'is' if len(found) == 1 else 'are'} {', '.join(found)}"
 
 
 @contextmanager
 def _without_alarm() -> Iterator[None]:
-    """Drop open_clip's warning that the weights are random: they are meant to be, or a file's are loaded next."""
+    """Drop open_clip's warning that the weights are random, which they are meant to be, or are loaded next, and its own
+    word on an error that is raised anyway."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return "initialized randomly" not in record.getMessage()
+        message = record.getMessage()
+        return "initialized randomly" not in message and "Failed to download" not in message
 
     logging.getLogger().addFilter(keep)
     try:

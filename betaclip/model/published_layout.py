@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from betaclip.layers import QuickGELU
-from betaclip.model.text_tower import FROZEN, STRETCH, stretched, unstretched
+from betaclip.model.text_tower import FROZEN, STRETCH, stretched, text_modules, unstretched
 
 POOL = "text_conditioned_patches_block."
 # Prefixes of published names and of open_clip's; the first that fits counts.
@@ -65,18 +65,24 @@ def not_published_reasons(clip: nn.Module, config: Any) -> list[str]:
         reasons.append(f"its positions are not stretched: expected context_length {stretched(length)}, got {length}")
     if not all(isinstance(b.mlp.gelu, QuickGELU) for t in (clip.visual, clip) for b in t.transformer.resblocks):
         reasons.append("its activation is not QuickGELU, which the layout assumes")
+    if config.pool_norm_qkv or config.pool_add_zero_attn or not config.pool_mlp_ratio:
+        reasons.append("its pooling block is FLAIR's in part (pool_norm_qkv, pool_add_zero_attn, pool_mlp_ratio 0)")
+    if config.attended_patches:
+        reasons.append("its patches attend in the last block (attended_patches)")
+    return reasons + not_plain_reasons(clip)
+
+
+def not_plain_reasons(clip: Any) -> list[str]:
+    """What an open_clip model that is a BetaCLIP's has beyond OpenAI's CLIP."""
+    reasons = []
     if getattr(clip, "logit_bias", None) is not None:
         reasons.append("it has a bias of the logits (init_logit_bias)")
     if any(isinstance(m, LayerScale) for m in clip.modules()):
         reasons.append("it has LayerScale")
     if isinstance(clip.visual.ln_pre, nn.Identity):
         reasons.append("its vision tower has no LayerNorm before the blocks")
-    if not isinstance(clip.text_projection, nn.Parameter):
+    if not isinstance(text_modules(clip).text_projection, nn.Parameter):
         reasons.append("its text projection is not a plain matrix")
-    if config.pool_norm_qkv or config.pool_add_zero_attn or not config.pool_mlp_ratio:
-        reasons.append("its pooling block is FLAIR's in part (pool_norm_qkv, pool_add_zero_attn, pool_mlp_ratio 0)")
-    if config.attended_patches:
-        reasons.append("its patches attend in the last block (attended_patches)")
     return reasons
 
 
@@ -129,16 +135,16 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
-def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, Any]:
+def open_clip_config(state: Mapping[str, Tensor], vision_head_width: int, text_head_width: int) -> dict[str, Any]:
     """The open_clip configuration of towers with these sizes.
 
     Args:
         state: tensors of the published layout.
-        head_width: of the towers' attention heads, which no tensor shows.
+        vision_head_width, text_head_width: of the towers' attention heads, which no tensor shows.
 
     Raises:
-        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by
-            ``head_width``.
+        ValueError: a tensor that shows a size is missing or has no such size, or a width is not divisible by that of
+            the heads.
     """
     vision_width, _, patch, _ = shape_of(state, "visual.patch_embed.proj.weight", "(width, 3, patch, patch)")
     _, positions, _ = shape_of(state, "visual.pos_embed", "(1, 1 + patches, width)")
@@ -152,7 +158,7 @@ def open_clip_config(state: Mapping[str, Tensor], head_width: int) -> dict[str, 
     return Sizes(
         embed_dim, patch, positions, vision_width, vision_hidden, count_layers(state, "visual.blocks."),
         unstretched(length), vocabulary, text_width, text_hidden, count_layers(state, "transformer.resblocks."),
-    ).open_clip_config(head_width, "visual.pos_embed")  # fmt: skip
+    ).open_clip_config(vision_head_width, text_head_width, "visual.pos_embed")  # fmt: skip
 
 
 class Sizes(NamedTuple):
@@ -170,16 +176,19 @@ class Sizes(NamedTuple):
     text_hidden: int
     text_layers: int
 
-    def open_clip_config(self, head_width: int, positions: str) -> dict[str, Any]:
+    def open_clip_config(self, vision_head_width: int, text_head_width: int, positions: str) -> dict[str, Any]:
         """The open_clip configuration; ``positions`` is the name of the tensor that shows the number of patches.
 
         Raises:
-            ValueError: the patches are no square, or a width is not divisible by ``head_width``.
+            ValueError: the patches are no square, or a width is not divisible by that of the heads.
         """
         grid = math.isqrt(self.positions - 1)
         if grid < 1 or grid**2 != self.positions - 1:
             raise ValueError(f"{positions}: expected 1 + the square of a number of rows, got {self.positions}")
-        for tower, width in (("vision", self.vision_width), ("text", self.text_width)):
+        for tower, width, head_width in (
+            ("vision", self.vision_width, vision_head_width),
+            ("text", self.text_width, text_head_width),
+        ):
             if head_width < 1 or width % head_width:
                 raise ValueError(
                     f"head_width: expected a divisor of the {tower} tower's width {width}, got {head_width}"
@@ -191,14 +200,14 @@ class Sizes(NamedTuple):
                 "patch_size": self.patch,
                 "width": self.vision_width,
                 "layers": self.vision_layers,
-                "head_width": head_width,
+                "head_width": vision_head_width,
                 "mlp_ratio": self.vision_hidden / self.vision_width,
             },
             "text_cfg": {
                 "context_length": self.context_length,
                 "vocab_size": self.vocabulary,
                 "width": self.text_width,
-                "heads": self.text_width // head_width,
+                "heads": self.text_width // text_head_width,
                 "layers": self.text_layers,
                 "mlp_ratio": self.text_hidden / self.text_width,
             },

@@ -1,12 +1,13 @@
 """The text tower of an open_clip model on packed texts, and its stretched positions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from betaclip.kernels.precision import autocast_dtype
 from betaclip.layers import check_attention
@@ -100,6 +101,33 @@ def stretch_positions(clip: Any) -> None:
     register_parametrization(text, "positional_embedding", FrozenStart(table))
     text.attn_mask = torch.full((len(table), len(table)), -torch.inf, device=table.device).triu_(1)
     text.context_length = clip.context_length = len(table)
+
+
+def plain_positions(clip: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take stretched positions in a state dict of a model apart: the state dict with a plain table of positions, as
+    open_clip's layout has it, and the tensors that this leaves out. Others are returned as they are, with none."""
+    text = text_modules(clip)
+    if not is_parametrized(text, "positional_embedding"):
+        return dict(state), {}
+    prefix = "" if text is clip else "text."
+    stretch = f"{prefix}parametrizations.positional_embedding."
+    plain = {name: value for name, value in state.items() if not name.startswith(stretch)}
+    frozen = state[f"{stretch}0.frozen"]
+    plain[f"{prefix}positional_embedding"] = torch.cat((frozen[:FROZEN], state[f"{stretch}original"]))
+    return plain, {name: state[name] for name in (f"{stretch}0.frozen", f"{stretch}0.unused")}
+
+
+def with_stretched_positions(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that :func:`plain_positions` took apart. The frozen rows are those of the plain table."""
+    whole = dict(state)
+    for name, value in rest.items():
+        prefix, stretch, part = name.partition("parametrizations.positional_embedding.")
+        if part == "0.frozen":
+            table = whole.pop(f"{prefix}positional_embedding")
+            whole[f"{prefix}{stretch}original"] = table[FROZEN:]
+            value = torch.cat((table[:FROZEN], value[FROZEN:]))
+        whole[name] = value
+    return whole
 
 
 def text_modules(clip: Any) -> Any:

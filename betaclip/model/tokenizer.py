@@ -45,6 +45,12 @@ class Tokenizer:
         return [SOT, *ids[: self.context_length - 2], EOT]
 
 
+def byte_pair_encoding(start: str, end: str) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary, with these names of the start and the end token, and the merges, each two pieces and a blank."""
+    vocabulary = {{SOT: start, EOT: end}.get(number, piece): number for piece, number in _BPE.encoder.items()}
+    return vocabulary, [" ".join(pieces) for pieces in _BPE.bpe_ranks]
+
+
 def _clean(text: str) -> str:
     """The text in lower case, with encodings and entities repaired as open_clip does."""
     # The repair takes half of the time of a text, and plain ASCII does not need it.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ _PREFIX = "model."
 # What some wrappers and OpenAI's models count beside their weights, in integers.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _COUNTS = ("n_averaged", *OPENAI_SIZES)
+_BATCH_NORM = ".num_batches_tracked"  # an integer, too, in open_clip's ResNets
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TORCH_SAVE_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins files of torch.save before version 1.6
 
@@ -42,7 +44,8 @@ def read_weights(path: Path | str, *, allow_pickle: bool = False) -> dict[str, T
             that you trust as you would trust a program.
 
     Returns:
-        Tensors by name, on the CPU, all finite; integers only under the names in ``OPENAI_SIZES``.
+        Tensors by name, on the CPU, all finite; integers only under the names in ``OPENAI_SIZES`` and as the counts of
+        batch normalisation.
 
     Raises:
         OSError: there is no such file, or it may not be read.
@@ -76,7 +79,7 @@ def weights_of(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor
     if all(name.startswith(_PREFIX) for name in weights):
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if name not in _COUNTS and (reason := unusable(tensor)):
+        if name not in _COUNTS and not name.endswith(_BATCH_NORM) and (reason := unusable(tensor)):
             raise ValueError(f"{path}: {_name(name)}: {reason}")
     return _without_adapters(weights, content, path) if has_adapters(weights) else weights
 
@@ -128,6 +131,19 @@ def read_file(path: Path | str, *, allow_pickle: bool = False, mmap: bool = Fals
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for files of other formats."""
+    path = Path(path)
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    try:
+        with safe_open(path, framework="pt") as content:
+            return content.metadata() or {}
+    except SafetensorError:  # damaged, which reading its tensors will say
+        return {}
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:

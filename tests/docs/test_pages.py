@@ -15,7 +15,7 @@ from betaclip.train import TrainConfig
 PAGES = pages()
 PYTHON = [page for page in PAGES if any(block.language == "python" and block.run for block in blocks(read(page)))]
 _OPTION = re.compile(r"--((?:model|data|loss|optimizer|run|evaluation)\.[a-z0-9.-]+)")
-_NAME = re.compile(r"`(?!betaclip\.h\b)(betaclip(?:\.\w+)+)")
+_NAME = re.compile(r"`(?!betaclip\.(?:h|safetensors)\b)(betaclip(?:\.\w+)+)")
 
 
 @pytest.mark.parametrize("page", PYTHON)

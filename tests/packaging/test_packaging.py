@@ -141,8 +141,8 @@ def test_wheel_with_the_library(sdist, with_library, clean_venv, tmp_path):
     assert wheel.name == f"betaclip-{betaclip.__version__}-py3-none-{platform}.whl"
     with zipfile.ZipFile(wheel) as contents:
         names = {name for name in contents.namelist() if name.startswith("betaclip/")}
-    assert names == {*PACKAGE, "betaclip/lib/libbetaclip.so"}
         contents.extractall(site_packages)
+    assert names == {*PACKAGE, "betaclip/lib/libbetaclip.so"}
     library = site_packages / "betaclip" / "lib" / "libbetaclip.so"
     assert run(python, "-I", "-c", PRINT_LIBRARY, cwd=tmp_path) == [f"cpu, not yet run on hardware ({library})"]
 

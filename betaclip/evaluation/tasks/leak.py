@@ -9,6 +9,7 @@ import torch
 
 from betaclip.evaluation.encode import (
     Source,
+    Tokenize,
     Transform,
     batches,
     encode_images,
@@ -19,13 +20,12 @@ from betaclip.evaluation.encode import (
 from betaclip.kernels.precision import unit_rows
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.other_pictures import identified
-from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def leak(
     model: BetaCLIP,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenize,
     pictures: Sequence[tuple[Source, Sequence[str]]],
     transform: Transform,
     *,

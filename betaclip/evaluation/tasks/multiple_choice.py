@@ -14,10 +14,12 @@ from torch import Tensor
 
 from betaclip.data.multiple_choice import Choice
 from betaclip.evaluation.encode import (
+    Encoder,
     NoPicturesError,
     Picture,
     Source,
     Squash,
+    Tokenize,
     batches,
     encode_images,
     encode_slots,
@@ -25,8 +27,6 @@ from betaclip.evaluation.encode import (
     read_pictures,
 )
 from betaclip.evaluation.regions import on_grid, region_features
-from betaclip.model.beta_clip import BetaCLIP
-from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 Questions = Sequence[tuple[str, Choice]]  # each with the name under which it is counted
@@ -48,10 +48,10 @@ def cosines_of_pairs(a: Tensor, b: Tensor) -> Tensor:
 
 
 def choose(
-    model: BetaCLIP, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Whether a question's first candidate is preferred, (Q,) bool each: by its cosine with the region's feature, and
-    by its cosine with the embedding that it pools from the whole picture.
+    model: Encoder, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Whether a question's first candidate is preferred, (Q,) bool each: by its cosine with the region's feature, and,
+    if the model has a pooling block, by its cosine with the embedding that it pools from the whole picture.
 
     Args:
         patches: (B, P, D).
@@ -61,14 +61,16 @@ def choose(
         valid: (Q, K) bool.
     """
     regions = region_features(patches, model.patch_grid, boxes, image_of_question)
+    by_region = first_is_best(cosines_of_pairs(regions[:, None], texts), valid)
+    if model.pool is None:
+        return by_region, None
     conditioned = model.pool(patches[image_of_question], texts)
-    by_region, by_pooling = (cosines_of_pairs(e, texts) for e in (regions[:, None], conditioned))
-    return first_is_best(by_region, valid), first_is_best(by_pooling, valid)
+    return by_region, first_is_best(cosines_of_pairs(conditioned, texts), valid)
 
 
 def choice_accuracy(
-    model: BetaCLIP,
-    tokenizer: Tokenizer,
+    model: Encoder,
+    tokenizer: Tokenize,
     choices: Questions,
     *,
     batch_size: int,
@@ -78,8 +80,9 @@ def choice_accuracy(
 
     Returns:
         for each name ("hard", for example) the accuracy by region features; "hard_conditioned", the one by
-        text-conditioned embeddings; "hard_chance", that of a guess; "hard_questions", the number of questions behind
-        these; "hard_left_out", the number of those whose picture could not be read. Over all ranks, on every rank.
+        text-conditioned embeddings, if the model has a pooling block; "hard_chance", that of a guess; "hard_questions",
+        the number of questions behind these; "hard_left_out", the number of those whose picture could not be read.
+        Over all ranks, on every rank.
 
     Raises:
         NoPicturesError: none of the pictures of a name could be read.
@@ -98,7 +101,7 @@ def choice_accuracy(
             if readable:
                 rows = torch.tensor([row[name] for name, _ in readable], device=counts.device)
                 counts.index_add_(0, rows, _answers(model, tokenizer, [choice for _, choice in readable], pictures))
-    return _accuracies(dict(zip(row, process_group.sum(counts).tolist(), strict=True)))
+    return _accuracies(dict(zip(row, process_group.sum(counts).tolist(), strict=True)), model.pool is not None)
 
 
 def _with_pictures(
@@ -114,7 +117,7 @@ def _with_pictures(
 
 
 def _answers(
-    model: BetaCLIP, tokenizer: Tokenizer, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
+    model: Encoder, tokenizer: Tokenize, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
 ) -> Tensor:
     """Each question's contribution to the counts, (Q, columns) float64."""
     keys = [_key(choice.image) for choice in choices]
@@ -126,13 +129,15 @@ def _answers(
     image_of_question = torch.tensor([number[key] for key in keys], device=device)
     answers = torch.zeros(len(choices), len(COLUMNS), dtype=torch.float64, device=device)
     right = choose(model, patches, image_of_question, boxes.to(device), texts, valid)
-    answers[:, RIGHT_BY_REGION], answers[:, RIGHT_BY_POOLING] = right
+    for column, answer in zip((RIGHT_BY_REGION, RIGHT_BY_POOLING), right, strict=True):
+        if answer is not None:
+            answers[:, column] = answer.double()
     answers[:, RIGHT_BY_CHANCE] = 1 / valid.sum(1)
     answers[:, ANSWERED] = 1
     return answers
 
 
-def _accuracies(counts: dict[str, list[float]]) -> dict[str, float]:
+def _accuracies(counts: dict[str, list[float]], pooled: bool) -> dict[str, float]:
     result: dict[str, float] = {}
     for name, values in counts.items():
         answered, left_out = values[ANSWERED], values[LEFT_OUT]
@@ -140,7 +145,7 @@ def _accuracies(counts: dict[str, list[float]]) -> dict[str, float]:
             raise NoPicturesError(f"{name}: no picture of {left_out:.0f} questions could be read")
         result |= {
             name: values[RIGHT_BY_REGION] / answered,
-            f"{name}_conditioned": values[RIGHT_BY_POOLING] / answered,
+            **({f"{name}_conditioned": values[RIGHT_BY_POOLING] / answered} if pooled else {}),
             f"{name}_chance": values[RIGHT_BY_CHANCE] / answered,
             f"{name}_questions": answered,
             f"{name}_left_out": left_out,

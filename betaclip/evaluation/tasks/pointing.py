@@ -7,10 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from betaclip.data.scenes.dataset import Scene
-from betaclip.evaluation.encode import Squash, batches, encode_images, encode_slots, evaluating
+from betaclip.evaluation.encode import Squash, Tokenize, batches, encode_images, encode_slots, evaluating
 from betaclip.evaluation.regions import coverage, on_grid
 from betaclip.model.beta_clip import BetaCLIP
-from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -27,7 +26,7 @@ def mass_in_boxes(attention: Tensor, boxes: Tensor, grid: tuple[int, int]) -> tu
 
 def pointing(
     model: BetaCLIP,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenize,
     scenes: Sequence[Scene],
     *,
     batch_size: int,

@@ -1,20 +1,17 @@
-"""Retrieval: the rank of a text's image among all images, and of an image's text among all texts.
+"""Retrieval of pictures by texts and of texts by pictures, by CLS embeddings and by what texts pool from pictures."""
 
-Scores come in blocks: some of this process's images with the texts of all processes. A block serves both directions,
-and each pair is scored by the process that has its image. An image may have several texts: each of them retrieves it,
-and it retrieves the best of them. Candidates that score as high as the right one, or NaN, are placed before it.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip.evaluation.encode import (
+    Encoder,
     NoPicturesError,
     Source,
+    Tokenize,
     Transform,
     batches,
     encode_images,
@@ -22,91 +19,11 @@ from betaclip.evaluation.encode import (
     evaluating,
     read_pictures,
 )
-from betaclip.model.beta_clip import BetaCLIP
-from betaclip.model.tokenizer import Tokenizer
+from betaclip.evaluation.tasks.ranking import Scores, cosines, recalls_of, retrieval_ranks
+from betaclip.evaluation.tasks.reranking import reranked_ranks
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
-RECALLS_AT = (1, 5, 10)
-MAX_PAIRS = 2**22  # pairs that are scored at a time
-
-# (hi - lo, M) scores of this rank's images lo to hi with the M texts of all ranks.
-Scores = Callable[[int, int], Tensor]
-
-
-def cosines(images: Tensor, texts: Tensor) -> Scores:
-    """Cosines of (n, D) image embeddings and (M, D) text embeddings of any norm.
-
-    Products in float64, rounded to float32: equal embeddings score alike wherever they stand in a block.
-    """
-    images, texts = (F.normalize(e.double(), dim=-1) for e in (images, texts))
-    return lambda lo, hi: (images[lo:hi] @ texts.T).float()
-
-
-def retrieval_ranks(
-    scores: Scores,
-    images: int,
-    image_of_text: Tensor,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-    *,
-    max_pairs: int = MAX_PAIRS,
-) -> tuple[Tensor, Tensor]:
-    """The places, from 1, of each text's image among all images and of each image's best text among others' texts.
-
-    Args:
-        scores: the scores of this rank's images with all texts.
-        images: number of images that this rank has; the images of all ranks are numbered in the order of the ranks.
-        image_of_text: (M,) int64, the image of each text of all ranks; every image has at least one text.
-        max_pairs: number of scores computed at a time.
-
-    Returns:
-        (M,) int64 for the texts of all ranks, and (images,) int64 for the images of this rank.
-
-    Raises:
-        ValueError: an image has no text, or a text no image.
-    """
-    device, count = image_of_text.device, len(image_of_text)
-    numbers = process_group.gather_rows(torch.full((1,), images, device=device))
-    first, total = int(numbers[: process_group.rank].sum()), int(numbers.sum())
-    if not torch.equal(image_of_text.unique(), torch.arange(total, device=device)):
-        raise ValueError(f"image_of_text: expected every number below {total}, the images of all ranks, and no other")
-    rows = max(1, max_pairs // max(1, count))
-    blocks = [(lo, min(images, lo + rows)) for lo in range(0, images, rows)]
-
-    def own(lo: int, hi: int) -> Tensor:
-        """Whether a text belongs to an image, (hi - lo, M) bool."""
-        return image_of_text == torch.arange(first + lo, first + hi, device=device)[:, None]
-
-    of_text = torch.full((count,), -torch.inf, device=device)
-    of_image = torch.full((images,), -torch.inf, device=device)
-    for lo, hi in blocks:
-        block = scores(lo, hi)
-        right = block.masked_fill(block.isnan() | ~own(lo, hi), -torch.inf)
-        of_text, of_image[lo:hi] = torch.maximum(of_text, right.amax(0)), right.amax(1)
-    of_text = process_group.max(of_text)
-
-    before_image = torch.zeros(count, dtype=torch.int64, device=device)
-    before_text = torch.zeros(images, dtype=torch.int64, device=device)
-    for lo, hi in blocks:
-        block, other = scores(lo, hi), ~own(lo, hi)
-        # Not "block >= right": NaN counts as better.
-        before_image += (~(block < of_text) & other).sum(0)
-        before_text[lo:hi] = (~(block < of_image[lo:hi, None]) & other).sum(1)
-    return 1 + process_group.sum(before_image), 1 + before_text
-
-
-def recalls(
-    scores: Scores,
-    images: int,
-    image_of_text: Tensor,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-    *,
-    max_pairs: int = MAX_PAIRS,
-) -> dict[str, float]:
-    """The share of texts whose image is among the first 1, 5, 10 ("t2i_r1" …), and of images with one of their texts
-    among these ("i2t_r1" …); over all ranks, on every rank. The arguments are those of :func:`retrieval_ranks`."""
-    text_to_image, image_to_text = retrieval_ranks(scores, images, image_of_text, process_group, max_pairs=max_pairs)
-    directions = (("t2i", text_to_image), ("i2t", process_group.gather_rows(image_to_text)))
-    return {f"{name}_r{k}": float((ranks <= k).double().mean()) for name, ranks in directions for k in RECALLS_AT}
+Pictures = Sequence[tuple[Source, Sequence[str]]]
 
 
 def texts_of_pictures(pairs: Iterable[tuple[Path, str]]) -> list[tuple[Path, list[str]]]:
@@ -118,20 +35,29 @@ def texts_of_pictures(pairs: Iterable[tuple[Path, str]]) -> list[tuple[Path, lis
 
 
 def retrieval(
-    model: BetaCLIP,
-    tokenizer: Tokenizer,
-    pictures: Sequence[tuple[Source, Sequence[str]]],
+    model: Encoder,
+    tokenizer: Tokenize,
+    pictures: Pictures,
     transform: Transform,
     *,
     conditioned: bool,
+    own_text: bool = False,
+    top_k: int | None = None,
     batch_size: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Recalls by the cosines of texts with CLS embeddings; with ``conditioned`` also ("conditioned_t2i_r1" …) by the
-    cosines of texts with the image embeddings that they condition, for all pairs.
+    """Recalls by the cosines of texts with CLS embeddings and, if the model has a pooling block, by those with
+    embeddings that texts pool.
 
     A picture that cannot be read is left out with its texts. Besides all texts' embeddings, a rank holds a row of
     scores for each of its pictures, and the patches of one batch.
+
+    Args:
+        conditioned: also ("conditioned_t2i_r1" …) compare each text with what it pools itself, for all pairs.
+        own_text: also ("conditioned_own_text_t2i_r1" …) compare all texts with what a picture's own first text pools
+            from it, as the released code does. A search does not know which text is a picture's own.
+        top_k: also ("conditioned_top128_t2i_r1" … for 128) order the ``top_k`` nearest by CLS as ``conditioned`` orders
+            all. At least 10, the largest recall. The pictures are read and encoded once more.
 
     Returns:
         the recalls, the numbers of "images" and "texts" behind them, and that of "left_out" pictures; over all ranks,
@@ -140,39 +66,95 @@ def retrieval(
     Raises:
         NoPicturesError: none of the pictures can be read.
     """
+    pool = model.pool
+    if pool is None:
+        conditioned, own_text = False, False
     share = process_group.shard_range(len(pictures))
-    mine = pictures[share.start : share.stop]
     device = model.logit_scale.device
-    read: list[bool] = []
+    counts = torch.tensor([len(texts) for _, texts in pictures], dtype=torch.int64, device=device)
+    first_texts = (counts.cumsum(0) - counts)[share.start : share.stop]
+    mine = pictures[share.start : share.stop]
     with evaluating(model):
-        text_embeds = encode_texts(model, tokenizer, [text for _, texts in mine for text in texts], batch_size)
-        text_embeds = process_group.gather_rows(text_embeds)
-        image_embeds = text_embeds.new_empty(len(mine), model.embed_dim)
-        matrix = torch.empty(len(mine) if conditioned else 0, len(text_embeds), device="cpu")
-        found = read_pictures((picture for picture, _ in mine), transform, 2 * batch_size)
-        for batch in batches(found, batch_size):
-            images = [picture[0] for picture in batch if picture is not None]
-            rows = slice(sum(read), sum(read) + len(images))
-            read += [picture is not None for picture in batch]
-            if images:
-                image_embeds[rows], patches = encode_images(model, images)
-                if conditioned:
-                    matrix[rows] = model.pool.score(patches, text_embeds).cpu()
-    # Pictures are numbered anew, without those that could not be read.
-    usable = process_group.gather_rows(torch.tensor(read, dtype=torch.bool, device=device))
-    if not usable.any():
-        raise NoPicturesError(f"none of {len(pictures)} pictures could be read")
-    counts = torch.tensor([len(texts) for _, texts in pictures], device=device)
-    kept = usable.repeat_interleave(counts)
-    image_of_text = (usable.cumsum(0) - 1).repeat_interleave(counts)[kept]
-    own = sum(read)
-    result = {"images": float(usable.sum()), "texts": float(kept.sum()), "left_out": float((~usable).sum())}
-    result |= recalls(cosines(image_embeds[:own], text_embeds[kept]), own, image_of_text, process_group)
-    if conditioned:
+        texts = encode_texts(model, tokenizer, [text for _, some in mine for text in some], batch_size)
+        texts = process_group.gather_rows(texts)
+        found = _encode(model, mine, transform, texts, conditioned, first_texts if own_text else None, batch_size)
+        # Pictures are numbered anew, without those that could not be read.
+        usable = process_group.gather_rows(torch.tensor(found.read, dtype=torch.bool, device=device))
+        if not usable.any():
+            raise NoPicturesError(f"none of {len(pictures)} pictures could be read")
+        kept = usable.repeat_interleave(counts)
+        image_of_text = (usable.cumsum(0) - 1).repeat_interleave(counts)[kept]
+        texts, own = texts[kept], sum(found.read)
 
         def conditioned_scores(lo: int, hi: int) -> Tensor:
-            return matrix[lo:hi].to(device)[:, kept]
+            return found.scores[lo:hi].to(device)[:, kept]
 
-        found_by_pooling = recalls(conditioned_scores, own, image_of_text, process_group)
-        result |= {f"conditioned_{name}": value for name, value in found_by_pooling.items()}
+        by_cls = cosines(found.image_embeds, texts)
+        ways: dict[str, Scores] = {"": by_cls}
+        if conditioned:
+            ways["conditioned_"] = conditioned_scores
+        if own_text:
+            ways["conditioned_own_text_"] = cosines(found.pooled_embeds, texts)
+        ranks = {way: retrieval_ranks(scores, own, image_of_text, process_group) for way, scores in ways.items()}
+        if top_k is not None and pool is not None:
+            sources = [source for (source, _), is_read in zip(mine, found.read, strict=True) if is_read]
+            again = (picture and picture[0] for picture in read_pictures(sources, transform, 2 * batch_size))
+            ranks[f"conditioned_top{top_k}_"] = reranked_ranks(
+                model, pool, by_cls, batches(again, batch_size), texts, image_of_text, own, top_k, process_group
+            )
+    result = {"images": float(usable.sum()), "texts": float(kept.sum()), "left_out": float((~usable).sum())}
+    for way, places in ranks.items():
+        result |= {way + name: share for name, share in recalls_of(places, process_group).items()}
     return result
+
+
+@dataclass
+class _Encoded:
+    """This rank's pictures.
+
+    read: for each picture, whether it could be read; the others follow without those that could not.
+    image_embeds: (n, D), of CLS.
+    scores: (n, M) text-conditioned cosines, on the CPU; no row if they are not asked for.
+    pooled_embeds: (n, D), what each picture's own first text pools from it; no row if they are not asked for.
+    """
+
+    read: list[bool]
+    image_embeds: Tensor
+    scores: Tensor
+    pooled_embeds: Tensor
+
+
+def _encode(
+    model: Encoder,
+    pictures: Pictures,
+    transform: Transform,
+    texts: Tensor,
+    conditioned: bool,
+    own_texts: Tensor | None,
+    batch_size: int,
+) -> _Encoded:
+    """Encode this rank's pictures.
+
+    texts: (M, D), of all ranks.
+    own_texts: the number of each picture's first text among them.
+    """
+    count, read = len(pictures), list[bool]()
+    image_embeds = texts.new_empty(count, model.embed_dim)
+    scores = torch.empty(count if conditioned else 0, len(texts), device="cpu")
+    pooled = texts.new_empty(count if own_texts is not None else 0, model.embed_dim)
+    for batch in batches(read_pictures((source for source, _ in pictures), transform, 2 * batch_size), batch_size):
+        images = [picture[0] for picture in batch if picture is not None]
+        rows, begin = slice(sum(read), sum(read) + len(images)), len(read)
+        read += [picture is not None for picture in batch]
+        if not images:
+            continue
+        image_embeds[rows], patches = encode_images(model, images)
+        if model.pool is None:
+            continue
+        if conditioned:
+            scores[rows] = model.pool.score(patches, texts).cpu()
+        if own_texts is not None:
+            numbers = own_texts[begin : len(read)][torch.tensor(read[begin:], device=texts.device)]
+            pooled[rows] = model.pool(patches, texts[numbers, None])[:, 0]
+    own = sum(read)
+    return _Encoded(read, image_embeds[:own], scores[:own], pooled[:own])

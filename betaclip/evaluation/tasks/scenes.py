@@ -1,30 +1,34 @@
 """All tasks on rendered test scenes, which no training run sees."""
 
+from typing import Any
+
 from betaclip.data.multiple_choice import Choice
 from betaclip.data.scenes import dataset as scenes
-from betaclip.evaluation.encode import Squash
+from betaclip.evaluation.encode import Encoder, Squash, Tokenize
 from betaclip.evaluation.tasks.leak import leak
 from betaclip.evaluation.tasks.multiple_choice import choice_accuracy
 from betaclip.evaluation.tasks.pointing import pointing
 from betaclip.evaluation.tasks.retrieval import retrieval
-from betaclip.model.beta_clip import BetaCLIP
-from betaclip.model.tokenizer import Tokenizer
+from betaclip.model.plain_clip import PlainClip
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 BATCH_SIZE = 32
 
 
 def evaluate_scenes(
-    model: BetaCLIP,
-    tokenizer: Tokenizer,
+    model: Encoder,
+    tokenizer: Tokenize,
     *,
     seed: int,
     count: int,
     batch_size: int = BATCH_SIZE,
     conditioned: bool = True,
+    own_text: bool = False,
+    top_k: int | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Retrieval, choices, pointing and the leak on the first ``count`` test scenes of a seed, of the model's size.
+    """Retrieval, choices, pointing and the leak on the first ``count`` test scenes of a seed, of the model's size;
+    without a pooling block only the first two, and without patches only retrieval.
 
     By default a rank evaluates all of them by itself. Random states and the model's mode do not change.
 
@@ -49,15 +53,16 @@ def evaluate_scenes(
         for difficulty in scenes.DIFFICULTIES
     ]
     things = [(one.scene.image, [one.positive, *one.scene.phrases]) for one in asked]
+    options: Any = {"batch_size": batch_size, "process_group": process_group}
+    squash = Squash(model.image_size)
     measures = {
         "retrieval": retrieval(
-            model, tokenizer, pictures, Squash(model.image_size),
-            conditioned=conditioned, batch_size=batch_size, process_group=process_group,
-        ),
-        "choices": choice_accuracy(model, tokenizer, questions, batch_size=batch_size, process_group=process_group),
-        "pointing": pointing(model, tokenizer, shown, batch_size=batch_size, process_group=process_group),
-        "leak": leak(
-            model, tokenizer, things, Squash(model.image_size), batch_size=batch_size, process_group=process_group
-        ),
-    }  # fmt: skip
+            model, tokenizer, pictures, squash, conditioned=conditioned, own_text=own_text, top_k=top_k, **options
+        )
+    }
+    if model.patch_grid != (0, 0):
+        measures["choices"] = choice_accuracy(model, tokenizer, questions, **options)
+    if not isinstance(model, PlainClip):
+        measures["pointing"] = pointing(model, tokenizer, shown, **options)
+        measures["leak"] = leak(model, tokenizer, things, squash, **options)
     return {f"{measure}/{name}": value for measure, values in measures.items() for name, value in values.items()}

@@ -13,8 +13,10 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGE
 from torch import Tensor
 
 from betaclip.evaluation.encode import (
+    Encoder,
     NoPicturesError,
     Source,
+    Tokenize,
     Transform,
     batches,
     encode_images,
@@ -22,9 +24,7 @@ from betaclip.evaluation.encode import (
     evaluating,
     read_pictures,
 )
-from betaclip.evaluation.tasks.retrieval import cosines
-from betaclip.model.beta_clip import BetaCLIP
-from betaclip.model.tokenizer import Tokenizer
+from betaclip.evaluation.tasks.ranking import cosines
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 Templates = Sequence[Callable[[str], str]]
@@ -37,7 +37,7 @@ TOP = (1, 5)
 
 
 def class_embeddings(
-    model: BetaCLIP, tokenizer: Tokenizer, names: Sequence[str], templates: Templates, batch_size: int
+    model: Encoder, tokenizer: Tokenize, names: Sequence[str], templates: Templates, batch_size: int
 ) -> Tensor:
     """(C, D) float64: for each of C classes the mean of its texts' normalised embeddings, normalised."""
     texts = [template(name) for name in names for template in templates]
@@ -46,8 +46,8 @@ def class_embeddings(
 
 
 def zero_shot_accuracy(
-    model: BetaCLIP,
-    tokenizer: Tokenizer,
+    model: Encoder,
+    tokenizer: Tokenize,
     pictures: Sequence[tuple[Source, int]],
     names: Sequence[str],
     templates: Templates,

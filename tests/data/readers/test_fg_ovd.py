@@ -135,6 +135,7 @@ BENCHMARK += [f"{name}.json" for name in ("shuffle_negatives", "color", "materia
     "names",
     [
         BENCHMARK,
+        [f"{name}_llava.jsonl" for name in ("h_attributes", "m_attributes", "e_attributes", "shuffle_negatives")],
         [f"{name}_attributes_llava.jsonl" for name in ("h", "m", "e", "shuffle")],
         [f"{name}_llava.jsonl" for name in ("1_attributes", "2_attributes", "3_attributes", "shuffle_negatives")],
     ],

@@ -1,91 +1,21 @@
-"""Ranks against their definition by loops, and recalls of a model whose right answers are known."""
+"""Recalls of a model whose right answers are known."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 from support import colours
 from support.ranks import needs_gloo, processes
-from torch import Tensor
 
 from betaclip.data.transforms import EvaluationTransform
-from betaclip.evaluation.encode import NoPicturesError, Squash
-from betaclip.evaluation.tasks.retrieval import cosines, recalls, retrieval, retrieval_ranks, texts_of_pictures
+from betaclip.evaluation.encode import NoPicturesError, Squash, encode_texts
+from betaclip.evaluation.tasks.ranking import cosines, recalls, retrieval_ranks
+from betaclip.evaluation.tasks.retrieval import retrieval, texts_of_pictures
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
-
-
-def ranks_by_loops(scores: Tensor, image_of_text: Tensor) -> tuple[list[int], list[int]]:
-    """Ranks from (images, texts) scores; NaN is the best score for a wrong candidate, the worst for the right one."""
-    images, texts = scores.shape
-
-    def wrong(i: int, j: int) -> float:
-        return math.inf if scores[i, j].isnan() else float(scores[i, j])
-
-    def right(i: int, j: int) -> float:
-        return -math.inf if scores[i, j].isnan() else float(scores[i, j])
-
-    of_texts = []
-    for j in range(texts):
-        own = int(image_of_text[j])
-        of_texts.append(1 + sum(wrong(i, j) >= right(own, j) for i in range(images) if i != own))
-    of_images = []
-    for i in range(images):
-        best = max(right(i, j) for j in range(texts) if image_of_text[j] == i)
-        of_images.append(1 + sum(wrong(i, j) >= best for j in range(texts) if image_of_text[j] != i))
-    return of_texts, of_images
-
-
-@pytest.mark.parametrize("images, texts", [(8, 8), (7, 19), (1, 3), (13, 13)])
-@pytest.mark.parametrize("pairs", [1, 30, 2**22])
-def test_ranks_match_loops(images, texts, pairs):
-    """Few distinct scores, so that many tie; NaN and infinities; texts in any order; blocks of any size."""
-    for case in range(5):
-        scores = torch.randint(0, 4, (images, texts)).float()
-        if case:
-            kinds = torch.rand(images, texts)
-            scores[kinds < 0.1] = torch.nan
-            scores[kinds > 0.9] = torch.inf
-            scores[(kinds > 0.8) & (kinds < 0.9)] = -torch.inf
-        extra = torch.randint(0, images, (texts - images,)) if texts > images else torch.empty(0, dtype=torch.int64)
-        image_of_text = torch.cat((torch.arange(images), extra))[torch.randperm(texts)]
-        ours = retrieval_ranks(lambda lo, hi, scores=scores: scores[lo:hi], images, image_of_text, max_pairs=pairs)
-        assert [ranks.tolist() for ranks in ours] == list(ranks_by_loops(scores, image_of_text))
-
-
-def test_recalls():
-    """From text to image the ranks are 1, 2, 6, 11 and for the others the worst, 12."""
-    scores = torch.eye(12)
-    for text, rank in enumerate([1, 2, 6, 11, *[12] * 8]):
-        others = [i for i in range(12) if i != text]
-        scores[others[: rank - 1], text] = 2
-    found = recalls(lambda lo, hi: scores[lo:hi], 12, torch.arange(12))
-    assert [found[f"t2i_r{k}"] for k in (1, 5, 10)] == [1 / 12, 2 / 12, 3 / 12]
-    truth = torch.tensor(ranks_by_loops(scores, torch.arange(12))[1])
-    assert [found[f"i2t_r{k}"] for k in (1, 5, 10)] == [float((truth <= k).double().mean()) for k in (1, 5, 10)]
-    assert truth.unique().numel() > 3
-
-
-@pytest.mark.parametrize("pairs", [7, 40, 2**22])
-def test_equal_embeddings_are_ranked_last(pairs):
-    """A collapsed model retrieves nothing, wherever its pairs stand in a block."""
-    for count in range(11, 20):
-        image, text = torch.randn(2, 1, 64)
-        scores = cosines(image.expand(count, -1), text.expand(count + 1, -1))
-        found = recalls(scores, count, torch.arange(count + 1).clamp_max(count - 1), max_pairs=pairs)
-        assert set(found.values()) == {0.0}
-
-
-def test_ranks_reject():
-    def scores(lo: int, hi: int) -> Tensor:
-        return torch.zeros(hi - lo, 2)
-
-    for image_of_text in ([0, 0], [1, 2], [0, 3]):
-        with pytest.raises(ValueError, match=r"image_of_text: expected every number below 2"):
-            retrieval_ranks(scores, 2, torch.tensor(image_of_text))
 
 
 def test_texts_of_pictures(tmp_path):
@@ -134,7 +64,7 @@ def test_pictures_that_cannot_be_read(tmp_path, caplog):
     texts = [["red green"], ["green", "green red"], ["blue"]]
     good = list(zip(files, texts, strict=True))
     bad = [(broken, ["blue", "red"]), *good[:2], (missing, ["blue"]), good[2], (broken, ["red"])]
-    options = {"conditioned": True, "batch_size": 2}
+    options = {"conditioned": True, "own_text": True, "top_k": 2, "batch_size": 2}
     model, transform = colours.ColourModel(), EvaluationTransform(32)
     truth = retrieval(model, Tokenizer(), good, transform, **options)
     found = retrieval(model, Tokenizer(), bad, transform, **options)
@@ -157,15 +87,35 @@ def test_batches_change_nothing(batch_size):
     assert found == truth and found["images"] == 5
 
 
+def test_own_text():
+    """All texts are compared with what a picture's own first text pools from it."""
+    model, tokenizer = colours.ColourModel(sharpness=5), Tokenizer()
+    pictures = [(colours.noise(i), texts) for i, texts in enumerate((["red", "green"], ["green blue"], ["blue red"]))]
+    options = {"conditioned": True, "batch_size": 2}
+    found = retrieval(model, tokenizer, pictures, Squash(32), own_text=True, **options)
+    with torch.no_grad():
+        _, patches = model.eval().encode_image(torch.stack([Squash(32)(Image.fromarray(p)) for p, _ in pictures]))
+        texts = encode_texts(model, tokenizer, [text for _, own in pictures for text in own], 4)
+        pooled = model.pool(patches, texts[[0, 2, 3], None])[:, 0]
+    truth = recalls(cosines(pooled, texts), 3, torch.tensor([0, 0, 1, 2]))
+    assert {name: found[f"conditioned_own_text_{name}"] for name in truth} == truth
+    assert truth["t2i_r1"] != found["conditioned_t2i_r1"] and 0 < truth["i2t_r1"]
+    without = retrieval(model, tokenizer, pictures, Squash(32), **options)
+    assert without == {name: value for name, value in found.items() if "own_text" not in name}
+
+
 def ranks_equal_one_process(folder: Path) -> None:
     places_equal_one_process()
     names = ["red", "green blue", "blue", "red green", "blue blue red", "green", "red blue green green"]
     pictures = [(folder / f"{i}.png", [name, *names[: i % 3]]) for i, name in enumerate(names)]
     model, transform = colours.ColourModel(sharpness=5), EvaluationTransform(32)
     together, alone = (
-        retrieval(model, Tokenizer(), pictures, transform, conditioned=True, batch_size=2, process_group=group)
+        retrieval(
+            model, Tokenizer(), pictures, transform,
+            conditioned=True, own_text=True, top_k=2, batch_size=2, process_group=group,
+        )
         for group in (ProcessGroup.of(), SINGLE_PROCESS)
-    )
+    )  # fmt: skip
     assert together == pytest.approx(alone, abs=1e-12)
     assert 0 < alone["t2i_r1"] < 1 and alone["left_out"] == 2
 
