@@ -279,8 +279,8 @@ def load_checkpoint(
     head_width: int | None = None,
     pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, a file in the published or in FLAIR's layout,
-    or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, a file in the published or in FLAIR's
+    layout, or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
 
     Args:
         path: the file or folder.

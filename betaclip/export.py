@@ -22,7 +22,8 @@ class ExportConfig:
     """The model, its new layout, and where to write it."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, one of its checkpoints, a file in the published or in FLAIR's layout, or a folder that export wrote."""
+    """A run's folder, one of its checkpoints, a file in the published or in FLAIR's layout, or a folder that export
+    wrote."""
     output: tyro.conf.Positional[Path | None] = None
     """The folder to write, which must not exist yet; for the published layout, a file whose name ends in .safetensors.
     By default open_clip, transformers or published.safetensors in the run's folder."""

@@ -185,8 +185,8 @@ def load(
 
     Args:
         path: the folder of a run, one of its checkpoints, a folder that ``betaclip export`` wrote, a file in the
-            published layout or in that of released FLAIR checkpoints, or, with ``name``, a file in open_clip's layout or
-            the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
+            published layout or in that of released FLAIR checkpoints, or, with ``name``, a file in open_clip's layout
+            or the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
         name: the CLIP or SigLIP of open_clip that the weights are of, which then has its own tokenizer and
             preprocessing. Such a model has no pooling block, and answers ``encode_image``, ``encode_text`` and
             ``similarity`` only.

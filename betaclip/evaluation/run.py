@@ -36,8 +36,8 @@ class EvaluateConfig(EvaluationConfig):
     share the work."""
 
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A checkpoint, a run's folder, a file in the published or in FLAIR's layout, or a folder that betaclip export wrote.
-    May be left out if --model is given."""
+    """A checkpoint, a run's folder, a file in the published or in FLAIR's layout, or a folder that betaclip export
+    wrote. May be left out if --model is given."""
     weights: Weights = "auto"
     """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
     the average if there is one."""
