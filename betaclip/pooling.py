@@ -128,7 +128,7 @@ class TextConditionedPool(nn.Module):
         if identity:
             for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.attn.out_proj.weight):
                 nn.init.eye_(weight)
-            for zero in self.mlp.c_proj.parameters() if self.mlp is not None else ():
+            for zero in () if self.mlp is None else self.mlp.get_submodule("c_proj").parameters():
                 nn.init.zeros_(zero)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), **placed))
 
@@ -376,9 +376,9 @@ class TextConditionedPool(nn.Module):
 
     def _attention(self, operands: _Operands, patch_mask: Tensor | None) -> Tensor:
         """(B, K, D)"""
-        *given, _ = operands
-        options = self._attention_options(operands)
-        out = attention_pool(*given, self.attn.num_heads, patch_mask, **options, backend=self.backend)
+        out = attention_pool(
+            *operands[:5], self.attn.num_heads, patch_mask, **self._attention_options(operands), backend=self.backend
+        )
         return self.attn.out_proj(out)
 
     def _mlp(self, out: Tensor) -> Tensor:

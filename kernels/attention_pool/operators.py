@@ -287,7 +287,7 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
-        x, mask, sink, out, lse = tensors[0], *tensors[5:]
+        x, *_, mask, sink, out, lse = tensors
         need_dx = ctx.needs_input_grad[0]
         gradients = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
         if mask is not None:
