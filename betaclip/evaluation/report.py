@@ -17,14 +17,19 @@ _RECALLS = [f"{direction}_r{k}" for direction in ("t2i", "i2t") for k in RECALLS
 
 def table(results: Results) -> str:
     """Format a table for each task that has results, with accuracies, recalls and shares in percent."""
-    tables = (
+    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in tables(results))
+
+
+def tables(results: Results) -> list[tuple[str, list[list[str]]]]:
+    """The title and the rows of each table, of which the first row has the columns' heads."""
+    found = (
         ("Retrieval, %", _retrieval_rows(results)),
         ("Choices, % right", _choice_rows(results)),
         ("Zero-shot classification, %", _zero_shot_rows(results)),
         ("Pointing, % of the attention of a phrase that is in its box", _pointing_rows(results)),
         ("Leak, % of texts identified from what they pool from a picture", _leak_rows(results)),
     )
-    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in tables if len(rows) > 1)
+    return [(title, rows) for title, rows in found if len(rows) > 1]
 
 
 def _retrieval_rows(results: Results) -> list[list[str]]:
