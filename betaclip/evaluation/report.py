@@ -41,20 +41,27 @@ def markdown(results: Results) -> str:
     return _layout(results, True, lambda title, rows: f"**{title}**\n\n{_piped(rows)}")
 
 
-def _layout(results: Results, intervals: bool, form: Callable[[str, list[list[str]]], str]) -> str:
+def tables(results: Results, *, intervals: bool = False) -> list[tuple[str, list[list[str]]]]:
+    """The title and the rows of each table, of which the first row has the columns' heads."""
     note = ", with 95 % intervals (Wilson)" if intervals else ""
-    tables = (
+    tasks = (
         ("Retrieval, %", "retrieval", _retrieval_rows),
         ("Choices, % right", "choices", _choice_rows),
         ("Zero-shot classification, %", "zero_shot", _zero_shot_rows),
         ("Pointing, % of the attention of a phrase that is in its box", "pointing", _pointing_rows),
         ("Leak, % of texts identified from what they pool from a picture", "leak", _leak_rows),
     )
+    found = (
+        (title + note * (task != "pointing"), rows_of(_of_task(results, task), partial(_share, task, intervals)))
+        for title, task, rows_of in tasks
+    )
+    return [(title, rows) for title, rows in found if len(rows) > 1]
+
+
+def _layout(results: Results, intervals: bool, form: Callable[[str, list[list[str]]], str]) -> str:
     parts = []
-    for title, task, rows_of in tables:
-        rows = rows_of(_of_task(results, task), partial(_share, task, intervals))
-        if len(rows) > 1:
-            parts.append(form(title + note * (task != "pointing"), rows))
+    for title, rows in tables(results, intervals=intervals):
+        parts.append(form(title, rows))
         if any(_OWN_TEXT in row for row in rows):
             parts.append(OWN_TEXT_NOTE)
     return "\n\n".join(parts)

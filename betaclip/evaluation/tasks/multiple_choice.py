@@ -47,25 +47,33 @@ def cosines_of_pairs(a: Tensor, b: Tensor) -> Tensor:
     return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).float()
 
 
-def choose(
-    model: Encoder, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
+def candidate_scores(
+    model: Encoder, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Whether a question's first candidate is preferred, (Q,) bool each: by its cosine with the region's feature, and,
-    if the model has a pooling block, by its cosine with the embedding that it pools from the whole picture.
+    """The cosines of each candidate, (Q, K) each: with the region's feature, and, if the model has a pooling block, with
+    the embedding that it pools from the whole picture.
 
     Args:
         patches: (B, P, D).
         image_of_question: (Q,) int64.
         boxes: (Q, 4) in units of patches.
         texts: (Q, K, D) candidates.
-        valid: (Q, K) bool.
     """
     regions = region_features(patches, model.patch_grid, boxes, image_of_question)
-    by_region = first_is_best(cosines_of_pairs(regions[:, None], texts), valid)
+    by_region = cosines_of_pairs(regions[:, None], texts)
     if model.pool is None:
         return by_region, None
     conditioned = model.pool(patches[image_of_question], texts)
-    return by_region, first_is_best(cosines_of_pairs(conditioned, texts), valid)
+    return by_region, cosines_of_pairs(conditioned, texts)
+
+
+def choose(
+    model: Encoder, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Whether a question's first candidate is preferred, (Q,) bool each: by region and, if the model has a pooling
+    block, by pooling, as :func:`candidate_scores` takes them; valid: (Q, K) bool."""
+    by_region, by_pooling = candidate_scores(model, patches, image_of_question, boxes, texts)
+    return first_is_best(by_region, valid), None if by_pooling is None else first_is_best(by_pooling, valid)
 
 
 def choice_accuracy(
@@ -116,10 +124,49 @@ def _with_pictures(
         yield some, {key: picture for key, picture in read if picture is not None}
 
 
+def wrong_answers(
+    model: Encoder, tokenizer: Tokenize, choices: Sequence[Choice], *, batch_size: int
+) -> Iterator[tuple[int, str]]:
+    """The number of each question that the model answers wrong by region features, and the negative that it prefers.
+
+    Questions whose picture cannot be read are left out. A batch of questions is answered when its turn comes.
+    """
+    named = [(str(number), choice) for number, choice in enumerate(choices)]
+    for some, pictures in _with_pictures(named, Squash(model.image_size), batch_size):
+        readable = [(int(number), choice) for number, choice in some if _key(choice.image) in pictures]
+        if not readable:
+            continue
+        with evaluating(model):
+            *inputs, valid = _questions(model, tokenizer, [choice for _, choice in readable], pictures)
+            scores, _ = candidate_scores(model, *inputs)
+        right = first_is_best(scores, valid).tolist()
+        best = scores.masked_fill(~valid, -torch.inf)[:, 1:].argmax(1).tolist()
+        yield from (
+            (number, choice.negatives[preferred])
+            for (number, choice), is_right, preferred in zip(readable, right, best, strict=True)
+            if not is_right
+        )
+
+
 def _answers(
     model: Encoder, tokenizer: Tokenize, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
 ) -> Tensor:
     """Each question's contribution to the counts, (Q, columns) float64."""
+    patches, image_of_question, boxes, texts, valid = _questions(model, tokenizer, choices, pictures)
+    answers = torch.zeros(len(choices), len(COLUMNS), dtype=torch.float64, device=patches.device)
+    right = choose(model, patches, image_of_question, boxes, texts, valid)
+    for column, answer in zip((RIGHT_BY_REGION, RIGHT_BY_POOLING), right, strict=True):
+        if answer is not None:
+            answers[:, column] = answer.double()
+    answers[:, RIGHT_BY_CHANCE] = 1 / valid.sum(1)
+    answers[:, ANSWERED] = 1
+    return answers
+
+
+def _questions(
+    model: Encoder, tokenizer: Tokenize, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`choose` takes of questions after the model."""
     keys = [_key(choice.image) for choice in choices]
     number = {key: i for i, key in enumerate(pictures)}
     device = model.logit_scale.device
@@ -127,14 +174,7 @@ def _answers(
     texts, valid = encode_slots(model, tokenizer, [(choice.positive, *choice.negatives) for choice in choices])
     boxes = on_grid([choice.box for choice in choices], [pictures[key][1] for key in keys], model.patch_grid)
     image_of_question = torch.tensor([number[key] for key in keys], device=device)
-    answers = torch.zeros(len(choices), len(COLUMNS), dtype=torch.float64, device=device)
-    right = choose(model, patches, image_of_question, boxes.to(device), texts, valid)
-    for column, answer in zip((RIGHT_BY_REGION, RIGHT_BY_POOLING), right, strict=True):
-        if answer is not None:
-            answers[:, column] = answer.double()
-    answers[:, RIGHT_BY_CHANCE] = 1 / valid.sum(1)
-    answers[:, ANSWERED] = 1
-    return answers
+    return patches, image_of_question, boxes.to(device), texts, valid
 
 
 def _accuracies(counts: dict[str, list[float]], pooled: bool) -> dict[str, float]:

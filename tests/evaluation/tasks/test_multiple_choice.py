@@ -9,7 +9,13 @@ from support.ranks import needs_gloo, processes
 
 from betaclip.data.multiple_choice import Choice
 from betaclip.evaluation.encode import NoPicturesError
-from betaclip.evaluation.tasks.multiple_choice import choice_accuracy, choose, cosines_of_pairs, first_is_best
+from betaclip.evaluation.tasks.multiple_choice import (
+    choice_accuracy,
+    choose,
+    cosines_of_pairs,
+    first_is_best,
+    wrong_answers,
+)
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -74,6 +80,19 @@ def questions(tmp_path) -> list[tuple[str, Choice]]:
         ("easy", Choice(small, colours.box_of(1, 1), "blue", ("red",))),
         ("hard", Choice(small, colours.box_of(1, 1), "blue", ("green", "red", "green red"))),
     ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_wrong_answers(tmp_path, batch_size):
+    """The wrong ones of those that can be read, each with the best negative."""
+    blue = colours.box_of(3, 0, 160, 64)
+    choices = [choice for _, choice in questions(tmp_path)]
+    choices += [Choice(choices[0].image, blue, "green", ("red", "blue", "blue red")),
+                Choice(colours.save_broken(tmp_path / "broken.png"), blue, "green", ("blue",))]  # fmt: skip
+    found = list(wrong_answers(colours.ColourModel().eval(), Tokenizer(), choices, batch_size=batch_size))
+    assert found == [(3, "blue"), (6, "blue")]
+    some = wrong_answers(colours.ColourModel().eval(), Tokenizer(), choices, batch_size=1)
+    assert next(some) == (3, "blue")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
