@@ -50,8 +50,8 @@ def cosines_of_pairs(a: Tensor, b: Tensor) -> Tensor:
 def candidate_scores(
     model: Encoder, patches: Tensor, image_of_question: Tensor, boxes: Tensor, texts: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The cosines of each candidate, (Q, K) each: with the region's feature, and, if the model has a pooling block, with
-    the embedding that it pools from the whole picture.
+    """The cosines of each candidate, (Q, K) each: with the region's feature, and, if the model has a pooling block,
+    with the embedding that it pools from the whole picture.
 
     Args:
         patches: (B, P, D).
