@@ -65,7 +65,7 @@ setup(
         "betaclip.configs",
     ],
     package_dir={"betaclip.kernels": "kernels", "betaclip.configs": "configs"},
-    package_data={"betaclip.configs": ["*.toml"]},
+    package_data={"betaclip.configs": ["*.toml"], "betaclip.page": ["*.html", "*.css", "*.js"]},
     distclass=PlatformDistribution,
     cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": BdistWheel},
 )

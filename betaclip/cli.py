@@ -1,4 +1,4 @@
-"""The command `betaclip`: train, evaluate, visualize, prepare, export, env. A command imports only what it needs."""
+"""The command `betaclip`: train, evaluate, visualize, report and others. A command imports only what it needs."""
 
 import difflib
 import importlib
@@ -30,6 +30,7 @@ COMMANDS = {
         "betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions, pointing, classes"
     ),
     "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
+    "report": Command("betaclip.report", "ReportConfig", "report", "write a page about a run, to open in a browser"),
     "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
     "export": Command("betaclip.export", "ExportConfig", "export", "write a model in the published layout"),
     "env": Command("betaclip.env", None, "main", "versions, devices and backends, for a bug report"),

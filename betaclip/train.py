@@ -18,7 +18,9 @@ from betaclip.evaluation.sets import EvaluationConfig
 from betaclip.files import lock_folder, reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.page.page import FILE, write_page
 from betaclip.process_group import ProcessGroup, initialized
+from betaclip.settings import read
 from betaclip.signals import stop_signals
 from betaclip.training.artifacts import write_curves
 from betaclip.training.config import RunConfig, TrainingConfig, check
@@ -26,6 +28,7 @@ from betaclip.training.trainer import Evaluated, Trainer
 from betaclip.visualize import attention_figure
 
 OURS, GLOBAL = "β-CLIP", "global loss only"
+GLOBAL_FOLDER = "global_only"  # in the run's folder
 DEFAULT_SCENES = 200
 PICTURES, PHRASES_PER_PICTURE = 6, 7
 
@@ -72,7 +75,7 @@ def main(config: TrainConfig) -> None:
         compare = config.data.kind == "scenes" if config.run.compare_global is None else config.run.compare_global
         if compare and config.loss.beta_cal_weight:
             loss = replace(config.loss, global_weight=1.0, beta_cal_weight=0.0, conditioned_negatives=0, weights={})
-            run = replace(config.run, folder=runs[OURS], name="global_only")
+            run = replace(config.run, folder=runs[OURS], name=GLOBAL_FOLDER)
             stack.enter_context(claim(run, process_group))
             runs[GLOBAL] = train(replace(config, loss=loss, run=run), evaluator, process_group, device)
         finish(config, runs, evaluator, process_group, device)
@@ -145,7 +148,10 @@ def finish(
     if config.data.kind == "scenes":
         for name, model in models.items():
             write_pictures(model, runs[name] / "attention", config.data.scenes_seed)
+    settings = read(TrainConfig(), folder / "config.toml")  # with what the model's weights said
+    write_page(folder / FILE, settings, runs, results, models[OURS], evaluator)
     print(f"{folder} has checkpoints, curves.png" + (", results.json" if results else ""))
+    print(f"open {folder / FILE} in a browser")
 
 
 def write_pictures(model: BetaCLIP, folder: Path, seed: int) -> None:

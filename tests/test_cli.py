@@ -75,6 +75,9 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
     assert {"choices/hard", "pointing/mass_in_box"} <= results["β-CLIP"].keys()
     table = out[out.rindex("Choices") :]
     assert "β-CLIP" in table and "global loss only" in table
+    assert out.endswith(f"open {tmp_path}/a/report.html in a browser\n")
+    main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "again.html")])
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "a" / "report.html").read_bytes()
     main(["evaluate", str(tmp_path / "a"), "--scenes", "4", "--no-conditioned"])
     assert "Choices" in capsys.readouterr().out
     picture = str(next((tmp_path / "a" / "attention").glob("*.png")))
@@ -101,6 +104,7 @@ def test_twenty_pictures_train(tiny, twenty, capsys, monkeypatch):
     data = ["--data.kind", "pairs", "--data.annotations", str(twenty / "pictures"), "--data.test-rows", "5"]
     evaluation = ["--evaluation.pairs", str(twenty / "pictures"), "--evaluation.pairs-rows", "5"]
     main([*tiny, *data, "--data.phrase-extractor", "rules", *evaluation, "--run.no-tensorboard"])
+    assert "Pictures that were left out of the training." in (twenty / "a" / "report.html").read_text("utf-8")
     results = json.loads((twenty / "a" / "results.json").read_text())
     assert results["pairs, β-CLIP"]["retrieval/images"] == 5
     rest = ["--run.name", "b", "--data.kind", "pairs", "--data.annotations", "nowhere.csv"]
@@ -110,7 +114,8 @@ def test_twenty_pictures_train(tiny, twenty, capsys, monkeypatch):
 
 def test_a_mixture_trains_and_goes_on(tiny, twenty, capsys, monkeypatch):
     """The sets are in the file, an option changes one of them; the resumed run is the uninterrupted one."""
-    monkeypatch.setattr(train, "write_curves", lambda *_: None)
+    for slow in ("write_curves", "write_page"):
+        monkeypatch.setattr(train, slow, lambda *_: None)
     common = 'kind = "pairs"\nphrase_extractor = "rules"\n'
     mixture = f"""
 [data]

@@ -86,6 +86,11 @@ def normalize(image: Image.Image | npt.NDArray[np.uint8]) -> Tensor:
     return values.mul_(_FACTOR).sub_(_SHIFT)
 
 
+def denormalize(image: Tensor) -> npt.NDArray[np.uint8]:
+    """The (H, W, 3) uint8 that :func:`normalize` made (3, H, W) of."""
+    return ((image.cpu() + _SHIFT) / _FACTOR).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
+
+
 class TrainingTransform:
     """A random part of the image, resized to a square: 50 to 100 % of its area, no longer than 4:3.
 

@@ -27,7 +27,7 @@ def curves_figure(metrics: Mapping[str, list[dict[str, float]]]) -> Figure:
     """One panel for each kind of metric, a colour for each metric in it, and a line style for each run."""
     figure = Figure((11, 7), dpi=120, layout="constrained")
     for axis, (title, affix) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        names = dict.fromkeys(name for rows in metrics.values() for row in rows for name in row if _fits(name, affix))
+        names = dict.fromkeys(name for rows in metrics.values() for row in rows for name in row if fits(name, affix))
         for colour, name in enumerate(names):
             for style, (run, rows) in zip(LINE_STYLES, metrics.items(), strict=False):
                 label = name if len(metrics) == 1 else f"{name}, {run}"
@@ -40,7 +40,7 @@ def curves_figure(metrics: Mapping[str, list[dict[str, float]]]) -> Figure:
     return figure
 
 
-def _fits(name: str, affix: str) -> bool:
+def fits(name: str, affix: str) -> bool:
     return name.startswith(affix) if affix.endswith("_") else name.endswith(affix)
 
 

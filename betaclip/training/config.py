@@ -170,7 +170,7 @@ def check(config: TrainingConfig, ranks: int) -> None:
 # The names of what a run writes into its folder. Its name alone may have been given to what a scheduler writes there.
 RUN_FILES = (
     "config.toml", "metrics.jsonl", "checkpoint_*", "events.out.tfevents.*", "non_finite_rank*.json", "results.json",
-    "curves.png", "attention", "global_only",
+    "curves.png", "report.html", "attention", "global_only",
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ SOURCES = {
 }
 CONFIGS = {f"betaclip/configs/{file.name}" for file in (ROOT / "configs").glob("*.toml")}
 MODULES = {name if name.startswith("betaclip/") else f"betaclip/{name}" for name in SOURCES}
-PACKAGE = {*MODULES, *CONFIGS, "betaclip/py.typed", "betaclip/lib/build.json"}
+PAGE = {f"betaclip/page/{name}" for name in ("template.html", "style.css", "script.js")}
+PACKAGE = {*MODULES, *CONFIGS, *PAGE, "betaclip/py.typed", "betaclip/lib/build.json"}
 NOT_BUILT = {**os.environ, "BETACLIP_BUILD_CUDA": "0"}
 PRINT_KERNELS = """
 import importlib.util

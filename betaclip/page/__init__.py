@@ -1,0 +1,1 @@
+"""The page that ``betaclip train`` and ``betaclip report`` write about a run."""
