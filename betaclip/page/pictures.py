@@ -1,6 +1,7 @@
 """Pictures with texts that one can point at to see their attention: rendered test scenes, or pictures of the user's."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -75,14 +76,48 @@ def shown_pictures(model: BetaCLIP, config: DataConfig, sets: Sequence[Retrieval
     Raises:
         OSError, ValueError: the data cannot be read.
     """
-    if config.kind == "scenes":
-        origin, chosen = "Test scenes, which no training run sees.", _scenes(config.scenes_seed, model.image_size)
-    else:
-        origin, examples = _examples(model, config, sets)
-        good = (one for one in islice(examples, TRIED) if isinstance(one, Example))
-        chosen = (_shown(example, model.image_size) for example in islice(good, PICTURES))
     tokenizer = Tokenizer(model.context_length)
-    return origin, [_with_attention(model, tokenizer, shown) for shown in chosen]
+    for origin, found in _sources(model, config, sets):
+        pictures = [_with_attention(model, tokenizer, shown) for shown in islice(found, PICTURES)]
+        if pictures:
+            return origin, pictures
+    return "", []
+
+
+def _sources(
+    model: BetaCLIP, config: DataConfig, sets: Sequence[RetrievalSet]
+) -> Iterator[tuple[str, Iterator[Shown]]]:
+    """What may be shown, the best first: where it is from, and the pictures of it that can be read."""
+    size, length = model.image_size, model.context_length
+    if config.kind == "scenes":
+        yield "Test scenes, which no training run sees.", _scenes(config.scenes_seed, size)
+        return
+    data: Any = config.create(size, length)
+    # What betaclip prepare wrote may lack the sentences of other pictures than those of the training.
+    extracting: Any = replace(cast(Any, config), phrases=None)
+    if isinstance(data, PairsDataset) and data.test_rows:
+        whole = copy(data)
+        whole.make, whole.test_rows = extracting.example_maker(size, length), 0
+        held_out = map(whole.__getitem__, _draws(data.test_rows))
+        yield "Pictures that were left out of the training.", _read(held_out, size)
+    for one in sets:
+        make = extracting.example_maker(size, length)
+        of_set = (make(path, str(path), texts[0], 0) for path, texts in texts_of_pictures(one))
+        yield f"Pictures of {one.name}, a set of the evaluation.", _read(of_set, size)
+    trained_on = data if isinstance(data, IterableDataset) else map(data.__getitem__, _draws(len(data)))
+    yield "Pictures that the model was trained on; --data.test-rows N leaves some out.", _read(trained_on, size)
+
+
+def _draws(length: int) -> Iterator[Draw]:
+    """The first numbers of equal parts of the data, so that every set of a mixture may be shown, then the second ones,
+    and so on."""
+    first = [length * part // PICTURES for part in range(PICTURES)]
+    numbers = dict.fromkeys(one + i for i in range(TRIED // PICTURES) for one in first if one + i < length)
+    return (Draw(number, seed=number) for number in numbers)
+
+
+def _read(examples: Iterable[Example | Bad], size: int) -> Iterator[Shown]:
+    return (_shown(one, size) for one in islice(examples, TRIED) if isinstance(one, Example))
 
 
 def _scenes(seed: int, size: int) -> Iterator[Shown]:
@@ -92,32 +127,6 @@ def _scenes(seed: int, size: int) -> Iterator[Shown]:
         boxes = [(x0 / size, y0 / size, x1 / size, y1 / size) for x0, y0, x1, y1 in seen.boxes[:PHRASES]]
         pixels = Squash(size)(Image.fromarray(seen.image))
         yield Shown(drawn.image, pixels, seen.caption, seen.phrases[:PHRASES], boxes)
-
-
-def _examples(model: BetaCLIP, config: DataConfig, sets: Sequence[RetrievalSet]) -> tuple[str, Iterable[Example | Bad]]:
-    size, length = model.image_size, model.context_length
-    data = config.create(size, length)
-    # What betaclip prepare wrote may lack the sentences of other pictures than those of the training.
-    extracting: Any = replace(cast(Any, config), phrases=None)
-    if isinstance(data, PairsDataset) and data.test_rows:
-        whole, rows = replace(extracting, test_rows=0).create(size, length), range(data.test_rows)
-        return "Pictures that were left out of the training.", (whole[Draw(row, row)] for row in rows)
-    if sets:
-        make = extracting.example_maker(size, length)
-        pictures = texts_of_pictures(sets[0])
-        examples = (make(path, str(path), texts[0], 0) for path, texts in pictures)
-        return f"Pictures of {sets[0].name}, a set of the evaluation.", examples
-    origin = "Pictures that the model was trained on, because the run left none out (--data.test-rows)."
-    if isinstance(data, IterableDataset):
-        return origin, data
-    return origin, (data[Draw(index, index)] for index in _spread(len(data)))  # type: ignore[arg-type]
-
-
-def _spread(length: int) -> list[int]:
-    """The first numbers of equal parts of the data, so that every set of a mixture may be shown, then the second ones,
-    and so on."""
-    first = [length * part // PICTURES for part in range(PICTURES)]
-    return list(dict.fromkeys(one + i for i in range(TRIED // PICTURES) for one in first if one + i < length))
 
 
 def _shown(example: Example, size: int) -> Shown:

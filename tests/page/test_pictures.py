@@ -56,6 +56,19 @@ def test_rows_that_were_left_out(own):
     assert [(text.figure, text.place) for text in first.texts] == [("16.0 ×", None)] * 2
 
 
+def test_what_cannot_be_read_is_passed_over(own):
+    """No row that was left out has its picture: a set of the evaluation takes their place."""
+    for i in (0, 2):
+        (own.annotations / f"{i}.png").write_bytes(b"no picture")
+    sets = RetrievalConfig(pairs=own.annotations).read_retrieval_sets()
+    origin, pictures = shown_pictures(MODEL, replace(own, test_rows=3), sets)
+    assert origin == "Pictures of pairs, a set of the evaluation."
+    assert [one.about[:14] for one in pictures] == ["A red square 3", "A red square 4"]
+    for i in (3, 4):
+        (own.annotations / f"{i}.png").write_bytes(b"no picture")
+    assert shown_pictures(MODEL, replace(own, test_rows=3), sets) == ("", [])
+
+
 def test_a_set_of_the_evaluation_goes_before_training_pictures(own):
     sets = RetrievalConfig(pairs=own.annotations).read_retrieval_sets()
     origin, pictures = shown_pictures(MODEL, own, sets)
