@@ -146,6 +146,7 @@ kind = "mixture"
 def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
     """Every command takes a run's adapters merged, and the average of its weights unless it is told otherwise."""
     pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
+    monkeypatch.setattr(train, "PICTURES", 1)
     published = ["--model.context-length", "248", "--model.quick-gelu", "--model.no-pool-norm-inputs"]
     trained = ["--lora.rank", "2", "--lora.targets", "out_proj", "c_fc", "--optimizer.ema-decay", "0.5"]
     main([*tiny, *published, *trained, "--optimizer.layer-decay", "0.8", "--run.compare-global", "False"])

@@ -231,13 +231,16 @@ def check(config: TrainingConfig, ranks: int) -> None:
 def _check_trained_parts(config: TrainingConfig) -> None:
     """Raise ConfigError for values of lock, lora and of the optimizer's options for layers and averages."""
     lock, lora, optimizer = config.lock, config.lora, config.optimizer
-    for tower, unlocked in (("image", "image_unlocked_groups"), ("text", "text_unlocked_layers")):
-        if getattr(lock, unlocked) and not getattr(lock, tower):
-            raise ConfigError(f"lock.{unlocked}: expected lock.{tower} with it, which freezes the others")
+    for option, value in vars(lock).items():
+        tower = option.partition("_")[0]
+        if value != getattr(LockConfig(), option) and not getattr(lock, tower):
+            raise ConfigError(f"lock.{option}: expected lock.{tower} with it, which freezes the tower")
     if lora.rank < 0:
         raise ConfigError(f"lora.rank: expected at least 0, got {lora.rank}")
     if lora.rank and (lock.image or lock.text):
         raise ConfigError("lora.rank: expected no lock.image or lock.text with it, as adapters leave the towers frozen")
+    if not lora.rank and lora != LoraConfig():
+        raise ConfigError("lora.rank: expected at least 1 with other settings of lora, got 0")
     if lora.rank and not lora.targets:
         raise ConfigError("lora.targets: expected at least one name, got none")
     if not 0 <= lora.dropout < 1:

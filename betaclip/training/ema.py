@@ -53,7 +53,7 @@ class WeightAverage:
             state: dict[str, Any] = get_model_state_dict(self._model, options=options)
             return {name: state[name].clone() for name in self._weights if name in state}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Load the averages from a state of the whole model. All ranks must call with the same."""
         with self.applied():
             set_model_state_dict(self._model, state, options=StateDictOptions(full_state_dict=True))

@@ -33,6 +33,7 @@ class ColourModel(nn.Module):
         tokenizer = Tokenizer()
         self.colour_of_token = {tokenizer(name)[1]: i for i, name in enumerate(NAMES)}
         self.images = self.texts = 0  # encoded so far
+        self.averaged = False
         with torch.no_grad():
             for parameter in self.pool.parameters():
                 parameter.zero_()

@@ -44,6 +44,11 @@ def test_check(change, message):
     [
         ({"lock": LockConfig(image_unlocked_groups=2)}, "lock.image_unlocked_groups: expected lock.image with it"),
         ({"lock": LockConfig(text_unlocked_layers=2)}, "lock.text_unlocked_layers: expected lock.text with it"),
+        (
+            {"lock": LockConfig(image=True, text_freeze_layer_norm=False)},
+            "lock.text_freeze_layer_norm: expected lock.text",
+        ),
+        ({"lora": LoraConfig(alpha=4.0)}, "lora.rank: expected at least 1 with other settings of lora, got 0"),
         ({"lora": LoraConfig(rank=-1)}, "lora.rank: expected at least 0, got -1"),
         ({"lora": LoraConfig(rank=2), "lock": LockConfig(text=True)}, "lora.rank: expected no lock.image or lock.text"),
         ({"lora": LoraConfig(rank=2, dropout=1.0)}, "lora.dropout: expected at least 0 and below 1, got 1"),

@@ -430,16 +430,18 @@ def test_resumes_bit_for_bit(tmp_path, monkeypatch, options):
         assert any(not torch.equal(theirs["ema"][name], theirs["model"][name]) for name in theirs["ema"])
 
 
+def averaged(settings: TrainingConfig) -> TrainingConfig:
+    return replace(settings, optimizer=replace(settings.optimizer, ema_decay=0.7))
+
+
 def test_average_starts_from_a_checkpoint_without_one(tmp_path):
-    settings = config(tmp_path, steps=2)
-    train(settings)
-    optimizer = replace(settings.optimizer, ema_decay=0.9)
-    averaged = replace(config(tmp_path, steps=4, resume=True), optimizer=optimizer)
-    run = Trainer(averaged, SINGLE_PROCESS, CPU)
+    train(config(tmp_path, steps=2))
+    settings = averaged(config(tmp_path, steps=4, resume=True))
+    run = Trainer(settings, SINGLE_PROCESS, CPU)
     assert run.average is not None
     for name, value in run.average.state().items():
         assert torch.equal(value, run.model.get_parameter(name)), name
-    assert "ema" in checkpoints.read(train(averaged).folder / "checkpoint_00000004.pt")
+    assert "ema" in checkpoints.read(train(settings).folder / "checkpoint_00000004.pt")
 
 
 def test_evaluates_the_average_beside_the_weights(tmp_path, capsys):
@@ -450,9 +452,7 @@ def test_evaluates_the_average_beside_the_weights(tmp_path, capsys):
         seen.append(model.pool.mlp.c_fc.weight.sum().item())
         return Evaluated({"noise/size": seen[-1]}, f"a table of {seen[-1]}")
 
-    settings = config(tmp_path, "averaged", steps=4)
-    averaged = replace(settings, optimizer=replace(settings.optimizer, ema_decay=0.9))
-    run = train(averaged, evaluate=evaluate, evaluate_every=2)
+    run = train(averaged(config(tmp_path, "averaged", steps=4)), evaluate=evaluate, evaluate_every=2)
     rows = read_metrics(run.folder / "metrics.jsonl")
     found = [row for row in rows if "noise/size" in row]
     assert [(row["step"], row["noise/size"], row["ema/noise/size"]) for row in found] == [(2, *seen)]
@@ -526,7 +526,7 @@ def assert_same_model(ours: BetaCLIP, truth: BetaCLIP) -> None:
 
 
 def stopped_run_goes_on(folder: Path, how: str, other: str) -> None:
-    group, settings = ProcessGroup.of(), config(folder, how, parallel=how)
+    group, settings = ProcessGroup.of(), averaged(config(folder, how, parallel=how))
     sys.stdout = io.StringIO()
     put_tiny(setattr, dropout=0.0)
     call = TrainStep.__call__
@@ -546,9 +546,10 @@ def test_stopped_run_goes_on_with_another_wrapper(tmp_path, monkeypatch, how, ot
     """SIGTERM to one rank stops both after the same step; what they go on to is what one process trains."""
     processes(2, stopped_run_goes_on, tmp_path, tmp_path, how, other)
     put_tiny(monkeypatch.setattr, dropout=0.0)
-    whole = train(config(tmp_path, "whole")).folder
+    whole = train(averaged(config(tmp_path, "whole"))).folder
     truth, content = (checkpoints.read(tmp_path / name / "checkpoint_00000009.pt") for name in ("whole", how))
     assert_same(content["model"], truth["model"], 1e-4)
+    assert_same(content["ema"], truth["ema"], 1e-4)
     assert len(content["random"]) == 2
     ours, of_one = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / how, whole))
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in of_one], rel=1e-3)
