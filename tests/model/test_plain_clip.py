@@ -93,9 +93,13 @@ def test_equals_open_clip(tmp_path: Path, kind: str) -> None:
     assert model.embed_dim == 12 and model.image_size == 32 and model.pool is None and not model.training
 
 
-def test_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """Weights of open_clip's trainer; OpenAI's archives say their activation."""
     config = json.dumps({"embed_dim": 12, **KINDS["clip"][0]})
+    if known:
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", json.loads(config))
+        config = "tiny"
     torch.manual_seed(0)
     clip = CLIP(embed_dim=12, **KINDS["clip"][0], quick_gelu=True)
     state = clip.state_dict()
