@@ -200,7 +200,8 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     folder, file = str(tmp_path / "no"), str(tmp_path / "no.json")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
     assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1
-    assert "model: name: expected scenes, JSON, or one of" in fails(capsys, *tiny, "--model.name", "ViT")
+    message = fails(capsys, *tiny, "--model.name", "ViT-B-61")
+    assert "model: name: expected scenes, JSON, or a model of open_clip, got 'ViT-B-61'; the nearest are " in message
     assert "device: expected auto or cpu, as no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
     assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
     assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")

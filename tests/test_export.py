@@ -40,7 +40,8 @@ PLAIN = {
     ),
     "custom text": ModelConfig(towers({"patch_size": 4, "width": 32}, {"context_length": 21}, custom_text=True),
                                context_length=24),
-    "tanh": ModelConfig(towers({"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}, {})),
+    "tanh": ModelConfig(towers({"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}, {},
+                               nonscalar_logit_scale=True)),
 }  # fmt: skip
 OTHERS = {
     "bias": ModelConfig(towers({}, {}, init_logit_bias=-10.0, nonscalar_logit_scale=True)),

@@ -122,7 +122,8 @@ def _models(config: EvaluateConfig, device: torch.device) -> dict[str, Encoder]:
             plain = create_plain(config.model, config.pretrained).to(device)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
-        models[" ".join(Path(part).name for part in (config.model, config.pretrained) if part)] = plain
+        named = [] if config.model.startswith("{") else [config.model]  # its configuration would be a long name
+        models[" ".join(Path(part).name for part in (*named, config.pretrained) if part)] = plain
     return models
 
 

@@ -19,7 +19,7 @@ from open_clip.model import (
     resize_text_pos_embed,
 )
 from open_clip.pretrained import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import Tensor
 
 from betaclip.model.weights import OPENAI_SIZES, check_weights
 
@@ -31,7 +31,7 @@ SCENES: dict[str, Any] = {
 }
 
 
-def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
+def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
     """Make an open_clip model.
 
     Args:
@@ -111,6 +111,19 @@ def create_known(known: str, tag: str | None, **options: Any) -> Any:
         raise ValueError(f"{message}: {one_line(error)}") from error
 
 
+def create_tokenizer(known: str) -> Any:
+    """``open_clip.get_tokenizer``, with its failures as messages of one line.
+
+    Raises:
+        ValueError: a file of the tokenizer cannot be downloaded, or the package that it needs is missing.
+    """
+    try:
+        with _without_alarm():
+            return open_clip.get_tokenizer(known)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"name: open_clip cannot load the tokenizer of {known}: {one_line(error)}") from error
+
+
 def one_line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -123,17 +136,21 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 @contextmanager
 def _without_alarm() -> Iterator[None]:
-    """Drop open_clip's warning that the weights are random, which they are meant to be, or are loaded next, and its own
-    word on an error that is raised anyway."""
+    """Drop open_clip's warning that the weights are random, which they are meant to be, or are loaded next, and what it
+    and the hub's client log of failures, since the last of these is raised."""
 
     def keep(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return "initialized randomly" not in message and "Failed to download" not in message
 
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
     logging.getLogger().addFilter(keep)
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         logging.getLogger().removeFilter(keep)
 
 

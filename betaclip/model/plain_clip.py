@@ -18,11 +18,11 @@ from betaclip.integrations.open_clip import encode_images
 from betaclip.model.open_clip_towers import (
     check_tag,
     create_known,
+    create_tokenizer,
     create_towers,
     known_model,
     load_towers,
     needs_quick_gelu,
-    one_line,
 )
 from betaclip.model.texts import RaggedTexts
 from betaclip.model.vision_tower import encode_patches, prepare_vision, vision_not_supported_reasons
@@ -164,13 +164,10 @@ def create_plain(name: str, pretrained: str | None) -> PlainClip:
 
 
 def _plain(clip: Any, name: str, preprocess: dict[str, Any]) -> PlainClip:
-    try:
-        if name == "scenes" or name.startswith("{"):
-            tokenizer = partial(open_clip.tokenize, context_length=clip.context_length)
-        else:
-            tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise ValueError(f"name: open_clip cannot load the tokenizer of {name}: {one_line(error)}") from error
+    if name == "scenes" or name.startswith("{"):
+        tokenizer: Any = partial(open_clip.tokenize, context_length=clip.context_length)
+    else:
+        tokenizer = create_tokenizer(name)
     return PlainClip(clip, tokenizer, PreprocessCfg(**preprocess))
 
 

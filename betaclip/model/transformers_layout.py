@@ -102,6 +102,7 @@ def to_transformers(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 theirs[layer + _renamed(found[3], _PARTS)] = value
         else:
             theirs[_renamed(name, _BEGINNINGS)] = value.T if name in _TRANSPOSED else value
+    theirs["logit_scale"] = theirs["logit_scale"].reshape(())  # (1,) with nonscalar_logit_scale
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
