@@ -4,10 +4,8 @@ Each is formed row by row: a statistic between images, a (B, K, K) block of ordi
 options add. The rows are then weighted and reduced, over ranks where several are contrasted.
 """
 
-import functools
-from collections.abc import Callable
 from functools import partial
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -109,28 +107,29 @@ class Inputs(NamedTuple):
     extra_text_ids: Tensor | None = None
 
 
-P = ParamSpec("P")
+class Loss(Protocol):
+    """A form under the name by which ranks tell losses apart."""
+
+    def __call__(self, inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor: ...
 
 
-def _eager_over_ranks(
-    loss: Callable[Concatenate[Inputs, Options, P], Tensor],
-) -> Callable[Concatenate[Inputs, Options, P], Tensor]:
+def _eager_over_ranks(loss: Loss) -> Loss:
     """Let torch.compile break the graph around ``loss`` if it gathers: the host then reads what other ranks sent."""
     eager = torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")
 
-    @functools.wraps(loss)
-    def run(inputs: Inputs, options: Options, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def run(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
         grouped = options.gather is not False and dist.is_available() and dist.is_initialized()
         if torch.compiler.is_compiling() and grouped and (options.gather != "auto" or dist.get_world_size() > 1):
-            return eager(inputs, options, *args, **kwargs)
-        return loss(inputs, options, *args, **kwargs)
+            loss_of_ranks: Tensor = eager(inputs, options, name)
+            return loss_of_ranks
+        return loss(inputs, options, name)
 
     return run
 
 
 @_eager_over_ranks
 def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
-    """:func:`betaclip.beta_cal_ce_loss` under the name by which ranks tell losses apart."""
+    """:func:`betaclip.beta_cal_ce_loss`."""
     options.check("ce")
     group = _gathering_group(options)
     batch, extra_ids = _prepare(inputs, options, group)
@@ -190,7 +189,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
 
 @_eager_over_ranks
 def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
-    """:func:`betaclip.beta_cal_bce_loss` under the name by which ranks tell losses apart."""
+    """:func:`betaclip.beta_cal_bce_loss`."""
     options.check("bce")
     group = _gathering_group(options)
     batch, extra_ids = _prepare(inputs, options, group)

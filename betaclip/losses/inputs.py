@@ -305,8 +305,8 @@ def one_text_per_image(
         if rows is not None:
             check_tensor(name, rows)
             expect(name, rows, "as image_embeds", shape=image_embeds.shape[:1])
-    of_rows = (None if rows is None else rows.unsqueeze(1) for rows in (weights, text_ids))
-    return image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), *of_rows
+    weights, text_ids = (None if rows is None else rows.unsqueeze(1) for rows in (weights, text_ids))
+    return image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), weights, text_ids
 
 
 def check_tensor(name: str, value: object) -> None:

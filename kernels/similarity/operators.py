@@ -310,24 +310,10 @@ def _(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, images, 
 
 
 @logsumexp_backward.register_fake
-def _(
-    x,
-    y,
-    scale,
-    x_image_id,
-    y_image_id,
-    x_text_id,
-    y_text_id,
-    slots,
-    lse_x,
-    lse_y,
-    dlse_x,
-    dlse_y,
-    dcosines,
-    need_dx,
-    need_dy,
-    *options,
-):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options,
+):  # fmt: skip
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale)
 
 
