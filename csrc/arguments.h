@@ -38,7 +38,9 @@ inline int operands_error(const betaclip_operands *o) {
   if (!is_stride(o->x_stride, o->d) || !is_stride(o->y_stride, o->d)) return BETACLIP_ERROR_STRIDE;
   if (!is_aligned(o->x, 16) || !is_aligned(o->y, 16) || !is_aligned(o->scale, 4)) return BETACLIP_ERROR_ALIGNMENT;
   if (!is_aligned(o->x_group, 4) || !is_aligned(o->y_group, 4)) return BETACLIP_ERROR_ALIGNMENT;
+  if (!is_aligned(o->x_text, 4) || !is_aligned(o->y_text, 4)) return BETACLIP_ERROR_ALIGNMENT;
   if ((o->x_group == nullptr) != (o->y_group == nullptr)) return BETACLIP_ERROR_GROUPS;
+  if ((o->x_text == nullptr) != (o->y_text == nullptr)) return BETACLIP_ERROR_GROUPS;
   return BETACLIP_SUCCESS;
 }
 
@@ -55,8 +57,8 @@ inline int workspace_error(const void *workspace) {
   return is_aligned(workspace, 16) ? BETACLIP_SUCCESS : BETACLIP_ERROR_ALIGNMENT;
 }
 
-inline Groups x_groups(const betaclip_operands &o, int64_t end) { return {o.x_group, 0, end}; }
-inline Groups y_groups(const betaclip_operands &o, int64_t end) { return {o.y_group, 1, end}; }
+inline Groups x_groups(const betaclip_operands &o, int64_t end) { return {o.x_group, o.x_text, 0, end}; }
+inline Groups y_groups(const betaclip_operands &o, int64_t end) { return {o.y_group, o.y_text, 1, end}; }
 
 // The chunk that is the whole matrix, for operations that write no dS.
 inline betaclip_chunk whole_matrix(const betaclip_operands &o) { return {nullptr, 0, 0, o.n, 0, o.m}; }

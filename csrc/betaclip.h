@@ -2,8 +2,8 @@
  *
  *     S_ij = scale * <x_i, y_j> (+ bias)        i < n, j < m
  *
- * A pair (i, j) takes part unless x_group[i] == y_group[j] or one of the two is negative (padding). What padded rows
- * hold, NaN included, reaches nothing. Products are formed in the inputs' 16-bit type with float32 accumulation;
+ * A pair (i, j) takes part unless x_group[i] == y_group[j] or one of the two is negative (padding), or x_text[i] and
+ * y_text[j] are equal and not negative. What padded rows hold, NaN included, reaches nothing. Products are formed in the inputs' 16-bit type with float32 accumulation;
  * statistics are float32, in nats. Results are deterministic: no atomics, and one summation order for given sizes and
  * multiprocessor count.
  *
@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Changes when a structure or a signature below does. */
-#define BETACLIP_VERSION 1
+#define BETACLIP_VERSION 2
 
 enum {
   BETACLIP_SUCCESS = 0,
@@ -45,7 +45,7 @@ enum {
   BETACLIP_ERROR_DEPTH = -4,        /* d is not a multiple of 8 from 8 to 1024 */
   BETACLIP_ERROR_STRIDE = -5,       /* a row stride is less than a row, not a multiple of 8 elements, or 2^39 or more */
   BETACLIP_ERROR_ALIGNMENT = -6,    /* x, y, ds or workspace is not aligned to 16 bytes, another pointer not to 4 */
-  BETACLIP_ERROR_GROUPS = -7,       /* one of x_group and y_group is given, the other is NULL */
+  BETACLIP_ERROR_GROUPS = -7,       /* one of x_group and y_group, or of x_text and y_text, is given, the other is NULL */
   BETACLIP_ERROR_CHUNK = -8,        /* a chunk is empty or reaches beyond (n, m) */
   BETACLIP_ERROR_WORKSPACE = -9,    /* workspace_bytes is below what the size function says for this device */
   BETACLIP_ERROR_ARCHITECTURE = -10 /* the current device has no compute capability 9.0 */
@@ -62,6 +62,8 @@ typedef struct betaclip_operands {
   const void *y;          /* (m, d) likewise */
   const int32_t *x_group; /* (n) or NULL, together with y_group */
   const int32_t *y_group; /* (m) */
+  const int32_t *x_text;  /* (n) or NULL, together with y_text */
+  const int32_t *y_text;  /* (m) */
   const float *scale;     /* () read on the device */
   int64_t x_stride;       /* elements from one row of x to the next, a multiple of 8, at least d */
   int64_t y_stride;

@@ -71,8 +71,8 @@ struct Side {
   int64_t stride, depth;
 };
 
-BETACLIP_HD Side side_of_x(const betaclip_operands &o) { return {o.x, {o.x_group, 0, o.n}, o.x_stride, o.d}; }
-BETACLIP_HD Side side_of_y(const betaclip_operands &o) { return {o.y, {o.y_group, 1, o.m}, o.y_stride, o.d}; }
+BETACLIP_HD Side side_of_x(const betaclip_operands &o) { return {o.x, {o.x_group, o.x_text, 0, o.n}, o.x_stride, o.d}; }
+BETACLIP_HD Side side_of_y(const betaclip_operands &o) { return {o.y, {o.y_group, o.y_text, 1, o.m}, o.y_stride, o.d}; }
 
 // The share of <a, b> of one of `lanes` lanes, 16 bytes at a time.
 template <class Element>

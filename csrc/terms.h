@@ -24,10 +24,17 @@
 
 namespace betaclip {
 
-// Groups of one side. Negative groups and indices from `end` on read as -1, so that one comparison tells pairs that
-// take part: equal groups have exclusive or 0, two negative ones too, and one negative makes it negative.
+// What tells whether a pair takes part, of one of its rows.
+struct Ids {
+  int32_t group, text;
+};
+
+// Groups and texts of one side. Negative groups and indices from `end` on read as -1, so that one comparison tells pairs
+// that take part: equal groups have exclusive or 0, two negative ones too, and one negative makes it negative. Texts
+// that equal no other read as a number that the other side does not have.
 struct Groups {
   const int32_t *group;  // or null: every row is in a group of its own,
+  const int32_t *text;   // or null: every text differs from all others
   int32_t absent;        // this one, which differs between the two sides
   int64_t end;
 
@@ -36,9 +43,13 @@ struct Groups {
     const int32_t id = group == nullptr ? absent : group[index];
     return id < 0 ? -1 : id;
   }
+  BETACLIP_HD Ids ids(int64_t index) const {
+    const int32_t id = text == nullptr || index >= end ? -1 : text[index];
+    return {(*this)(index), id < 0 ? -1 - absent : id};
+  }
 };
 
-BETACLIP_HD bool takes_part(int32_t x_group, int32_t y_group) { return (x_group ^ y_group) > 0; }
+BETACLIP_HD bool takes_part(const Ids &x, const Ids &y) { return (x.group ^ y.group) > 0 && x.text != y.text; }
 
 BETACLIP_HD float read_or(const float *values, int64_t index, int64_t end, float otherwise) {
   return index < end ? values[index] : otherwise;
@@ -67,7 +78,7 @@ struct LogSumExpTerms {
     const float *scale, *reference;
   };
   struct Row {
-    int32_t group;
+    Ids ids;
   };
   using Col = Row;
   static constexpr int kRowSums = 1, kColSums = 1;
@@ -77,13 +88,13 @@ struct LogSumExpTerms {
   float scale, reference;
 
   BETACLIP_HD explicit LogSumExpTerms(const Params &p) : params(p), scale(*p.scale), reference(*p.reference) {}
-  BETACLIP_HD Row row(int64_t i) const { return {params.x(i)}; }
-  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD Row row(int64_t i) const { return {params.x.ids(i)}; }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y.ids(j)}; }
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
   BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sum, float *col_sum) const {
-    const float e = takes_part(row.group, col.group) ? fast_exp(rounded_product(product, scale) - reference) : 0.0f;
+    const float e = takes_part(row.ids, col.ids) ? fast_exp(rounded_product(product, scale) - reference) : 0.0f;
     *row_sum += e;
     *col_sum += e;
     return 0.0f;
@@ -99,7 +110,7 @@ struct ExactLogSumExpTerms {
     const float *scale;
   };
   struct Row {
-    int32_t group;
+    Ids ids;
   };
   using Col = Row;
   static constexpr int kRowSums = 1, kColSums = 1;
@@ -109,13 +120,13 @@ struct ExactLogSumExpTerms {
   float scale;
 
   BETACLIP_HD explicit ExactLogSumExpTerms(const Params &p) : params(p), scale(*p.scale) {}
-  BETACLIP_HD Row row(int64_t i) const { return {params.x(i)}; }
-  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD Row row(int64_t i) const { return {params.x.ids(i)}; }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y.ids(j)}; }
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
   BETACLIP_HD float term(float product, const Row &row, const Col &col, Sum *row_sum, Sum *col_sum) const {
-    const float s = takes_part(row.group, col.group) ? rounded_product(product, scale) : -kInfinity;
+    const float s = takes_part(row.ids, col.ids) ? rounded_product(product, scale) : -kInfinity;
     row_sum->add(s);
     col_sum->add(s);
     return 0.0f;
@@ -132,8 +143,8 @@ struct LogSumExpGradientTerms {
     const float *stat_x, *stat_y, *weight_x, *weight_y, *factor_x, *factor_y;
     const int32_t *narrow;
   };
-  struct alignas(16) Row {
-    int32_t group;
+  struct alignas(8) Row {
+    Ids ids;
     float stat, weight, factor;
   };
   using Col = Row;
@@ -148,12 +159,12 @@ struct LogSumExpGradientTerms {
       : params(p), scale(*p.scale), narrow(*p.narrow != 0) {}
   BETACLIP_HD Row row(int64_t i) const {
     const int64_t end = params.x.end;
-    return {params.x(i), read_or(params.stat_x, i, end, kInfinity), read_or(params.weight_x, i, end, 0.0f),
+    return {params.x.ids(i), read_or(params.stat_x, i, end, kInfinity), read_or(params.weight_x, i, end, 0.0f),
             read_or(params.factor_x, i, end, 0.0f)};
   }
   BETACLIP_HD Col col(int64_t j) const {
     const int64_t end = params.y.end;
-    return {params.y(j), read_or(params.stat_y, j, end, kInfinity), read_or(params.weight_y, j, end, 0.0f),
+    return {params.y.ids(j), read_or(params.stat_y, j, end, kInfinity), read_or(params.weight_y, j, end, 0.0f),
             read_or(params.factor_y, j, end, 0.0f)};
   }
   BETACLIP_HD int variant() const { return narrow ? 1 : 0; }
@@ -167,7 +178,7 @@ struct LogSumExpGradientTerms {
     } else {
       ds = row.weight * fast_exp(s - row.stat) + col.weight * fast_exp(s - col.stat);
     }
-    return takes_part(row.group, col.group) ? ds : 0.0f;
+    return takes_part(row.ids, col.ids) ? ds : 0.0f;
   }
 };
 
@@ -181,11 +192,11 @@ struct SoftplusTerms {
     const float *scale, *bias, *weight;  // bias may be null
   };
   struct Row {
-    int32_t group;
+    Ids ids;
     float weight;
   };
   struct Col {
-    int32_t group;
+    Ids ids;
   };
   static constexpr int kRowSums = kGradient ? 2 : 1, kColSums = 0;
   static constexpr bool kStores = kGradient;
@@ -196,15 +207,15 @@ struct SoftplusTerms {
   BETACLIP_HD explicit SoftplusTerms(const Params &p)
       : params(p), scale(*p.scale), bias(p.bias == nullptr ? 0.0f : *p.bias) {}
   BETACLIP_HD Row row(int64_t i) const {
-    const int32_t group = params.x(i);
-    return {group, kGradient && group >= 0 ? params.weight[i] : 0.0f};  // beyond the end the group is negative
+    const Ids ids = params.x.ids(i);
+    return {ids, kGradient && ids.group >= 0 ? params.weight[i] : 0.0f};  // beyond the end the group is negative
   }
-  BETACLIP_HD Col col(int64_t j) const { return {params.y(j)}; }
+  BETACLIP_HD Col col(int64_t j) const { return {params.y.ids(j)}; }
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
   BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sums, float *) const {
-    const float s = takes_part(row.group, col.group) ? product * scale + bias : -kInfinity;
+    const float s = takes_part(row.ids, col.ids) ? product * scale + bias : -kInfinity;
     const float e = fast_exp(-fabsf(s));
     row_sums[0] += (s < 0.0f ? 0.0f : s) + log1p_of_at_most_1(e);
     if (!kGradient) return 0.0f;

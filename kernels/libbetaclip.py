@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(str(files("betaclip"))) / "lib"  # not beside this file: kernels/ may lie outside the package
-VERSION = 1  # BETACLIP_VERSION of csrc/betaclip.h, whose structures and functions are repeated below
+VERSION = 2  # BETACLIP_VERSION of csrc/betaclip.h, whose structures and functions are repeated below
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 class Operands(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "y", "x_group", "y_group", "scale")),
+        *((name, c_void_p) for name in ("x", "y", "x_group", "y_group", "x_text", "y_text", "scale")),
         *((name, c_int64) for name in ("x_stride", "y_stride", "n", "m", "d")),
         ("dtype", c_int32),
     ]

@@ -63,7 +63,15 @@ SOURCES = [
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
 TARGETS = [(name, dtype) for name, size in TILES if name != "interpreter" for dtype in _DTYPES[size]]
-FLAGS = ("HAS_IMAGE_ID", "HAS_BIAS", "HAS_GRADIENT", "NORMALIZE", "HAS_MASK", "MANY_BLOCKS")  # of a launch
+FLAGS = (
+    "HAS_IMAGE_ID",
+    "HAS_TEXT_ID",
+    "HAS_BIAS",
+    "HAS_GRADIENT",
+    "NORMALIZE",
+    "HAS_MASK",
+    "MANY_BLOCKS",
+)  # of a launch
 GROWTH = 1.05  # how many times the accepted instructions per tile a kernel may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -105,22 +113,23 @@ def compile_launches(architecture: str) -> list[tuple[Any, dict[str, Any]]]:
 
 def launch_similarity(dtype: torch.dtype) -> None:
     """Launch at small, usual and largest depths and at one that TMA cannot read, with and without ids and bias."""
-    for depth, with_ids, bias in (
-        (512, True, True),
-        (512, False, False),
-        (64, True, False),
-        (1024, True, True),
-        (100, True, True),
+    for depth, with_ids, with_texts, bias in (
+        (512, True, False, True),
+        (512, True, True, True),
+        (512, False, False, False),
+        (64, True, False, False),
+        (1024, True, False, True),
+        (100, True, False, True),
     ):
-        _launch_similarity(dtype, depth, with_ids, bias)
+        _launch_similarity(dtype, depth, with_ids, with_texts, bias)
 
 
-def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, bias: bool) -> None:
+def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, with_texts: bool, bias: bool) -> None:
     """Call every launcher once, with N and M that are no multiples of a tile."""
     n, m = 300, 200
     x_id, y_id = (torch.arange(rows, dtype=torch.int32) if with_ids else None for rows in (n, m))
-    x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype)
-    y = Operand(torch.zeros(m, depth, dtype=dtype), y_id, None, dtype)
+    x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype, x_id if with_texts else None)
+    y = Operand(torch.zeros(m, depth, dtype=dtype), y_id, None, dtype, y_id if with_texts else None)
     scale, b, of_x, of_y = torch.tensor(10.0), torch.tensor(-1.0) if bias else None, torch.zeros(n), torch.zeros(m)
     Triton().similarity_logsumexp_fwd(x, y, scale)
     Triton().similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)

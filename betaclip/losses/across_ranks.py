@@ -33,9 +33,9 @@ TRANSPORTS = ("all_gather", "ring")
 # as its bandwidth is some 400 GB/s and its latency 1 µs.
 _MAX_PIECES, _MIN_COLUMNS, _MIN_BYTES = 8, 4096, 2**19
 
-# This rank's normalised columns and their image ids, filled up to the largest shard.
+# This rank's normalised columns, their image ids and, if there are any, text ids, filled up to the largest shard.
 LoadShard = Callable[[], list[Tensor]]
-# From the columns of one shard or of several (normalised rows, image ids, extras), what is merged at their owner.
+# From the columns of one shard or of several (normalised rows, ids, extras), what is merged at their owner.
 Compute = Callable[..., Tensor | None]
 
 
@@ -70,6 +70,7 @@ class Call(NamedTuple):
     smoothed: bool = False
     weighted: bool = False
     extra: bool = False
+    text_ids: bool = False
 
 
 # What each entry of a call may be; its place there travels between ranks.
@@ -84,6 +85,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "smoothed": (False, True),
     "weighted": (False, True),
     "extra": (False, True),
+    "text_ids": (False, True),
     "gather": TRANSPORTS,
     "dtype": DTYPES,
 }
@@ -110,14 +112,15 @@ class AcrossRanks:
         num_pieces: Callable[[int, int, int, str], int] = pieces,
     ) -> None:
         self.backend, self.group, self.wanted, self.call = backend, group, wanted, call
+        self._text_ids: Tensor | None = None
         self.shards = _Shards(transport, group, num_pieces)
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         x = self._agree(x, y)
         rows = scale.new_full((x.rows.shape[0],), -torch.inf)
 
-        def contrast(texts: Tensor, image_id: Tensor) -> Tensor:
-            columns = Operand(texts, image_id, None, y.dtype)
+        def contrast(texts: Tensor, *ids: Tensor) -> Tensor:
+            columns = _columns(y, texts, *ids)
             lse_x, lse_y = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_fwd(x, columns, scale)
             torch.logaddexp(rows, lse_x, out=rows)
             return lse_y
@@ -141,8 +144,9 @@ class AcrossRanks:
         max_rows = self.shards.max_rows
         statistics = torch.stack((_fill(lse_y, max_rows, -torch.inf), _fill(dlse_y, max_rows, 0)), 1)
 
-        def contrast(texts: Tensor, image_id: Tensor, statistics: Tensor) -> Tensor | None:
-            columns, (lse, dlse) = Operand(texts, image_id, None, y.dtype), statistics.T.contiguous()
+        def contrast(texts: Tensor, *ids_and_statistics: Tensor) -> Tensor | None:
+            *ids, statistics = ids_and_statistics
+            columns, (lse, dlse) = _columns(y, texts, *ids), statistics.T.contiguous()
             dx, dy, dscale = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_bwd(
                 x, columns, scale, lse_x, lse, dlse_x, dlse, need_dx, dy_wanted
             )
@@ -156,8 +160,8 @@ class AcrossRanks:
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         x, sums = self._agree(x, y), _Sums()
 
-        def contrast(texts: Tensor, image_id: Tensor) -> None:
-            columns = Operand(texts, image_id, None, y.dtype)
+        def contrast(texts: Tensor, *ids: Tensor) -> None:
+            columns = _columns(y, texts, *ids)
             sums.add(self._local("similarity_softplus", x, columns).similarity_softplus_fwd(x, columns, scale, bias))
 
         self.shards.for_each(partial(self._shard, y), [], contrast, "sum")
@@ -176,8 +180,8 @@ class AcrossRanks:
         x, sums = self._agree(x, y), _Sums()
         dy_wanted = self.wanted.text
 
-        def contrast(texts: Tensor, image_id: Tensor) -> Tensor | None:
-            columns = Operand(texts, image_id, None, y.dtype)
+        def contrast(texts: Tensor, *ids: Tensor) -> Tensor | None:
+            columns = _columns(y, texts, *ids)
             rows, dx, dy, dscale, dbias = self._local("similarity_softplus", x, columns).similarity_softplus_fwd_bwd(
                 x, columns, scale, bias, drows, need_dx, dy_wanted
             )
@@ -196,22 +200,34 @@ class AcrossRanks:
                 each other for ever.
         """
         self.wanted = self.shards.agree(x, y, self.wanted, self.call)
+        if x.text_id is not None and y.text_id is not None:
+            with _explained(self.group, "the ids of all texts"):
+                self._text_ids = self.group.gather_rows(torch.cat((x.text_id, y.text_id))).sort().values
         return self._across(x)
 
     def _across(self, x: Operand) -> Operand:
-        """``x`` with image ids that no other rank has; -1 stays. They grow with the rank: sorted ones stay so once
-        gathered, and backends need not look for equal ones everywhere."""
+        """``x`` with image ids that no other rank has, and text ids that equal texts of all ranks share; -1 stays.
+        Image ids grow with the rank: sorted ones stay so once gathered, and backends need not look for equal ones
+        everywhere."""
         assert x.image_id is not None
         ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.ids_per_rank)
-        return Operand(x.rows, ids, x.inverse_norm, x.dtype)
+        text_id = None if x.text_id is None else renumbered(x.text_id, self._text_ids)
+        return Operand(x.rows, ids, x.inverse_norm, x.dtype, text_id)
 
     def _local(self, operation: str, x: Operand, y: Operand) -> SimilarityBackend:
         return local_backend(operation, self.backend, x, y)
 
     def _shard(self, y: Operand) -> list[Tensor]:
-        image_id = self._across(y).image_id
-        assert image_id is not None
-        return [_fill(y.matrix(y.dtype), self.shards.max_rows, 0), _fill(image_id, self.shards.max_rows, -1)]
+        across = self._across(y)
+        ids = [t for t in (across.image_id, across.text_id) if t is not None]
+        return [_fill(y.matrix(y.dtype), self.shards.max_rows, 0), *(_fill(t, self.shards.max_rows, -1) for t in ids)]
+
+
+def renumbered(text_id: Tensor, all_ids: Tensor | None = None) -> Tensor:
+    """(N,) int32 ids, equal where those of ``text_id`` are, -1 where they are negative: each id's place among all ids,
+    which are sorted, or by default among these."""
+    all_ids = text_id.sort().values if all_ids is None else all_ids
+    return torch.where(text_id < 0, -1, torch.searchsorted(all_ids, text_id)).to(torch.int32)
 
 
 def over_ranks(terms: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -317,11 +333,11 @@ class _Shards:
         kept, self._kept = self._kept, []
         extras_in_flight = self._gather(extras)
         if not kept:
-            rows, image_id = load()
+            rows, *ids = load()
             step = -(-self.max_rows // self.num_pieces(size, self.max_rows, rows.nbytes, rows.device.type))
-            kept = [self._gather([t]) for t in (image_id, *rows.split(max(step, 1)))]
-        image_ids, *pieces_in_flight = kept
-        vectors = self._wait(image_ids) + self._wait(extras_in_flight)
+            kept = [self._gather(ids), *(self._gather([t]) for t in rows.split(max(step, 1)))]
+        ids_in_flight, *pieces_in_flight = kept
+        vectors = self._wait(ids_in_flight) + self._wait(extras_in_flight)
         vectors = [t.unflatten(0, (size, self.max_rows)) for t in vectors]
         returning: list[InFlight] = []
         lo = 0
@@ -412,6 +428,11 @@ def _explained(group: ProcessGroup, what: str) -> Iterator[None]:
     except RuntimeError as error:
         reason = "another rank failed, or did not call the same loss within the process group's timeout"
         raise RuntimeError(f"{what}, rank {group.rank} of {group.size}: {reason}: {error}") from error
+
+
+def _columns(y: Operand, texts: Tensor, image_id: Tensor, text_id: Tensor | None = None) -> Operand:
+    """Columns that have arrived, normalised where they come from."""
+    return Operand(texts, image_id, None, y.dtype, text_id)
 
 
 class _Sums:

@@ -91,6 +91,8 @@ class BetaCALLoss(nn.Module):
         weights: Tensor | None = None,
         extra_texts: Tensor | None = None,
         extra_mask: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        extra_text_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -109,6 +111,9 @@ class BetaCALLoss(nn.Module):
             weights: (B, K), or (N,) with ``image_index``: constant weights of the texts.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
+            text_ids: (B, K), or (N,) with ``image_index``: integers, equal for equal texts, negative for a text that
+                equals no other. Texts that equal that of another image are not its negatives.
+            extra_text_ids: (E,) the same for the extra texts.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats; 0 if no text is valid. With ``reduction="none"`` (B, K),
@@ -121,7 +126,7 @@ class BetaCALLoss(nn.Module):
         """
         inputs = Inputs(
             image_embeds, text_embeds, logit_scale, mask, image_index, logit_bias, pair_weights, weights,
-            conditioned_negatives, conditioned_mask, extra_texts, extra_mask,
+            conditioned_negatives, conditioned_mask, extra_texts, extra_mask, text_ids, extra_text_ids,
         )  # fmt: skip
         return (softmax_loss if self.form == "ce" else sigmoid_loss)(inputs, self.options())
 

@@ -11,44 +11,58 @@ from torch import Tensor
 
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, unit_rows
-from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus, softplus_total
-from betaclip.kernels.similarity.operators import Backend, RowLayout
+from betaclip.kernels.similarity.operators import Backend, LogSumExp, RowLayout, SoftplusSums
 from betaclip.losses.inputs import Batch, check_tensor
 
 
 class ExtraTexts(NamedTuple):
     """Checked extra texts of a batch.
 
-    image, text: (N, D) and (E, D) unit rows in accumulation dtype, 0 for padded ones. valid: (E,) bool.
+    image, text: (N, D) and (E, D) unit rows in accumulation dtype, 0 for padded ones. valid: (E,) bool. text_id: (E,)
+    as the layout's, or None.
     """
 
     image: Tensor
     text: Tensor
     valid: Tensor
+    text_id: Tensor | None
 
     def logsumexp(self, batch: Batch, layout: RowLayout, backend: Backend) -> Tensor:
         """(N,) the log-sum-exp of each image embedding's logits with the extra texts; -inf if there is none."""
-        image, text, *image_ids = self._operands(batch, layout)
-        return similarity_logsumexp(image, text, batch.scale, *image_ids, backend=backend)[0]
+        image, text, ids = self._operands(batch, layout)
+        lse: Tensor = LogSumExp.apply(image, text, batch.scale, *ids, 0, 0, batch.dtype, backend)[0]
+        return lse
 
     def softplus(
         self, batch: Batch, bias: Tensor | None, total: bool, row_weights: Tensor | None, backend: Backend
     ) -> Tensor:
         """The sums of the softplus of each image embedding's logits with the extra texts, as ``contrast_softplus``."""
-        image, text, *image_ids = self._operands(batch, batch.layout)
-        given = image, text, batch.scale, bias, *image_ids
-        if total:
-            return softplus_total(*given, row_weights, backend=backend)
-        return similarity_softplus(*given, backend=backend)
+        image, text, ids = self._operands(batch, batch.layout)
+        sums: Tensor = SoftplusSums.apply(
+            image,
+            text,
+            batch.scale,
+            bias,
+            *ids,
+            row_weights,
+            total,
+            torch.is_grad_enabled(),
+            0,
+            0,
+            batch.dtype,
+            backend,
+        )[0]
+        return sums
 
-    def _operands(self, batch: Batch, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows in the dtype of the products, and image ids: that of valid extra texts is no image's of the batch."""
+    def _operands(self, batch: Batch, layout: RowLayout) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Rows in the dtype of the products; ids and slots. No image of the batch has the id of valid extra texts."""
         image_id = torch.where(self.valid, layout.images, -1).to(torch.int32)
-        return self.image.to(batch.dtype), self.text.to(batch.dtype), layout.image_id, image_id
+        ids = layout.image_id, image_id, layout.text_id, self.text_id, None
+        return self.image.to(batch.dtype), self.text.to(batch.dtype), ids
 
 
 def prepare_extra_texts(
-    batch: Batch, layout: RowLayout, texts: Tensor | None, mask: Tensor | None
+    batch: Batch, layout: RowLayout, texts: Tensor | None, mask: Tensor | None, text_id: Tensor | None
 ) -> ExtraTexts | None:
     """Check the extra texts and their mask."""
     if texts is None:
@@ -72,4 +86,4 @@ def prepare_extra_texts(
         unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0))
         for rows, taken in ((batch.image, layout.image_id >= 0), (texts, valid))
     )
-    return ExtraTexts(image, text, valid)
+    return ExtraTexts(image, text, valid, text_id)

@@ -4,10 +4,8 @@ Each is formed row by row: a statistic between images, a (B, K, K) block of ordi
 options add. The rows are then weighted and reduced, over ranks where several are contrasted.
 """
 
-import functools
-from collections.abc import Callable
 from functools import partial
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,6 +37,7 @@ from betaclip.losses.inputs import (
     check_weight,
     prepare,
     prepare_row_weights,
+    prepare_text_ids,
     warn_if_beta_cancels,
     weights_of_pairs,
 )
@@ -104,39 +103,42 @@ class Inputs(NamedTuple):
     conditioned_mask: Tensor | None = None
     extra_texts: Tensor | None = None
     extra_mask: Tensor | None = None
+    text_ids: Tensor | None = None
+    extra_text_ids: Tensor | None = None
 
 
-P = ParamSpec("P")
+class Loss(Protocol):
+    """A form under the name by which ranks tell losses apart."""
+
+    def __call__(self, inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor: ...
 
 
-def _eager_over_ranks(
-    loss: Callable[Concatenate[Inputs, Options, P], Tensor],
-) -> Callable[Concatenate[Inputs, Options, P], Tensor]:
+def _eager_over_ranks(loss: Loss) -> Loss:
     """Let torch.compile break the graph around ``loss`` if it gathers: the host then reads what other ranks sent."""
 
-    @functools.wraps(loss)
-    def run(inputs: Inputs, options: Options, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def run(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
         grouped = options.gather is not False and dist.is_available() and dist.is_initialized()
         if torch.compiler.is_compiling() and grouped and (options.gather != "auto" or dist.get_world_size() > 1):
             # Made here rather than once: it imports torch._dynamo, which takes longer than all else of betaclip.
             eager = torch.compiler.disable(loss, reason="a loss over several ranks runs eagerly")
-            return eager(inputs, options, *args, **kwargs)
-        return loss(inputs, options, *args, **kwargs)
+            loss_of_ranks: Tensor = eager(inputs, options, name)
+            return loss_of_ranks
+        return loss(inputs, options, name)
 
     return run
 
 
 @_eager_over_ranks
 def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
-    """:func:`betaclip.beta_cal_ce_loss` under the name by which ranks tell losses apart."""
+    """:func:`betaclip.beta_cal_ce_loss`."""
     options.check("ce")
     group = gathering_group(options.gather, options.process_group)
-    batch = _prepare(inputs, options)
+    batch, extra_ids = _prepare(inputs, options, group)
     targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
     weights = prepare_row_weights(batch, inputs.weights, options.padding)
     conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
     layout = batch.layout if options.padding == "ignore" else batch.all_rows()
-    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask, extra_ids)
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
@@ -145,6 +147,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     call = Call(
         name, "ce", options.padding, False, conditioned=conditioned is not None, reduction=options.reduction,
         smoothed=options.label_smoothing > 0, weighted=weights is not None, extra=extra is not None,
+        text_ids=inputs.text_ids is not None,
     )  # fmt: skip
     backend = partial(_backend, options, group, batch, call)
     between_x, between_y, cosines = contrast_logsumexp(
@@ -187,19 +190,20 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
 
 @_eager_over_ranks
 def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") -> Tensor:
-    """:func:`betaclip.beta_cal_bce_loss` under the name by which ranks tell losses apart."""
+    """:func:`betaclip.beta_cal_bce_loss`."""
     options.check("bce")
     group = gathering_group(options.gather, options.process_group)
-    batch = _prepare(inputs, options)
+    batch, extra_ids = _prepare(inputs, options, group)
     layout, given_bias = batch.layout, inputs.logit_bias
     bias = None if given_bias is None else as_scalar("logit_bias", given_bias, batch.image, batch.scale.dtype)
     targets = weights_of_pairs(batch, options.alpha, options.beta, inputs.pair_weights)
     weights = prepare_row_weights(batch, inputs.weights, options.padding)
     conditioned = prepare_conditioned(batch, inputs.conditioned_negatives, inputs.conditioned_mask)
-    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask)
+    extra = prepare_extra_texts(batch, layout, inputs.extra_texts, inputs.extra_mask, extra_ids)
     call = Call(
         name, "bce", options.padding, bias is not None, options.divisor, conditioned is not None, options.reduction,
         weighted=weights is not None, extra=extra is not None,
+        text_ids=inputs.text_ids is not None,
     )  # fmt: skip
     backend = partial(_backend, options, group, batch, call, bias=bias)
     reduce, row_weights = options.reduction == "mean", None if weights is None else layout.to_rows(weights)
@@ -236,10 +240,15 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     return _mean(total, weight if options.divisor == "rows" else weight * count)
 
 
-def _prepare(inputs: Inputs, options: Options) -> Batch:
-    return prepare(
+def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tuple[Batch, Tensor | None]:
+    """The batch, and the ids of the extra texts."""
+    batch = prepare(
         inputs.image_embeds, inputs.text_embeds, inputs.logit_scale, inputs.mask, inputs.image_index, options.padding
     )
+    ids = inputs.text_ids, inputs.extra_texts, inputs.extra_text_ids
+    if options.label_smoothing and inputs.text_ids is not None:
+        raise ValueError("label_smoothing: expected 0 with text_ids, whose pairs have no logit to share a target")
+    return prepare_text_ids(batch, *ids, group is not None)
 
 
 def _share(target: Tensor, total: Tensor) -> Tensor:

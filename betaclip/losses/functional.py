@@ -37,6 +37,8 @@ def beta_cal_ce_loss(
     strict: bool = False,
     extra_texts: Tensor | None = None,
     extra_mask: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    extra_text_ids: Tensor | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -71,6 +73,12 @@ def beta_cal_ce_loss(
     ``extra_texts`` are further negatives of every image embedding, columns that belong to no image: in the loss of rows
     ``s`` becomes ``torch.cat((s, logit_scale * v @ F.normalize(extra_texts, dim=-1).T), 1)`` and ``w`` gets E columns
     of 0. This takes 8·N·E·D FLOP (6 if they need no gradient) and O(E·D) memory. The loss of columns stays as it is.
+
+    ``text_ids`` leave pairs of different images whose texts are equal out of the denominators, as they are no
+    negatives; ``s.logsumexp(1)`` becomes
+
+        ids, same_image = text_ids.flatten(), torch.block_diag(*[torch.ones(K, K)] * B).bool()
+        s.masked_fill((ids[:, None] == ids) & (ids >= 0) & ~same_image, -torch.inf).logsumexp(1)
 
     With ``weights`` u both directions are weighted means, ``(u * rows).sum() / u.sum()``.
 
@@ -111,6 +119,9 @@ def beta_cal_ce_loss(
             detached, texts of earlier batches. Over several ranks the rows of all are contrasted with those of all;
             numbers may differ, but each rank passes them, (0, D) for none.
         extra_mask: (E,) bool, True = valid; the others take part in nothing and may hold anything.
+        text_ids: (B, K), or (N,) with ``image_index``: any integers, equal for equal texts, also on different ranks,
+            such as hashes of their words; negative for a text that equals no other.
+        extra_text_ids: (E,) the same for the extra texts; without them these equal no other.
 
     Returns:
         () in accumulation dtype, nats: the (weighted) mean over valid rows of each direction, then of both directions.
@@ -134,6 +145,7 @@ def beta_cal_ce_loss(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, pair_weights=pair_weights,
         weights=weights, conditioned_negatives=conditioned_negatives, conditioned_mask=conditioned_mask,
         extra_texts=extra_texts, extra_mask=extra_mask,
+        text_ids=text_ids, extra_text_ids=extra_text_ids,
     )  # fmt: skip
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
@@ -167,6 +179,8 @@ def beta_cal_bce_loss(
     strict: bool = False,
     extra_texts: Tensor | None = None,
     extra_mask: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    extra_text_ids: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -191,6 +205,8 @@ def beta_cal_bce_loss(
 
     and nothing to N, for 6·N·E·D FLOP (4 if they need no gradient).
 
+    ``text_ids`` leave out pairs of different images whose texts are equal: they cost nothing.
+
     A row is what one image embedding costs with all texts, by the mean text (``divisor="pairs"``) or in all
     (``"rows"``). ``reduction="none"`` returns rows, ``weights`` u make the loss ``(u * rows).sum() / u.sum()``:
 
@@ -204,8 +220,9 @@ def beta_cal_bce_loss(
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
         process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction, strict,
-        extra_texts, extra_mask: as for :func:`beta_cal_ce_loss`. A mean is formed together with its gradient; the rows
-        of ``reduction="none"`` form their logits again in the backward (8·N²·D FLOP instead of 6).
+        extra_texts, extra_mask, text_ids, extra_text_ids: as for :func:`beta_cal_ce_loss`. A mean is formed together
+        with its gradient; the rows of ``reduction="none"`` form their logits again in the backward (8·N²·D FLOP
+        instead of 6).
 
     Returns:
         () in accumulation dtype, nats. 0 if no text is valid. With ``reduction="none"`` (B, K), or (N,) with
@@ -227,6 +244,7 @@ def beta_cal_bce_loss(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, logit_bias=logit_bias,
         pair_weights=pair_weights, weights=weights, conditioned_negatives=conditioned_negatives,
         conditioned_mask=conditioned_mask, extra_texts=extra_texts, extra_mask=extra_mask,
+        text_ids=text_ids, extra_text_ids=extra_text_ids,
     )  # fmt: skip
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,

@@ -11,7 +11,7 @@ from torch import Tensor
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype
 from betaclip.kernels.similarity.operators import BACKENDS, Backend, RowLayout
-from betaclip.losses.across_ranks import TRANSPORTS
+from betaclip.losses.across_ranks import TRANSPORTS, renumbered
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     def all_rows(self) -> RowLayout:
         """The layout in which padded rows take part like others."""
-        images, texts_per_image, _, slots = self.layout
+        images, texts_per_image, _, slots, _ = self.layout
         if slots is not None:
             return self.layout
         ids = torch.arange(images, dtype=torch.int32, device=self.image.device)
@@ -165,6 +165,41 @@ def prepare_row_weights(batch: Batch, weights: Tensor | None, padding: str) -> T
     return weights if batch.valid is None or padding == "published" else weights.masked_fill(~batch.valid, 0)
 
 
+def prepare_text_ids(
+    batch: Batch, text_ids: Tensor | None, extra_texts: Tensor | None, extra_ids: Tensor | None, several_ranks: bool
+) -> tuple[Batch, Tensor | None]:
+    """The batch with the ids of its texts, and (E,) those of the extra ones; None if no ids are given.
+
+    Ids are any integers, negative for a text that equals no other. On one rank they are numbered anew, to fit int32.
+    """
+    if text_ids is None:
+        if extra_ids is not None:
+            raise ValueError("extra_text_ids: expected text_ids with them, got None")
+        return batch, None
+    layout = batch.layout
+    rows = (layout.images, layout.texts_per_image) if layout.slots is None else (batch.image.shape[0],)
+    extra_rows = extra_texts.shape[:1] if isinstance(extra_texts, Tensor) else ()
+    if extra_ids is not None and extra_texts is None:
+        raise ValueError("extra_text_ids: expected extra_texts with them, got None")
+    named = (
+        ("text_ids", text_ids, rows, "as image_embeds"),
+        ("extra_text_ids", extra_ids, extra_rows, "as extra_texts"),
+    )
+    for name, ids, shape, like in named:
+        if ids is None:
+            continue
+        check_tensor(name, ids)
+        expect(name, ids, like, shape=torch.Size(shape), device=batch.image.device)
+        if ids.dtype not in _INDEX_DTYPES:
+            raise ValueError(f"{name}: expected an integer dtype, got {ids.dtype}")
+    own = text_ids.flatten().to(torch.int64)
+    extra = own.new_full(extra_rows or (0,), -1) if extra_ids is None else extra_ids.to(torch.int64)
+    if not several_ranks:
+        own, extra = renumbered(torch.cat((own, extra))).split((len(own), len(extra)))
+        own, extra = own.contiguous(), extra.contiguous()
+    return batch._replace(layout=layout._replace(text_id=own)), extra
+
+
 def warn_if_beta_cancels(image_embeds: Tensor, batch: Batch, beta: Tensor | float) -> None:
     """Warn, once per process, if all texts of each image have one image embedding in common: the targets' sum of logits
     in the softmax form is then the same for every ``beta``.
@@ -254,9 +289,9 @@ def check_weight(name: str, value: Tensor | float) -> None:
 
 
 def one_text_per_image(
-    image_embeds: Tensor, text_embeds: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, 1, D), (B, 1, D) and (B, 1) from (B, D), (B, D) and (B,).
+    image_embeds: Tensor, text_embeds: Tensor, weights: Tensor | None, text_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(B, 1, D), (B, 1, D), (B, 1) and (B, 1) from (B, D), (B, D), (B,) and (B,).
 
     Raises:
         ValueError: they have other shapes.
@@ -266,11 +301,12 @@ def one_text_per_image(
         if embeds.dim() != 2:
             raise ValueError(f"{name}: expected (B, D), got shape {tuple(embeds.shape)}")
     expect("text_embeds", text_embeds, "as image_embeds", shape=image_embeds.shape)
-    if weights is not None:
-        check_tensor("weights", weights)
-        expect("weights", weights, "as image_embeds", shape=image_embeds.shape[:1])
-        weights = weights.unsqueeze(1)
-    return image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), weights
+    for name, rows in (("weights", weights), ("text_ids", text_ids)):
+        if rows is not None:
+            check_tensor(name, rows)
+            expect(name, rows, "as image_embeds", shape=image_embeds.shape[:1])
+    weights, text_ids = (None if rows is None else rows.unsqueeze(1) for rows in (weights, text_ids))
+    return image_embeds.unsqueeze(1), text_embeds.unsqueeze(1), weights, text_ids
 
 
 def check_tensor(name: str, value: object) -> None:

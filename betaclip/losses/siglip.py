@@ -69,6 +69,8 @@ class SigLipLoss(nn.Module):
         weights: Tensor | None = None,
         extra_texts: Tensor | None = None,
         extra_mask: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        extra_text_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -80,6 +82,9 @@ class SigLipLoss(nn.Module):
             weights: (B,) constant weights of the images: the loss is the weighted mean, rows are times their weights.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
+            text_ids: (B,): integers, equal for equal texts, negative for a text that equals no
+                other. Texts that equal that of another image are not its negatives.
+            extra_text_ids: (E,) the same for the extra texts.
 
         Returns:
             () float32 (float64 for float64 inputs), in nats per image; (B,) with ``reduction="none"``.
@@ -89,10 +94,10 @@ class SigLipLoss(nn.Module):
             NotImplementedError: the named backend cannot serve these inputs; the message says why.
             RuntimeError: ``gather`` other than ``"auto"`` without an initialised process group.
         """
-        image, text, weights = one_text_per_image(image_embeds, text_embeds, weights)
+        image, text, weights, text_ids = one_text_per_image(image_embeds, text_embeds, weights, text_ids)
         inputs = Inputs(
             image, text, logit_scale, logit_bias=logit_bias, weights=weights, extra_texts=extra_texts,
-            extra_mask=extra_mask,
+            extra_mask=extra_mask, text_ids=text_ids, extra_text_ids=extra_text_ids,
         )  # fmt: skip
         loss = sigmoid_loss(inputs, self.options())
         return loss if self.reduction == "mean" else loss.squeeze(1)

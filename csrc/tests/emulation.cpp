@@ -26,13 +26,14 @@ struct Case {
   float scale, bias;
   Data data;
   Grouping grouping;
+  bool texts = false;  // some rows have equal texts
 };
 
 // Operands, their exact logits and which pairs take part.
 template <class Element>
 struct Problem {
   std::vector<Element> x, y;
-  std::vector<int32_t> x_group, y_group;
+  std::vector<int32_t> x_group, y_group, x_text, y_text;
   std::vector<double> logits;  // (n, m), -inf for pairs that take no part; without the bias
   std::vector<double> bounds;  // (n, m), the largest |S| that the norms allow
   betaclip_operands operands;
@@ -77,6 +78,10 @@ struct Problem {
       fill_groups(x_group, x, c.n, x_stride);
       fill_groups(y_group, y, c.m, y_stride);
     }
+    if (c.texts) {
+      for (int64_t i = 0; i < c.n; ++i) x_text.push_back(int32_t(random() % 9) - 2);
+      for (int64_t j = 0; j < c.m; ++j) y_text.push_back(int32_t(random() % 9) - 2);
+    }
     for (int64_t i = 0; i < c.n; ++i) {
       for (int64_t j = 0; j < c.m; ++j) {
         double product = 0.0, x_square = 0.0, y_square = 0.0;
@@ -84,13 +89,15 @@ struct Problem {
           const double a = double(float(x[i * x_stride + k])), b = double(float(y[j * y_stride + k]));
           product += a * b, x_square += a * a, y_square += b * b;
         }
-        const bool out = grouped && (x_group[i] == y_group[j] || x_group[i] < 0 || y_group[j] < 0);
+        const bool same_text = c.texts && x_text[i] == y_text[j] && x_text[i] >= 0;
+        const bool out = same_text || (grouped && (x_group[i] == y_group[j] || x_group[i] < 0 || y_group[j] < 0));
         logits.push_back(out ? -kInf : product * scale);
         bounds.push_back(out ? 0.0 : std::fabs(scale) * std::sqrt(x_square * y_square));
       }
     }
-    operands = {x.data(), y.data(), grouped ? x_group.data() : nullptr, grouped ? y_group.data() : nullptr, &scale,
-                x_stride, y_stride, c.n, c.m, c.d,
+    operands = {x.data(), y.data(), grouped ? x_group.data() : nullptr, grouped ? y_group.data() : nullptr,
+                c.texts ? x_text.data() : nullptr, c.texts ? y_text.data() : nullptr, &scale, x_stride,
+                y_stride, c.n, c.m, c.d,
                 std::is_same_v<Element, __half> ? BETACLIP_FLOAT16 : BETACLIP_BFLOAT16};
   }
 
@@ -353,8 +360,8 @@ template <class Element>
 void check_case(const Case &c, unsigned seed) {
   char text[200];
   std::snprintf(text, sizeof text,
-                "n=%" PRId64 " m=%" PRId64 " d=%" PRId64 " programs=%d scale=%g bias=%g data=%d groups=%d %s", c.n,
-                c.m, c.d, c.programs, c.scale, c.bias, int(c.data), int(c.grouping),
+                "n=%" PRId64 " m=%" PRId64 " d=%" PRId64 " programs=%d scale=%g bias=%g data=%d groups=%d texts=%d %s", c.n,
+                c.m, c.d, c.programs, c.scale, c.bias, int(c.data), int(c.grouping), int(c.texts),
                 std::is_same_v<Element, __half> ? "float16" : "bfloat16");
   current_case = text;
   std::mt19937 random(seed);
@@ -514,6 +521,10 @@ int main() {
   check_case<B>({140, 140, 16, 2, 0.0f, 1.0f, Data::kWide, Grouping::kSome}, 21);
   check_case<B>({700, 390, 16, 4, 100.0f, 0.0f, Data::kOneOpposite, Grouping::kNone}, 22);
   check_case<H>({390, 700, 16, 4, 100.0f, 0.0f, Data::kOneOpposite, Grouping::kNone}, 25);
+  // Equal texts, with groups and without, and where rows are lost.
+  check_case<B>({130, 257, 40, 3, 50.0f, -10.0f, Data::kUnit, Grouping::kPadded, true}, 26);
+  check_case<H>({139, 150, 24, 2, 20.0f, 0.0f, Data::kUnit, Grouping::kNone, true}, 27);
+  check_case<B>({150, 139, 24, 2, 1.0f, 0.0f, Data::kWide, Grouping::kSome, true}, 28);
   // More than a band, of which some tiles are skipped.
   check_case<B>({2180, 390, 8, 2, 100.0f, 0.0f, Data::kOneOpposite, Grouping::kNone}, 23);
   check_case<B>({2180, 133, 8, 2, 2.0f, 0.0f, Data::kNearTen, Grouping::kPadded}, 24);

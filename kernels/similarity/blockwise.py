@@ -150,6 +150,7 @@ class _ValidRows:
     def __init__(self, operand: Operand, index: Tensor | None = None) -> None:
         self.operand, self.index = operand, index
         self.image_id = operand.image_id if operand.image_id is None or index is None else operand.image_id[index]
+        self.text_id = operand.text_id if operand.text_id is None or index is None else operand.text_id[index]
         self.dtype, self.rows = operand.accumulation, operand.rows
         self.count = self.rows.shape[0] if index is None else index.shape[0]
 
@@ -211,7 +212,7 @@ class _ValidRows:
 
 
 class _Tiles:
-    """Tiles of the logits of two operands, all in the same scratch; pairs of the same image hold -inf.
+    """Tiles of the logits of two operands, all in the same scratch; pairs of the same image or text hold -inf.
 
     Columns are the outer loop: their wide block of y is formed once, and the narrow blocks of x again for each.
     """
@@ -254,6 +255,7 @@ class _Tiles:
             if shift:
                 tile.sub_(shift)
             self._exclude_same_image(tile, lo, hi, begin, end)
+            self._exclude_same_text(tile, lo, hi, begin, end)
             yield lo, hi, left, tile
 
     def bound(self) -> float:
@@ -275,6 +277,13 @@ class _Tiles:
             if first < last:
                 equal = x_image_id[top:bottom, None] == y_image_id[first:last]
                 tile[top - lo : bottom - lo, first - begin : last - begin].masked_fill_(equal, -torch.inf)
+
+    def _exclude_same_text(self, tile: Tensor, lo: int, hi: int, begin: int, end: int) -> None:
+        """Equal texts may be anywhere, so that all pairs of the tile are compared."""
+        if self.x.text_id is not None and self.y.text_id is not None:
+            y_text_id = self.y.text_id[begin:end]
+            y_text_id = y_text_id.masked_fill(y_text_id < 0, -2)  # unlike those of x that equal no other
+            tile.masked_fill_(self.x.text_id[lo:hi, None].clamp_min(-1) == y_text_id, -torch.inf)
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:

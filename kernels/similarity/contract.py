@@ -19,12 +19,14 @@ class Operand:
     image_id: (N,) contiguous int32, < 0 for rows that take no part; None on both sides of an operation, or neither.
     inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None to use the rows as they are.
     dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
+    text_id: (N,) contiguous int32, < 0 for rows whose text equals no other; None on both sides, or neither.
     """
 
     rows: Tensor
     image_id: Tensor | None
     inverse_norm: Tensor | None
     dtype: torch.dtype
+    text_id: Tensor | None = None
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -49,6 +51,7 @@ def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
 class SimilarityBackend(Protocol):
     """Statistics of S = scale <x_i, y_j> (+ bias) over pairs of different image ids, N rows of x by M rows of y.
 
+    Pairs of the same text id take no part either, unless it is negative.
     Rows whose image id is negative take part in nothing and may hold anything. Scalars are () tensors; scalars,
     statistics, incoming gradients and results are in accumulation dtype. Gradients are with respect to the normalised
     rows; dx and dy are new tensors that the caller may write over, and a gradient that is not needed is empty, (0,).

@@ -105,7 +105,8 @@ class _Launch:
         self.x, self.y = (aligned(side.matrix(side.dtype), 8) for side in (x, y))
         self.operands = cuda.Operands(
             self.x.data_ptr(), self.y.data_ptr(),
-            cuda.pointer(x.image_id), cuda.pointer(y.image_id), cuda.pointer(scale),
+            cuda.pointer(x.image_id), cuda.pointer(y.image_id), cuda.pointer(x.text_id), cuda.pointer(y.text_id),
+            cuda.pointer(scale),
             self.x.stride(0), self.y.stride(0), self.x.shape[0], self.y.shape[0], self.x.shape[1],
             cuda.DTYPES[self.x.dtype],
         )  # fmt: skip

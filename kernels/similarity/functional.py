@@ -1,5 +1,7 @@
 """Two-sided statistics of any rows, for losses of your own: the public operations, with their checks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ def similarity_logsumexp(
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
     *,
+    x_text: Tensor | None = None,
+    y_text: Tensor | None = None,
     backend: Backend = "auto",
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -37,6 +41,8 @@ def similarity_logsumexp(
         x_group: (N,) integer image id of each row, below 2^31 - 1; pairs of equal ids are left out. ``< 0`` marks
             padding, which takes part in nothing and may hold anything. None: each row has an image of its own.
         y_group: (M,) likewise.
+        x_text, y_text: (N,) and (M,) integer text ids: pairs of equal ids are left out as well, unless they are
+            negative; a row without an id equals no other.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
             ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
         strict: on a GPU, refuse what ``"auto"`` would leave to a slower backend than the fused one.
@@ -59,9 +65,9 @@ def similarity_logsumexp(
         >>> print(similarity_logsumexp(x, y, torch.tensor(2.0), image, image)[0])  # without the diagonal: log(2)
         tensor([0.6931, 0.6931, 0.6931])
     """
-    x, y, scale, _, *image_ids = _prepare(x, y, scale, None, x_group, y_group)
+    x, y, scale, _, *ids = _prepare(x, y, scale, None, x_group, y_group, x_text, y_text)
     backend = resolve_backend("similarity_logsumexp", backend, x, y, x.dtype, strict)
-    lse_x, lse_y, _ = LogSumExp.apply(x, y, scale, *image_ids, None, 0, 0, x.dtype, backend)
+    lse_x, lse_y, _ = LogSumExp.apply(x, y, scale, *ids, None, 0, 0, x.dtype, backend)
     return lse_x, lse_y
 
 
@@ -73,6 +79,8 @@ def similarity_softplus(
     x_group: Tensor | None = None,
     y_group: Tensor | None = None,
     *,
+    x_text: Tensor | None = None,
+    y_text: Tensor | None = None,
     backend: Backend = "auto",
     strict: bool = False,
 ) -> Tensor:
@@ -89,7 +97,7 @@ def similarity_softplus(
 
     Args:
         bias: () added to every logit, or None.
-        x, y, scale, x_group, y_group, backend, strict: as for :func:`similarity_logsumexp`.
+        x, y, scale, x_group, y_group, x_text, y_text, backend, strict: as for :func:`similarity_logsumexp`.
 
     Returns:
         (N,) float32 (float64), in nats; 0 for a row without any pair.
@@ -104,39 +112,23 @@ def similarity_softplus(
         >>> print(similarity_softplus(x, y, torch.tensor(10.0), torch.tensor(-5.0)))  # log(1 + e^5) + log(1 + e^-5)
         tensor([5.0134, 5.0134])
     """
-    x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
+    x, y, scale, bias, *ids = _prepare(x, y, scale, bias, x_group, y_group, x_text, y_text)
     backend = resolve_backend("similarity_softplus", backend, x, y, x.dtype, strict)
-    rows, _ = SoftplusSums.apply(x, y, scale, bias, *image_ids, None, None, False, False, 0, 0, x.dtype, backend)
+    rows, _ = SoftplusSums.apply(x, y, scale, bias, *ids, None, None, False, False, 0, 0, x.dtype, backend)
     return rows
 
 
-def softplus_total(
+def _prepare(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    x_group: Tensor | None,
-    y_group: Tensor | None,
-    row_weights: Tensor | None = None,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """() the sum of :func:`similarity_softplus`, times constant ``row_weights`` (N,) if they are given.
-
-    The gradient, if it is wanted, is formed together with the value: 6*N*M*D FLOP for both instead of 8.
-    """
-    x, y, scale, bias, *image_ids = _prepare(x, y, scale, bias, x_group, y_group)
-    backend = resolve_backend("similarity_softplus", backend, x, y, x.dtype)
-    total, _ = SoftplusSums.apply(
-        x, y, scale, bias, *image_ids, None, row_weights, True, torch.is_grad_enabled(), 0, 0, x.dtype, backend
-    )
-    return total
-
-
-def _prepare(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, x_image_id: Tensor | None, y_image_id: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The arguments as the operators take them: checked, padded rows 0, scalars in accumulation dtype, image ids as
+    x_image_id: Tensor | None,
+    y_image_id: Tensor | None,
+    x_text_id: Tensor | None,
+    y_text_id: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments as the operators take them: checked, padded rows 0, scalars in accumulation dtype, ids as
     contiguous int32; no ids of y where they are those of x, and else both or none."""
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2:
@@ -149,26 +141,34 @@ def _prepare(
     for name, scalar in (("scale", scale), ("bias", bias)):
         if scalar is not None and (scalar.dim() != 0 or not scalar.is_floating_point()):
             raise ValueError(f"{name}: expected a 0-d floating-point tensor, got {scalar.dtype} {tuple(scalar.shape)}")
-    for name, image_id, rows in (("x_group", x_image_id, x), ("y_group", y_image_id, y)):
-        expect(name, image_id, "", shape=rows.shape[:1])
-        if image_id is not None and not _is_integer(image_id):
-            raise ValueError(f"{name}: expected an integer dtype, got {image_id.dtype}")
-    others = {"y": y, "scale": scale, "bias": bias, "x_group": x_image_id, "y_group": y_image_id}
-    for name, tensor in others.items():
+    ids = {"x_group": x_image_id, "y_group": y_image_id, "x_text": x_text_id, "y_text": y_text_id}
+    for name, of_rows in ids.items():
+        expect(name, of_rows, "", shape=(x if name.startswith("x") else y).shape[:1])
+        if of_rows is not None and not _is_integer(of_rows):
+            raise ValueError(f"{name}: expected an integer dtype, got {of_rows.dtype}")
+    for name, tensor in {"y": y, "scale": scale, "bias": bias, **ids}.items():
         expect(name, tensor, "as for x", device=x.device)
-    same_ids = x_image_id is y_image_id
-    if x_image_id is not None or y_image_id is not None:
-        # Rows without image ids match nothing: an id of the other side is below 2^31 - 1.
-        x_image_id, y_image_id = (
-            rows.new_full((rows.shape[0],), 2**31 - 1, dtype=torch.int32)
-            if image_id is None
-            else image_id.to(torch.int32).contiguous()
-            for rows, image_id in ((x, x_image_id), (y, y_image_id))
-        )
-    x, y = _zero_padding(x, x_image_id), _zero_padding(y, y_image_id)
+    # Rows without image ids match nothing: an id of the other side is below 2^31 - 1.
+    image_ids = _both_or_none(x, y, x_image_id, y_image_id, 2**31 - 1)
+    text_ids = _both_or_none(x, y, x_text_id, y_text_id, -1)
+    x, y = _zero_padding(x, image_ids[0]), _zero_padding(y, image_ids[0] if y_image_id is x_image_id else image_ids[1])
     dtype = accumulation_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    return x, y, scale.to(dtype), bias, x_image_id, None if same_ids else y_image_id
+    return x, y, scale.to(dtype), bias, *image_ids, *text_ids
+
+
+def _both_or_none(
+    x: Tensor, y: Tensor, x_id: Tensor | None, y_id: Tensor | None, otherwise: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as contiguous int32, ``otherwise`` on a side that has none; none of y where they are those of x."""
+    if x_id is y_id:
+        return None if x_id is None else x_id.to(torch.int32).contiguous(), None
+    return tuple(  # type: ignore[return-value]
+        rows.new_full((rows.shape[0],), otherwise, dtype=torch.int32)
+        if of_rows is None
+        else of_rows.to(torch.int32).contiguous()
+        for rows, of_rows in ((x, x_id), (y, y_id))
+    )
 
 
 def _is_integer(t: Tensor) -> bool:

@@ -70,12 +70,15 @@ class RowLayout(NamedTuple):
 
     image_id: (N,) int32 image of each row, -1 for a row that takes no part.
     slots: (B, K) int64 row in each slot, -1 for none; None if row b * K + k is in slot (b, k).
+    text_id: (N,) integer id of each row's text, < 0 if it equals no other; None if all texts differ. int32, unless the
+        backend spans ranks.
     """
 
     images: int
     texts_per_image: int
     image_id: Tensor
     slots: Tensor | None
+    text_id: Tensor | None = None
 
     def to_slots(self, rows: Tensor, fill: float) -> Tensor:
         """(B, K) from a vector over rows."""
@@ -97,6 +100,8 @@ def contrast_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
 
+    Pairs of different images whose texts are equal are left out.
+
     Args:
         image, text: (N, D) embeddings, any norm, any floating dtype; N = B * K, or ragged.
         scale: () in accumulation dtype.
@@ -109,7 +114,18 @@ def contrast_logsumexp(
     """
     backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
     return LogSumExp.apply(
-        image, text, scale, layout.image_id, None, layout.slots, layout.images, layout.texts_per_image, dtype, backend
+        image,
+        text,
+        scale,
+        layout.image_id,
+        None,
+        layout.text_id,
+        None,
+        layout.slots,
+        layout.images,
+        layout.texts_per_image,
+        dtype,
+        backend,
     )
 
 
@@ -132,7 +148,8 @@ def contrast_softplus(
     """
     backend = resolve_backend("similarity_softplus", backend, image, text, dtype)
     return SoftplusSums.apply(
-        image, text, scale, bias, layout.image_id, None, layout.slots, row_weights, total, torch.is_grad_enabled(),
+        image, text, scale, bias, layout.image_id, None, layout.text_id, None, layout.slots, row_weights, total,
+        torch.is_grad_enabled(),
         layout.images, layout.texts_per_image, dtype, backend,
     )  # fmt: skip
 
@@ -148,18 +165,18 @@ def resolve_backend(
 
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
 # ``texts_per_image`` texts: rows are normalised, and the (B, K, K) cosines within images are formed too. With 0, rows
-# are used as they are and cosines are empty. Without ``y_image_id``, columns have the image ids of the rows, since
-# Dynamo takes no tensor twice. ``dtype`` is that of the matrix products.
-_IDS = "Tensor? x_image_id, Tensor? y_image_id, Tensor? slots"
+# are used as they are and cosines are empty. Without ``y_image_id`` or ``y_text_id``, columns have the ids of the rows,
+# since Dynamo takes no tensor twice. ``dtype`` is that of the matrix products.
+_IDS = "Tensor? x_image_id, Tensor? y_image_id, Tensor? x_text_id, Tensor? y_text_id, Tensor? slots"
 _OPTIONS = "SymInt images, SymInt texts_per_image, ScalarType dtype, str backend"
 
 
 @without_autocast
 def _logsumexp(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, slots, images, texts_per_image, dtype, backend: Backend
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, images, texts_per_image, dtype, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps (N,) and (M,), and cosines."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         lse_x, lse_y = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_fwd(
             *operands, scale
@@ -169,11 +186,11 @@ def _logsumexp(  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _logsumexp_backward(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, slots, lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy,
-    images, texts_per_image, dtype, backend: Backend,
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
         dx, dy, dscale = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
@@ -183,12 +200,12 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _softplus(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, with_gradients, need_dx, need_dy,
-    images, texts_per_image, dtype, backend: Backend,
+    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
+    with_gradients, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums of rows (N,) and cosines; if wanted, also the gradients of the rows' weighted total by the normalised rows,
     scale and bias, in accumulation dtype."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = local_backend("similarity_softplus", backend, *operands)
         if with_gradients:
@@ -204,14 +221,14 @@ def _softplus(  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _softplus_backward(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, formed, dsums, dcosines, need_dx, need_dy,
+    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, formed, dsums, dcosines, need_dx, need_dy,
     images, texts_per_image, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, dscale and dbias ().
 
     ``dsums`` is the incoming gradient of the rows (N,); or that of their total (), whose gradients are then ``formed``.
     """
-    operands = _operands(x, y, scale, x_image_id, y_image_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
     layout = Images(images, texts_per_image, slots)
     if formed:
         dx, dy, dscale, dbias = formed
@@ -223,15 +240,17 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
 
 
 def _operands(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, images, dtype
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype
 ) -> tuple[Operand, Operand]:
     if y_image_id is None:
         y_image_id = x_image_id
+    if y_text_id is None:
+        y_text_id = x_text_id
     inverse_x, inverse_y = (
         inverse_norms(rows, image_id, scale.dtype) if images else None
         for rows, image_id in ((x, x_image_id), (y, y_image_id))
     )
-    return Operand(x, x_image_id, inverse_x, dtype), Operand(y, y_image_id, inverse_y, dtype)
+    return Operand(x, x_image_id, inverse_x, dtype, x_text_id), Operand(y, y_image_id, inverse_y, dtype, y_text_id)
 
 
 def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:
@@ -286,19 +305,22 @@ softplus_backward.register_autograd(refuse_second_derivative)
 
 
 @logsumexp.register_fake
-def _(x, y, scale, x_image_id, y_image_id, slots, images, texts_per_image, dtype, backend):  # type: ignore[no-untyped-def]
+def _(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, images, texts_per_image, dtype, backend):  # type: ignore[no-untyped-def]
     return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), _fake_cosines(scale, images, texts_per_image)
 
 
 @logsumexp_backward.register_fake
-def _(x, y, scale, x_image_id, y_image_id, slots, lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options,
+):  # fmt: skip
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale)
 
 
 @softplus.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, with_gradients, need_dx, need_dy,
-    images, texts_per_image, dtype, backend,
+    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
+    with_gradients, need_dx, need_dy, images, texts_per_image, dtype, backend,
 ):  # fmt: skip
     gradients = (_fake_gradient(t, with_gradients and need, scale.dtype) for t, need in ((x, need_dx), (y, need_dy)))
     cosines_ = _fake_cosines(scale, images, texts_per_image)
@@ -307,7 +329,21 @@ def _(  # type: ignore[no-untyped-def]
 
 @softplus_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, slots, formed, dsums, dcosines, need_dx, need_dy, *options
+    x,
+    y,
+    scale,
+    bias,
+    x_image_id,
+    y_image_id,
+    x_text_id,
+    y_text_id,
+    slots,
+    formed,
+    dsums,
+    dcosines,
+    need_dx,
+    need_dy,
+    *options,
 ):
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale), torch.empty_like(scale)
 
@@ -322,8 +358,8 @@ def _fake_gradient(x: Tensor, needed: bool, dtype: torch.dtype | None = None) ->
 
 class LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, y, scale, x_image_id, y_image_id, slots, *options):  # type: ignore[no-untyped-def]
-        rows = x, y, scale, x_image_id, y_image_id, slots
+    def forward(ctx: Any, x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, *options):  # type: ignore[no-untyped-def]
+        rows = x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots
         lse_x, lse_y, cosines_ = run_operator(logsumexp, _logsumexp, *rows, *options)
         ctx.save_for_backward(*rows, lse_x, lse_y)
         ctx.options = options
@@ -343,9 +379,22 @@ class SoftplusSums(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, x, y, scale, bias, x_image_id, y_image_id, slots, row_weights, total, grad_enabled, *options
+        ctx: Any,
+        x,
+        y,
+        scale,
+        bias,
+        x_image_id,
+        y_image_id,
+        x_text_id,
+        y_text_id,
+        slots,
+        row_weights,
+        total,
+        grad_enabled,
+        *options,
     ):
-        rows = x, y, scale, bias, x_image_id, y_image_id, slots
+        rows = x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots
         needs = ctx.needs_input_grad[:2]
         early = total and grad_enabled and any(ctx.needs_input_grad)
         sums, cosines_, *formed = run_operator(softplus, _softplus, *rows, row_weights, early, *needs, *options)
@@ -359,6 +408,6 @@ class SoftplusSums(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors  # once: checkpoints compute them at each access
-        rows, formed = saved[:7], list(saved[7:])
+        rows, formed = saved[:9], list(saved[9:])
         gradients = run_operator(softplus_backward, _softplus_backward, *rows, formed, *incoming, *needs, *ctx.options)
         return needed_gradients(ctx, *gradients)

@@ -18,7 +18,7 @@ class Reference:
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         logits = _cosines(x, y)[0] * scale
-        excluded = _excluded_pairs(x.image_id, y.image_id)
+        excluded = _excluded_pairs(x, y)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         return logits.logsumexp(1), logits.logsumexp(0)
@@ -39,7 +39,7 @@ class Reference:
         logits = cosines * scale
         # A row without any pair has the statistic -inf; its exponentials are excluded below.
         ds = dlse_x[:, None] * (logits - lse_x[:, None]).exp() + dlse_y * (logits - lse_y).exp()
-        excluded = _excluded_pairs(x.image_id, y.image_id)
+        excluded = _excluded_pairs(x, y)
         if excluded is not None:
             ds = ds.masked_fill(excluded, 0)
         return (
@@ -64,7 +64,7 @@ class Reference:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         cosines, x_rows, y_rows = _cosines(x, y)
         logits = cosines * scale if bias is None else cosines * scale + bias
-        excluded = _excluded_pairs(x.image_id, y.image_id)
+        excluded = _excluded_pairs(x, y)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         rows = torch.logaddexp(logits, torch.zeros_like(logits)).sum(1)
@@ -84,9 +84,14 @@ def _cosines(x: Operand, y: Operand) -> tuple[Tensor, Tensor, Tensor]:
     return x_rows @ y_rows.T, x_rows, y_rows
 
 
-def _excluded_pairs(x_image_id: Tensor | None, y_image_id: Tensor | None) -> Tensor | None:
-    """(N, M) bool, True where a pair takes no part: the image is the same, or a row is padding (image id < 0)."""
-    if x_image_id is None or y_image_id is None:
-        return None
-    x_image_id, y_image_id = x_image_id[:, None], y_image_id[None, :]
-    return (x_image_id == y_image_id) | (x_image_id < 0) | (y_image_id < 0)
+def _excluded_pairs(x: Operand, y: Operand) -> Tensor | None:
+    """(N, M) bool, True where a pair takes no part: the image or the text is the same, or a row is padding (image
+    id < 0)."""
+    excluded = None
+    if x.image_id is not None and y.image_id is not None:
+        x_image_id, y_image_id = x.image_id[:, None], y.image_id[None, :]
+        excluded = (x_image_id == y_image_id) | (x_image_id < 0) | (y_image_id < 0)
+    if x.text_id is not None and y.text_id is not None:
+        same_text = (x.text_id[:, None] == y.text_id) & (y.text_id >= 0)
+        excluded = same_text if excluded is None else excluded | same_text
+    return excluded

@@ -10,9 +10,9 @@ Differences are taken in nats, where they are nearly exact, before an exponentia
   maxima: tiles of the same products, at most once more for rows and once for columns, whatever the norms.
 * backward: one square chunk of dS at a time in a workspace, made by one kernel, for two library products.
 
-Logits of rows whose image id is negative, and of pairs of the same image, are replaced and not multiplied away: what
-padded rows hold, NaN included, reaches nothing. Row offsets are 64-bit, except within the chunk of dS. Scale, bias and
-incoming gradients are read on the device; nothing here waits for it.
+Logits of rows whose image id is negative, and of pairs of the same image or text, are replaced and not multiplied
+away: what padded rows hold, NaN included, reaches nothing. Row offsets are 64-bit, except within the chunk of dS.
+Scale, bias and incoming gradients are read on the device; nothing here waits for it.
 
 Legend: N rows of x, M rows of y, D depth. m, n: rows and columns of S within a tile. S (N, M) logits, of which
 ``s`` is a tile. ``m_i``, ``l_i``: running maximum and sum of exponentials of a row. x_ptr and y_ptr are tensor
@@ -72,11 +72,25 @@ def _image_id(image_id_ptr, rows, N, HAS_IMAGE_ID: tl.constexpr):
 
 
 @triton.jit
-def _included(x_image_id, y_image_id, HAS_IMAGE_ID: tl.constexpr):
+def _text_id(text_id_ptr, rows, N, ABSENT: tl.constexpr, HAS_TEXT_ID: tl.constexpr):
+    """Text ids, ``ABSENT``, which differs between the two sides, for a text that equals no other; if there are none,
+    anything."""
+    if HAS_TEXT_ID:
+        text_id = tl.load(text_id_ptr + rows, mask=rows < N, other=-1)
+        return tl.where(text_id >= 0, text_id, ABSENT)
+    return rows
+
+
+@triton.jit
+def _included(
+    x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr
+):  # fmt: skip
     """(BLOCK_M, BLOCK_N) pairs that take part."""
     included = (x_image_id >= 0)[:, None] & (y_image_id >= 0)[None, :]
     if HAS_IMAGE_ID:
         included = included & (x_image_id[:, None] != y_image_id[None, :])
+    if HAS_TEXT_ID:
+        included = included & (x_text_id[:, None] != y_text_id[None, :])
     return included
 
 
@@ -100,10 +114,10 @@ def _store_ds(ds_ptr, ds, top, left, stride_ds, rows, cols, BLOCK_M: tl.constexp
 
 @triton.jit(do_not_specialize=["N", "M", "strip_tiles", "range_tiles", "ranges"])
 def _similarity_logsumexp_fwd_kernel(
-    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr,
+    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
     row_sum_ptr, col_sum_ptr,  # (ranges, N), (strips, M), zero
     N, M, stride_x, stride_y, strip_tiles, range_tiles, ranges,
-    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +138,11 @@ def _similarity_logsumexp_fwd_kernel(
                 x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
             )  # fmt: skip
-            included = _included(x_image_id, _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID), HAS_IMAGE_ID)
+            y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
+            # Not before the product, across which Triton 3.8 would spill 24 bytes on sm_80.
+            x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
+            y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
+            included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
             # Not _exp, with which Triton 3.8 spills 48 bytes on sm_80.
             e = tl.where(included, tl.exp(s * scale - lse_shift), 0.0)
             row_sum += tl.sum(e, 1)
@@ -137,10 +155,10 @@ def _similarity_logsumexp_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "parts"])
 def _similarity_logsumexp_merge_kernel(
-    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr,
+    x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
     sum_ptr, lse_ptr,  # (parts, N), (N,)
     N, M, stride_x, stride_y, parts,
-    MIN_TRUSTED_SUM: tl.constexpr, D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
+    MIN_TRUSTED_SUM: tl.constexpr, D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -158,13 +176,17 @@ def _similarity_logsumexp_merge_kernel(
         scale = tl.load(scale_ptr)
         m_i = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
         l_i = tl.zeros((BLOCK_M,), dtype=ACC)
+        x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
         for start_n in range(0, M, BLOCK_N):
             s = _dot(
                 x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
             )  # fmt: skip
-            y_image_id = _image_id(y_image_id_ptr, start_n + tl.arange(0, BLOCK_N), M, HAS_IMAGE_ID)
-            s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
+            y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
+            included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
+            s = tl.where(included, s * scale, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
             l_i = l_i * _exp(m_i - finite, ACC) + tl.sum(_exp(s - finite[:, None], ACC), 1)
@@ -175,12 +197,12 @@ def _similarity_logsumexp_merge_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_logsumexp_bwd_kernel(
-    x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr,
+    x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
     # chunks.LogsumexpVectors: (N,) or (M,), single_exp_ok ()
     stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
     ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
-    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +219,10 @@ def _similarity_logsumexp_bwd_kernel(
         )  # fmt: skip
         x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
         y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
-        s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s * scale, -float("inf"))
+        x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
+        y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
+        included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
+        s = tl.where(included, s * scale, -float("inf"))
         stat_x = tl.load(stat_x_ptr + offs_m, mask=offs_m < end_m, other=float("inf"))
         weight_x = tl.load(weight_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
         ds = _exp(s - stat_x[:, None], ACC)
@@ -231,12 +256,13 @@ def _log1p(e, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_softplus_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, x_image_id_ptr, y_image_id_ptr,
+    x_ptr, y_ptr, scale_ptr, bias_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
     weight_ptr,  # (N,) incoming gradients
     softplus_ptr, sigmoid_ptr,  # (column tiles, end_m - chunk_m): sums of each tile's rows
     ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
-    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +283,10 @@ def _similarity_softplus_kernel(
         # Rows and columns beyond the chunk belong to another one, and are masked like those beyond N and M.
         x_image_id = _image_id(x_image_id_ptr, offs_m, end_m, HAS_IMAGE_ID)
         y_image_id = _image_id(y_image_id_ptr, offs_n, end_n, HAS_IMAGE_ID)
-        s = tl.where(_included(x_image_id, y_image_id, HAS_IMAGE_ID), s, -float("inf"))
+        x_text_id = _text_id(x_text_id_ptr, offs_m, end_m, -1, HAS_TEXT_ID)
+        y_text_id = _text_id(y_text_id_ptr, offs_n, end_n, -2, HAS_TEXT_ID)
+        included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
+        s = tl.where(included, s, -float("inf"))
         e = _exp(-tl.abs(s), ACC)
         softplus = tl.maximum(s, 0.0) + _log1p(e, ACC)
         sum_offsets = tile % tiles_n * (end_m - chunk_m) + top + tl.arange(0, BLOCK_M)
@@ -289,7 +318,7 @@ class Triton:
         lse_shift = (bound - MAX_ABOVE_SHIFT[launch.dtype]).clamp(0, torch.finfo(launch.dtype).max)
         launch(
             _similarity_logsumexp_fwd_kernel, strips * ranges,
-            lse_shift, x.image_id, y.image_id, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
+            lse_shift, *launch.ids, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
             -(-tiles_m // strips), -(-tiles_n // ranges), ranges,
         )  # fmt: skip
         statistics = []
@@ -298,7 +327,7 @@ class Triton:
             lse = side.new(rows)
             side(
                 _similarity_logsumexp_merge_kernel, side.tiles(rows, others)[0],
-                lse_shift, side.x_image_id, side.y_image_id, sums, lse, rows, others,
+                lse_shift, *side.ids, sums, lse, rows, others,
                 side.x.stride(0), side.y.stride(0), sums.shape[0],
                 MIN_TRUSTED_SUM=math.exp(-MAX_BELOW_SHIFT[launch.dtype]),
             )  # fmt: skip
@@ -324,7 +353,7 @@ class Triton:
             tiles = math.prod(launch.tiles(row_end - row, col_end - col))
             launch(
                 _similarity_logsumexp_bwd_kernel, min(tiles, launch.programs),
-                x.image_id, y.image_id, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
+                *launch.ids, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
                 launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
             )  # fmt: skip
         return sums.finish(scale, factor)
@@ -368,7 +397,8 @@ class _Launch:
     def __init__(self, backend: Triton, x: Operand, y: Operand, scale: Tensor) -> None:
         self.depth = x.rows.shape[1]
         self.x, self.y = (aligned(side.matrix(side.dtype), 16) for side in (x, y))
-        self.scale, self.x_image_id, self.y_image_id, self.dtype = scale, x.image_id, y.image_id, x.accumulation
+        self.scale, self.dtype = scale, x.accumulation
+        self.ids = x.image_id, y.image_id, x.text_id, y.text_id
         target = architecture.architecture(self.x.device)
         self.tile = backend.tile or choose(TILES, target, self.x.element_size())
         self.chunk_rows = backend.chunk_rows or choose(CHUNK_ROWS, target, self.x.element_size())
@@ -376,6 +406,7 @@ class _Launch:
         self.constants = {
             "D": self.x.shape[1],
             "HAS_IMAGE_ID": x.image_id is not None,
+            "HAS_TEXT_ID": x.text_id is not None,
             "PRECISION": dot_precision(target, self.x.dtype),
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
         }
@@ -383,7 +414,8 @@ class _Launch:
     def swapped(self) -> "_Launch":
         swapped = copy.copy(self)
         swapped.x, swapped.y = self.y, self.x
-        swapped.x_image_id, swapped.y_image_id = self.y_image_id, self.x_image_id
+        x_image_id, y_image_id, x_text_id, y_text_id = self.ids
+        swapped.ids = y_image_id, x_image_id, y_text_id, x_text_id
         return swapped
 
     def tiles(self, rows: int, cols: int) -> tuple[int, int]:
@@ -427,7 +459,7 @@ def _softplus_chunk(
     sigmoid = None if bias is None or ds is None else torch.empty_like(softplus)
     launch(
         _similarity_softplus_kernel, min(tiles_m * tiles_n, launch.programs),
-        bias, launch.x_image_id, launch.y_image_id, weight, softplus, sigmoid, ds,
+        bias, *launch.ids, weight, softplus, sigmoid, ds,
         launch.x.shape[0], launch.y.shape[0], launch.x.stride(0), launch.y.stride(0), 0 if ds is None else ds.stride(0),
         row, col, row_end, col_end, HAS_BIAS=bias is not None, HAS_GRADIENT=ds is not None,
     )  # fmt: skip

@@ -37,6 +37,7 @@ static void store_row(const betaclip_operands *o, const betaclip_chunk *c, int64
 /* -inf for a pair that takes no part. */
 static float logit(const betaclip_operands *o, const float *bias, int64_t i, int64_t j) {
   if (o->x_group && (o->x_group[i] < 0 || o->y_group[j] < 0 || o->x_group[i] == o->y_group[j])) return -INFINITY;
+  if (o->x_text && o->x_text[i] >= 0 && o->x_text[i] == o->y_text[j]) return -INFINITY;
   float sum = 0;
   for (int64_t k = 0; k < o->d; k++)
     sum += wide(o->x, i * o->x_stride + k, o->dtype) * wide(o->y, j * o->y_stride + k, o->dtype);
@@ -55,6 +56,7 @@ static int check_operands(const betaclip_operands *o, void *stream) {
   if (o->d < 8 || o->d > 1024 || o->d % 8) return BETACLIP_ERROR_DEPTH;
   if (o->x_stride < o->d || o->y_stride < o->d || o->x_stride % 8 || o->y_stride % 8) return BETACLIP_ERROR_STRIDE;
   if (unaligned(o->x, 16) || unaligned(o->y, 16) || unaligned(o->scale, 4)) return BETACLIP_ERROR_ALIGNMENT;
+  if (!o->x_text != !o->y_text) return BETACLIP_ERROR_GROUPS;
   return !o->x_group != !o->y_group ? BETACLIP_ERROR_GROUPS : BETACLIP_SUCCESS;
 }
 

@@ -93,7 +93,7 @@ def call(library, function, **changes) -> int:
     def structure(kind, **values):
         return kind(**values | {name: changes[name] for name, _ in kind._fields_ if name in changes})
 
-    pointers = dict.fromkeys(("x", "y", "x_group", "y_group", "scale"), ADDRESS)
+    pointers = dict.fromkeys(("x", "y", "x_group", "y_group", "x_text", "y_text", "scale"), ADDRESS)
     sizes = {"x_stride": 64, "y_stride": 72, "n": 300, "m": 200, "d": 64, "dtype": 1}
     bounds = {"row_begin": 10, "row_end": 300, "col_begin": 0, "col_end": 100}
     arguments = {
@@ -111,7 +111,8 @@ def call(library, function, **changes) -> int:
 @pytest.mark.parametrize("function", LAUNCHERS)
 def test_refuses_without_a_device(function, library, capfd):
     """Valid arguments, and NULL where that is allowed, give CUDA's own error, and nothing is printed."""
-    for changes in ({}, {"x_group": None, "y_group": None}, {"dtype": 0}):
+    without = [{f"{side}_{ids}": None for side in "xy"} for ids in ("group", "text")]
+    for changes in ({}, *without, {"dtype": 0}):
         assert call(library, function, **changes) == NO_DRIVER
     if "softplus" in function:
         optional = {"bias": None, "sigmoid": None} if function == "betaclip_softplus_ds" else {"bias": None}
@@ -127,8 +128,8 @@ OPERAND_ERRORS = [
     *(({"d": value, "x_stride": 2048, "y_stride": 2048}, -4) for value in (0, -8, 12, 1032)),
     *(({name: value}, -5) for name in ("x_stride", "y_stride") for value in (0, 56, 68, 2**39)),
     *(({name: ADDRESS + 8}, -6) for name in ("x", "y")),
-    *(({name: ADDRESS + 2}, -6) for name in ("scale", "x_group", "y_group")),
-    *(({name: None}, -7) for name in ("x_group", "y_group")),
+    *(({name: ADDRESS + 2}, -6) for name in ("scale", "x_group", "y_group", "x_text", "y_text")),
+    *(({name: None}, -7) for name in ("x_group", "y_group", "x_text", "y_text")),
 ]
 CHUNK_ERRORS = [
     *(({name: None}, -1) for name in ("chunk", "ds")),

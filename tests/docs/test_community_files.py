@@ -23,7 +23,7 @@ def test_workflow_runs_every_lane() -> None:
 
 
 def test_hooks_are_of_the_lint_lane() -> None:
-    (lint,) = re.findall(r"^lint\(\) \{\n(.*?)^\}", read(".ci/run"), re.MULTILINE | re.DOTALL)
+    (lint,) = re.findall(r"^style\(\) \{\n(.*?)^listed", read(".ci/run"), re.MULTILINE | re.DOTALL)
     hooks = re.findall(r"entry: (.+)$", read(".pre-commit-config.yaml"), re.MULTILINE)
     assert len(hooks) >= 4
     for hook in hooks:

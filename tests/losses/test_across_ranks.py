@@ -224,24 +224,29 @@ def rows_equal_one_process(form: str, transport: str, image: Tensor, text: Tenso
 def extra_texts_equal_one_process(
     form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice
 ) -> None:
-    """More of them than texts, none, some that are invalid; a bank without a gradient on one rank alone."""
+    """More of them than texts, none, some that are invalid; a bank without a gradient on one rank alone; equal texts
+    on different ranks."""
     for counts in ((20, 3), (0, 5)):
         extra, valid = torch.randn(sum(counts), D, dtype=torch.float64), torch.rand(sum(counts)) < 0.7
         own = own_part(counts)
         leaves = [t.clone().requires_grad_() for t in (image, text, extra)]
-        options = {"form": form, "label_smoothing": 0.2 * (form == "ce")}
-        loss = BetaCALLoss(**options, gather=False)
-        truth = loss(*leaves[:2], SCALE, mask=mask, extra_texts=leaves[2], extra_mask=valid)
-        wanted = torch.autograd.grad(truth, leaves)
-        given = [leaves[0][part], leaves[1][part], SCALE], {"mask": mask[part], "extra_mask": valid[own]}
-        bank = dist.get_rank() == 1
-        shard = leaves[2][own].detach() if bank else leaves[2][own]
-        ours = BetaCALLoss(**options, gather=transport)(*given[0], extra_texts=shard, **given[1])
-        found = torch.autograd.grad(ours, leaves[:2] if bank else leaves)
-        torch.testing.assert_close(ours, truth)
-        parts = (part, part, own)[: len(found)]
-        for a, t, rows in zip(found, wanted, parts, strict=False):
-            torch.testing.assert_close(a[rows] / 2, t[rows], atol=1e-12, rtol=0)
+        ids, extra_ids = (torch.randint(-1, 4, shape) * 2**40 for shape in (mask.shape, valid.shape))
+        for smoothing, texts in ((0.2 * (form == "ce"), {}), (0.0, {"text_ids": ids, "extra_text_ids": extra_ids})):
+            options = {"form": form, "label_smoothing": smoothing}
+            loss = BetaCALLoss(**options, gather=False)
+            truth = loss(*leaves[:2], SCALE, mask=mask, extra_texts=leaves[2], extra_mask=valid, **texts)
+            wanted = torch.autograd.grad(truth, leaves)
+            given = {"mask": mask[part], "extra_mask": valid[own]}
+            given |= {name: t[part if name == "text_ids" else own] for name, t in texts.items()}
+            bank = dist.get_rank() == 1
+            shard = leaves[2][own].detach() if bank else leaves[2][own]
+            loss = BetaCALLoss(**options, gather=transport)
+            ours = loss(leaves[0][part], leaves[1][part], SCALE, extra_texts=shard, **given)
+            found = torch.autograd.grad(ours, leaves[:2] if bank else leaves)
+            torch.testing.assert_close(ours, truth)
+            parts = (part, part, own)[: len(found)]
+            for a, t, rows in zip(found, wanted, parts, strict=False):
+                torch.testing.assert_close(a[rows] / 2, t[rows], atol=1e-12, rtol=0)
 
 
 def test_other_inputs_equal_one_process(tmp_path):
@@ -543,6 +548,7 @@ def ranks_disagree() -> None:
             ("smoothed", "True, False", BetaCALLoss(label_smoothing=(0.1, 0.0)[rank], gather=transport), {}),
             ("weighted", "True, False", loss, {"weights": (torch.ones(1, K), None)[rank]}),
             ("extra", "True, False", loss, {"extra_texts": (torch.ones(3, D), None)[rank]}),
+            ("text_ids", "True, False", loss, {"text_ids": (torch.ones(1, K).long(), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):
                 own(*given, **options)

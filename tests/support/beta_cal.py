@@ -36,6 +36,8 @@ def dense_rows(
     smoothing: float = 0.0,
     divisor: str = "pairs",
     extra: Tensor | None = None,
+    ids: Tensor | None = None,
+    extra_ids: Tensor | None = None,
 ) -> Tensor:
     """(B, K) the loss of each text, 0 for padded ones: the docstrings' formulas."""
     kept = (torch.ones(image.shape[:2], device=image.device) if mask is None else mask).bool()
@@ -44,14 +46,29 @@ def dense_rows(
     further = t[:0] if extra is None else F.normalize(extra, dim=-1)
     s, same = scale * v @ torch.cat((t, further)).T, F.pad(own[:, None] == own, (0, len(further)))
     w = F.pad(beta + (1 - beta) * torch.eye(len(t), dtype=s.dtype, device=s.device), (0, len(further))) * same
+    out = torch.zeros_like(same)
+    if ids is not None:
+        columns = torch.cat((ids[kept], ids.new_full(further.shape[:1], -1) if extra_ids is None else extra_ids))
+        out = (ids[kept][:, None] == columns) & (columns >= 0) & ~same
     if form == "bce":
         s = s + bias
-        rows = torch.where(same, w * F.softplus(-s), F.softplus(s)).sum(1) / (len(s) if divisor == "pairs" else 1)
+        negatives = F.softplus(s).masked_fill(out, 0)
+        rows = torch.where(same, w * F.softplus(-s), negatives).sum(1) / (len(s) if divisor == "pairs" else 1)
     else:
-        target, options = w / w.sum(1, keepdim=True), {"reduction": "none", "label_smoothing": smoothing}
-        to_image = F.cross_entropy(s[:, : len(t)].T, target[:, : len(t)], **options)
-        rows = (F.cross_entropy(s, target, **options) + to_image) / 2
+        rows = sum(_cross_entropy(*given, smoothing) for given in ((s, w, out), _transposed(s, w, out))) / 2
     return rows.new_zeros(kept.shape).masked_scatter(kept, rows)
+
+
+def _transposed(*matrices: Tensor) -> list[Tensor]:
+    """(N, N) from (N, N + E), whose further columns are no rows."""
+    return [m[:, : len(m)].T for m in matrices]
+
+
+def _cross_entropy(s: Tensor, w: Tensor, out: Tensor, smoothing: float) -> Tensor:
+    target = w / w.sum(1, keepdim=True)
+    if smoothing:
+        return F.cross_entropy(s, target, reduction="none", label_smoothing=smoothing)
+    return s.masked_fill(out, -torch.inf).logsumexp(1) - (target * s).sum(1)
 
 
 def gradients(loss: Tensor, leaves: list[Tensor], incoming: Tensor | None = None) -> list[Tensor]:

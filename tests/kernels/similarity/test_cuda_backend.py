@@ -63,8 +63,8 @@ def test_says_why_there_is_no_library(installed, monkeypatch):
 
 
 def test_refuses_a_library_of_another_interface(installed, monkeypatch):
-    monkeypatch.setattr(binding, "VERSION", 2)
-    assert "expected version 2 of the interface, got 1" in binding.find(installed)[1]
+    monkeypatch.setattr(binding, "VERSION", 3)
+    assert "expected version 3 of the interface, got 2" in binding.find(installed)[1]
     monkeypatch.setitem(binding._SIGNATURES, "betaclip_of_tomorrow", (ctypes.c_int, ()))
     assert "undefined symbol: betaclip_of_tomorrow" in binding.find(installed)[1]
 

@@ -13,6 +13,7 @@ from support.similarity import (
     operands,
     require,
     small,
+    value_and_gradients,
 )
 from torch import Tensor
 
@@ -219,6 +220,60 @@ def test_groups_that_are_views(backend):
     ours = similarity_logsumexp(x, y, scale, *views, backend=small(backend))
     truth = similarity_logsumexp(x, y, scale, *(group.contiguous() for group in views), backend="reference")
     torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_texts_take_no_part(backend, grouped):
+    """Against the formula, with gradients: ids on both sides, some of them negative."""
+    x, y, x_group, y_group = operands(75, 101, 24, widest(backend), groups=grouped)
+    require(backend, x.dtype)
+    x_text, y_text = (torch.randint(-2, 9, (len(rows),), device=DEVICE) for rows in (x, y))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (10.0, -1.0))
+    out = (x_text[:, None] == y_text) & (y_text >= 0)
+    if grouped:
+        out |= (x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0)
+    weight = torch.rand(len(x) * 2 + len(y), dtype=torch.float64, device=DEVICE)
+
+    def ours(x, y, scale, bias):
+        ids, texts = (x_group, y_group), {"x_text": x_text, "y_text": y_text, "backend": small(backend)}
+        statistics = similarity_logsumexp(x, y, scale, *ids, **texts)
+        return torch.cat((*statistics, similarity_softplus(x, y, scale, bias, *ids, **texts)))
+
+    def dense(x, y, scale, bias):
+        s = (scale * x @ y.T).masked_fill(out, -torch.inf)
+        return torch.cat((s.logsumexp(1), s.logsumexp(0), F.softplus(s + bias).sum(1)))
+
+    found = value_and_gradients(ours, weight, x, y, scale, bias)
+    truth = value_and_gradients(dense, weight, x.double(), y.double(), scale, bias)
+    tolerance = 2e-2 if x.dtype in HALF else 1e-9
+    for a, t in zip(found, truth, strict=True):
+        assert torch.equal(a.isfinite(), t.isfinite())
+        torch.testing.assert_close(a.double(), t, rtol=tolerance, atol=tolerance * float(t[t.isfinite()].abs().max()))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_equal_texts_in_lost_rows(backend):
+    """Rows far below the shift are formed again with their true maxima; equal texts stay out of these too."""
+    x, y = (torch.zeros(20, 4, dtype=usual(backend), device=DEVICE) for _ in range(2))
+    x[:, 0], y[:, 0], x[7, 0] = 1, 1, -0.875
+    texts = torch.full((20,), -1, device=DEVICE)
+    texts[7] = 3
+    others = torch.where(torch.arange(20, device=DEVICE) < 5, 3, texts)
+    scale = torch.tensor(100.0, device=DEVICE)
+    of_rows, _ = similarity_logsumexp(x, y, scale, x_text=texts, y_text=others, backend=small(backend))
+    _, of_columns = similarity_logsumexp(y, x, scale, x_text=others, y_text=texts, backend=small(backend))
+    for lse in (of_rows, of_columns):
+        assert lse[7].item() == pytest.approx(-87.5 + torch.tensor(14.0).log().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_ids_of_texts_on_one_side_only(backend):
+    x, y, x_group, y_group = operands(21, 30, 8, widest(backend))
+    require(backend, x.dtype)
+    scale, given = torch.tensor(2.0, device=DEVICE), (x_group, y_group)
+    ours = similarity_logsumexp(x, y, scale, *given, x_text=x_group.clamp_min(0), backend=small(backend))
+    torch.testing.assert_close(ours, similarity_logsumexp(x, y, scale, *given, backend=small(backend)))
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -432,14 +487,17 @@ def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend)
 def test_opcheck(backend):
     x, y, x_group, y_group = operands(13, 17, 8)
     scale, bias = (torch.tensor(v, dtype=x.dtype, device=DEVICE) for v in (3.0, -1.0))
-    ids = {"reference": (x_group.int(), y_group.int(), None), "blockwise": (None, None, None)}[backend]
+    ids = {
+        "reference": (x_group.int(), y_group.int(), x_group.int() % 4, y_group.int(), None),
+        "blockwise": (None,) * 5,
+    }[backend]
     opcheck_all(x, y, scale, bias, ids, 0, 0, x.dtype, backend)
 
 
 def test_opcheck_in_half_precision(cuda):
     x, y, x_group, y_group = operands(13, 17, 8, torch.float16)
     scale, bias = (torch.tensor(v, device=DEVICE) for v in (3.0, -1.0))
-    opcheck_all(x, y, scale, bias, (x_group.int(), y_group.int(), None), 0, 0, x.dtype, "cuda")
+    opcheck_all(x, y, scale, bias, (x_group.int(), y_group.int(), None, None, None), 0, 0, x.dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype, ragged", [(torch.float32, False), (torch.bfloat16, True)])
@@ -448,7 +506,7 @@ def test_opcheck_with_images(dtype, ragged):
     scale, bias = (torch.tensor(v, device=DEVICE) for v in (9.0, 1.0))
     image_id = (torch.arange(30, device=DEVICE) // 5).int()
     slots = torch.arange(30, device=DEVICE).view(6, 5) if ragged else None
-    opcheck_all(x, y, scale, bias, (image_id, image_id, slots), 6, 5, dtype, "blockwise")
+    opcheck_all(x, y, scale, bias, (image_id, image_id, None, None, slots), 6, 5, dtype, "blockwise")
 
 
 def test_six_operators():
