@@ -283,7 +283,7 @@ def test_recipe_by_name(tmp_path, monkeypatch, capsys):
         assert config.model.name == "ViT-B-16" and config.loss.form == form
     message = fails(capsys, "train", "--config", "vit")
     assert (
-        "expected a TOML file or one of scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, " in message
+        "expected a TOML file or one of flair, scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, " in message
         and "got 'vit'" in message
     )
     (tmp_path / "scenes").write_text("")  # a file goes before a recipe

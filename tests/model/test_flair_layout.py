@@ -97,7 +97,7 @@ def test_load(file, monkeypatch):
 @pytest.mark.parametrize("context_length", [77, 248])
 def test_pretrained(context_length, file):
     """Weights to train on, in settings like those of the recipe; positions are stretched afterwards."""
-    towers = json.dumps(flair_config(Released().state, 8))
+    towers = json.dumps(flair_config(Released().state, 8, 8))
     settings = {"name": towers, "context_length": context_length, "pool_heads": HEADS, **FLAIR_SETTINGS}
     loaded = create_model(ModelConfig(**settings, pretrained=str(file)))
     again = load_published(file, head_width=8, pool_heads=HEADS)

@@ -68,7 +68,9 @@ def conditioned(**run) -> TrainingConfig:
 def test_micro_batches_by_tokens_have_the_same_other_pictures_in_both_passes():
     model, drawn = tiny_model(), []
     train_step = create_step(model, conditioned(chunk_tokens=45))
-    model.register_forward_pre_hook(lambda module, arguments: drawn.append((len(arguments[0]), arguments[3])))
+    model.register_forward_pre_hook(
+        lambda module, given, options: drawn.append((len(given[0]), options["other_pictures"])), with_kwargs=True
+    )
     train_step(tiny_batch(9), 4, 9)
     half = len(drawn) // 2
     assert half > 1 and drawn[:half] == drawn[half:] and len({tuple(others) for _, others in drawn}) > 1
