@@ -4,6 +4,7 @@ A file is what torch.save writes, a zip archive, with the SHA-256 of that as the
 """
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,9 +31,10 @@ from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.weights import read_file, weights_of
 from betaclip.published import load_published
-from betaclip.settings import from_dict
+from betaclip.settings import from_dict, to_dict
 
 FORMAT = 2  # version 1 had no digest
+WEIGHTS_FILE = "model.safetensors"  # of a finished run
 
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 _COMMENT = b"betaclip sha256 "
@@ -269,7 +273,8 @@ def set_random_states(states: dict[str, Any]) -> None:
 def load_checkpoint(
     path: Path | str, *, device: torch.device | str = "cpu", head_width: int = 64, pool_heads: int = 8
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, or a file in the published layout.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, a file of :func:`save_weights`, or one in
+    the published layout.
 
     Args:
         path: the file or folder.
@@ -284,15 +289,54 @@ def load_checkpoint(
     path = Path(path)
     if path.is_dir():
         found = read_latest(path, MODEL_KEYS)
-        if found is None:
-            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder")
-        path, content = found
-        return _model(path, content).to(device)
+        if found is not None:
+            return _model(*found).to(device)
+        path /= WEIGHTS_FILE
+        if not path.exists():
+            raise FileNotFoundError(f"{path.parent}: neither checkpoint_*.pt nor {WEIGHTS_FILE} in this folder")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if (config := _weights_config(path)) is not None:
+        return _model(path, {"config": config, "model": read_file(path)}).to(device)
     if _is_ours(path):
         return _model(path, read(path, MODEL_KEYS)).to(device)
     return load_published(path, head_width=head_width, pool_heads=pool_heads).to(device)
+
+
+def save_weights(model: BetaCLIP, path: Path | str) -> None:
+    """Write a model's weights, without what only training needs, as a safetensors file that :func:`load_checkpoint`
+    reads: the tensors have the names of ``model.state_dict()``, and the file's metadata hold the model's settings.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"betaclip": str(FORMAT), "config": json.dumps({"model": to_dict(model.config)})}
+    with write_atomically(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+
+
+def _weights_config(path: Path) -> dict[str, Any] | None:
+    """The settings in a file of :func:`save_weights`; None for any other file.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):  # which whoever reads its weights will say
+        return None
+    if "betaclip" not in metadata:
+        return None
+    if not metadata["betaclip"].isdigit() or int(metadata["betaclip"]) > FORMAT:
+        raise ConfigError(f"{path}: a later version of betaclip wrote it; update it")
+    try:
+        return json.loads(metadata.get("config", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: config: {error}") from error
 
 
 def _model(path: Path, content: dict[str, Any]) -> BetaCLIP:
@@ -316,6 +360,8 @@ def model_config(path: Path) -> ModelConfig | None:
     Raises:
         ValueError: the checkpoint is damaged, or has no readable configuration of a model.
     """
+    if (config := _weights_config(path)) is not None:
+        return _model_config(path, {"config": config})
     return _model_config(path, read(path, MODEL_KEYS)) if _is_ours(path) else None
 
 

@@ -32,12 +32,12 @@ def test_published_recipes(form, tmp_path):
     assert config.data.kind == "sharegpt4v" and (config.data.sentences, config.data.max_phrases) == (5, 30)
     assert config.optimizer == OptimizerConfig(
         backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6),
-        pool=GroupConfig(1e-3, 1e-4),
+        pool=GroupConfig(1e-3, 1e-4, warmup=0),
         schedule="published",
     )
     chosen = (config.loss, ("padding", "gather_global", "gather")), (config.data, DATA_OF_THE_RELEASED_CODE)
     assert [[getattr(part, name) for name in names] for part, names in chosen] == [
-        ["published", "published", "false"],
+        ["published", "published", "local"],
         list(DATA_OF_THE_RELEASED_CODE.values()),
     ]
     assert (config.run.batch_size, config.run.micro_batch_size, config.run.epochs) == (2048, 64, 10)
@@ -82,9 +82,5 @@ def test_evaluator():
     files = TrainConfig(data=DataConfig(kind="sharegpt4v"))
     assert create_evaluator(files).is_empty
     assert create_evaluator(replace(files, evaluation=TrainEvaluationConfig(scenes=3))).scenes == 3
-    for change, message in (
-        ({"every": 0}, r"evaluation.every: expected at least 1, got 0"),
-        ({"urban1k": ROOT / "nowhere"}, r"evaluation: .*nowhere"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            create_evaluator(TrainConfig(evaluation=TrainEvaluationConfig(**change)))
+    with pytest.raises(ConfigError, match=r"evaluation: .*nowhere"):
+        create_evaluator(TrainConfig(evaluation=TrainEvaluationConfig(urban1k=ROOT / "nowhere")))

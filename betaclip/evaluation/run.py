@@ -24,6 +24,7 @@ from betaclip.evaluation.tasks.zero_shot import TEMPLATES, zero_shot_accuracy
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup, initialized
+from betaclip.settings import bounded, check_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class EvaluateConfig(EvaluationConfig):
     """A checkpoint, a run's folder, or a file in the published layout."""
     output: Path | None = None
     """JSON file for the results."""
-    head_width: int = 64
+    head_width: int = bounded(64, at_least=1)
     """Width of the towers' attention heads, if the file has the published layout: no tensor shows it."""
-    pool_heads: int = 8
+    pool_heads: int = bounded(8, at_least=1)
     """Attention heads of the pooling block, likewise."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
@@ -83,8 +84,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config, self.scenes = config, config.scenes or 0
-        if config.batch_size < 1 or self.scenes < 0:
-            raise ConfigError(f"expected batch_size >= 1 and scenes >= 0, got {config.batch_size} and {self.scenes}")
+        check_numbers(config)
         self.sets = read_sets(config)
 
     @property

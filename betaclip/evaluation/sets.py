@@ -12,13 +12,14 @@ from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RetrievalConfig
 from betaclip.errors import ConfigError
 from betaclip.evaluation.tasks.zero_shot import TemplatesName
+from betaclip.settings import bounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(RetrievalConfig):
     """The sets to evaluate on, and how."""
 
-    scenes: int | None = None
+    scenes: int | None = bounded(None, at_least=0)
     """Number of rendered scenes, for retrieval, choices, pointing and the leak. By default none."""
     fg_ovd: Path | None = None
     """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
@@ -37,7 +38,7 @@ class EvaluationConfig(RetrievalConfig):
     long_texts: Literal["keep_end", "published"] = "keep_end"
     """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
     the same embedding."""
-    batch_size: int = 64
+    batch_size: int = bounded(64, at_least=1)
     """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0
     """Seed of the scenes."""

@@ -19,6 +19,7 @@ from open_clip.model import (
 from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor, nn
 
+from betaclip.errors import nearest
 from betaclip.model.weights import OPENAI_SIZES, check_weights
 
 # A model that learns the rendered scenes on a CPU in minutes.
@@ -38,12 +39,12 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
         quick_gelu: use QuickGELU, whatever the configuration says.
 
     Raises:
-        ValueError: unknown name or tag, or a configuration that open_clip does not take; the message says which.
+        ValueError: unknown name or tag, a configuration that open_clip does not take, or weights that cannot be
+            fetched; the message says which.
     """
-    if name == "scenes" or name.startswith("{"):
-        if tag is not None:
-            raise ValueError(f"pretrained: {tag} is not a file, and custom models have no pretrained tags")
-        options = SCENES if name == "scenes" else _parse(name)
+    check_tag(name, tag)
+    options = towers_config(name)
+    if _is_custom(name):
         options = options | {"quick_gelu": quick_gelu or options.get("quick_gelu", False)}
         kind = CustomTextCLIP if options.pop("custom_text", False) else CLIP
         try:
@@ -52,14 +53,51 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> nn.Module:
             raise ValueError(
                 f"name: expected the configuration of an open_clip model, got {name!r}: {error}"
             ) from error
-    known = name.replace("/", "-")
-    if known not in open_clip.list_models():
-        raise ValueError(f"name: expected scenes, JSON, or one of {', '.join(open_clip.list_models())}; got {name!r}")
-    tags = open_clip.list_pretrained_tags_by_model(known)
-    if tag is not None and tag not in tags:
-        raise ValueError(f"pretrained: expected a file, or one of {', '.join(tags)} for {name}; got {tag!r}")
-    with _without_alarm():
-        return open_clip.create_model(known, pretrained=tag, force_quick_gelu=quick_gelu)
+    try:
+        with _without_alarm():
+            return open_clip.create_model(_known(name), pretrained=tag, force_quick_gelu=quick_gelu)
+    except Exception as error:  # whatever the libraries between here and the hub raise
+        if tag is None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"pretrained: the weights {tag} of {name} cannot be fetched ({reason}); "
+                         "give the path of a file that holds them") from error  # fmt: skip
+
+
+def towers_config(name: str) -> dict[str, Any]:
+    """The configuration of the towers of a name, as open_clip writes them.
+
+    Raises:
+        ValueError: unknown name, or no JSON after an opening brace.
+    """
+    if _is_custom(name):
+        return SCENES if name == "scenes" else _parse(name)
+    if _known(name) not in open_clip.list_models():
+        near = nearest(name, [*open_clip.list_models(), "scenes"])
+        raise ValueError(f"name: expected scenes, a configuration in JSON, or a model of open_clip, got {name!r}; "
+                         f"the nearest is {near!r}")  # fmt: skip
+    return dict(open_clip.get_model_config(_known(name)))
+
+
+def check_tag(name: str, tag: str | None) -> None:
+    """Raise a ValueError for a tag of weights that a model does not have."""
+    if tag is None:
+        return
+    tags = [] if _is_custom(name) else open_clip.list_pretrained_tags_by_model(_known(name))
+    if not tags:
+        raise ValueError(f"pretrained: {tag} is not a file, and {name:.40} has no pretrained tags")
+    if tag not in tags:
+        raise ValueError(f"pretrained: expected a file, or one of {', '.join(tags)} for {name}; got {tag!r}; "
+                         f"the nearest is {nearest(tag, tags)!r}")  # fmt: skip
+
+
+def _is_custom(name: str) -> bool:
+    return name == "scenes" or name.startswith("{")
+
+
+def _known(name: str) -> str:
+    """open_clip's own spelling of a name."""
+    return name.replace("/", "-")
 
 
 @contextmanager
@@ -78,7 +116,7 @@ def _without_alarm() -> Iterator[None]:
 
 def needs_quick_gelu(name: str, tag: str | None) -> bool:
     """Whether the weights of a tag were trained with QuickGELU."""
-    return bool(tag and get_pretrained_cfg(name.replace("/", "-"), tag).get("quick_gelu"))
+    return bool(tag and get_pretrained_cfg(_known(name), tag).get("quick_gelu"))
 
 
 def load_towers(clip: Any, weights: Mapping[str, Tensor], source: str) -> None:

@@ -381,11 +381,15 @@ def test_our_files(tmp_path, suffix):
         (
             ModelConfig(name="ViT-B-17"),
             ValueError,
-            "name: expected scenes, JSON, or one of .*ViT-B-16.*; got 'ViT-B-17'",
+            "name: expected scenes, a configuration in JSON, .*, got 'ViT-B-17'; the nearest is 'ViT-B-16'",
         ),
         (ModelConfig(name="{no"), ValueError, "name: expected JSON after an opening brace"),
         (ModelConfig(name="ViT-B-16", pretrained="opnai"), ValueError, "pretrained: expected a file, or one of openai"),
-        (ModelConfig(pretrained="openai"), ValueError, "pretrained: openai is not a file, and custom models"),
+        (
+            ModelConfig(pretrained="openai"),
+            ValueError,
+            "pretrained: openai is not a file, and scenes has no pretrained tags",
+        ),
         (ModelConfig(context_length=100), ValueError, "context_length: expected 77, or 248 .*, got 100"),
         (ModelConfig(name=TINY, pool_heads=5), ValueError, "num_heads: expected a divisor of embed_dim = 12, got 5"),
     ],
