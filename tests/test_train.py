@@ -5,12 +5,13 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from support import colours
 from support.paths import ROOT
 
 from betaclip.data.registry import DataConfig
 from betaclip.errors import ConfigError
 from betaclip.settings import read, to_toml
-from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator
+from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator, write_pictures
 from betaclip.training.config import GroupConfig, OptimizerConfig
 
 CONFIGS = ROOT / "configs"
@@ -60,6 +61,12 @@ def test_renamed_settings_are_named(tmp_path, old, new):
         read(TrainConfig(), tmp_path / "config.toml")
 
 
+def test_renamed_value_is_taken(tmp_path):
+    """Configurations of earlier runs say "false"."""
+    (tmp_path / "config.toml").write_text('[loss]\ngather = "false"\n')
+    assert read(TrainConfig(), tmp_path / "config.toml").loss.gather == "local"
+
+
 def optional_defaults(cls: Any) -> list[tuple[str, object]]:
     """Names and defaults of all fields that may be None."""
     hints, found = get_type_hints(cls), []
@@ -84,3 +91,18 @@ def test_evaluator():
     assert create_evaluator(replace(files, evaluation=TrainEvaluationConfig(scenes=3))).scenes == 3
     with pytest.raises(ConfigError, match=r"evaluation: .*nowhere"):
         create_evaluator(TrainConfig(evaluation=TrainEvaluationConfig(urban1k=ROOT / "nowhere")))
+
+
+def test_pictures_of_own_data(tmp_path):
+    """The attention over the first pictures of the first retrieval set, of the sentences of their captions."""
+    rows = [("a", "A cat. A dog sits."), ("b", ""), ("c", "A mug.")]
+    for name, caption in rows:
+        colours.save(tmp_path / f"{name}.png", colours.picture({(0, 1): "red"}))
+        (tmp_path / f"{name}.txt").write_text(caption)
+    data = DataConfig(kind="pairs")
+    config = TrainConfig(data=data, evaluation=TrainEvaluationConfig(pairs=tmp_path, pictures=5))
+    files = write_pictures(config, create_evaluator(config), colours.ColourModel(), tmp_path / "attention")
+    assert [file.name for file in files] == ["picture_0.png", "picture_1.png"]
+    none = replace(config, evaluation=TrainEvaluationConfig())
+    assert write_pictures(none, create_evaluator(none), colours.ColourModel(), tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
