@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from support import forkserver
 
@@ -90,7 +91,8 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
 def test_smoke(tmp_path, capsys, monkeypatch):
     """The preset shows everything: what the run says before, during and after, and all of it in its log file; the files
     that it names are there, and the weights alone do all that a checkpoint does."""
-    monkeypatch.setattr(train, "write_curves", lambda _, file: file.touch())  # slow, and tested above
+    monkeypatch.setattr(train, "write_curves", lambda _, file: file.touch())  # both are slow, and tested above
+    monkeypatch.setattr(train, "attention_figure", lambda *_: Figure((1, 1)))
     run, smoke = tmp_path / "a", ["train", "--smoke", "--model.name", MODEL, "--model.pool-heads", "1"]
     main([*smoke, "--run.folder", str(tmp_path), "--run.name", "a", "--run.workers", "0"])
     out = capsys.readouterr().out

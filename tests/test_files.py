@@ -147,6 +147,7 @@ def test_unused_folders_go_again(tmp_path, written):
             (tmp_path / "runs" / "a" / "file").touch()
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"] * written
+    assert (tmp_path / "runs" / "a" / LOCK).exists() == written
     with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
         1 / 0  # noqa: B018
     assert (tmp_path / LOCK).exists()

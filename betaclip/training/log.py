@@ -142,9 +142,9 @@ class Log:
             file.writelines(json.dumps(m).encode() + b"\n" for m in kept)
         with reporting(folder):
             self._tensorboard = _tensorboard(folder, config, step) if config.run.tensorboard else None
+        self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
         self._warnings = _WarningsToFile(folder)
         logging.getLogger("betaclip").addHandler(self._warnings)
-        self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def advance(self) -> None:
