@@ -4,6 +4,7 @@ A file is what torch.save writes, a zip archive, with the SHA-256 of that as the
 """
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,9 +32,10 @@ from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
 from betaclip.model.weights import read_file, weights_of
 from betaclip.published import load_published
-from betaclip.settings import from_dict
+from betaclip.settings import from_dict, to_dict
 
 FORMAT = 2  # version 1 had no digest
+WEIGHTS_FILE = "model.safetensors"  # of a finished run
 
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 _COMMENT = b"betaclip sha256 "
@@ -279,8 +283,8 @@ def load_checkpoint(
     head_width: int | None = None,
     pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, a file in the published or in FLAIR's
-    layout, or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
+    """The model of a checkpoint: one of ours, the latest in a run's folder, a file of :func:`save_weights` or in the
+    published or in FLAIR's layout, or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
 
     Args:
         path: the file or folder.
@@ -301,12 +305,17 @@ def load_checkpoint(
         return load_exported(path).to(device)
     if path.is_dir():
         found = read_latest(path, MODEL_KEYS)
-        if found is None:
-            raise FileNotFoundError(f"{path}: no checkpoint_*.pt in this folder, and no {REST} of an exported model")
-        path, content = found
-        return _model(path, content, weights).to(device)
+        if found is not None:
+            return _model(*found, weights).to(device)
+        path /= WEIGHTS_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path.parent}: no checkpoint_*.pt or {WEIGHTS_FILE} in this folder, nor {REST} of an exported model"
+            )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if (metadata := _metadata(path)) is not None:
+        return _model(path, _weights_only(path, metadata), weights).to(device)
     if _is_ours(path):
         return _model(path, read(path, MODEL_KEYS), weights).to(device)
     _expect_averaged(weights, False, path)
@@ -318,10 +327,54 @@ def _expect_averaged(weights: Weights, averaged: bool, path: Path) -> None:
         raise ValueError(f"{path}: expected averaged weights, which a run with optimizer.ema_decay has, got none")
 
 
+def save_weights(model: BetaCLIP, path: Path | str) -> None:
+    """Write a model's weights, without what only training needs, as a safetensors file that :func:`load_checkpoint`
+    reads: the tensors have the names of ``model.state_dict()``, and the file's metadata hold the model's settings.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "betaclip": str(FORMAT),
+        "config": json.dumps({"model": to_dict(model.config)}),
+        "weights": "ema" if model.averaged else "raw",
+    }
+    with write_atomically(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a file of :func:`save_weights`; None for any other file."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (OSError, SafetensorError):  # which whoever reads its weights will say
+        return None
+    if "betaclip" not in metadata:
+        return None
+    if not metadata["betaclip"].isdigit() or int(metadata["betaclip"]) > FORMAT:
+        raise ConfigError(f"{path}: a later version of betaclip wrote it; update it")
+    return metadata
+
+
+def _weights_only(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The file's content as a checkpoint has it."""
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: config: {error}") from error
+    return {"config": config, "ema" if metadata.get("weights") == "ema" else "model": read_file(path)}
+
+
 def _model(path: Path, content: dict[str, Any], weights: Weights) -> BetaCLIP:
     _expect_averaged(weights, "ema" in content, path)
     if weights == "raw":
         content = {key: value for key, value in content.items() if key != "ema"}
+        if "model" not in content:
+            raise ValueError(f"{path}: expected the weights after the last update, got their average alone")
     model = create_model(replace(_model_config(path, content), pretrained=None))
     load_state(model, weights_of(content, path), path)
     model.averaged = "ema" in content
@@ -343,6 +396,8 @@ def model_config(path: Path) -> ModelConfig | None:
     Raises:
         ValueError: the checkpoint is damaged, or has no readable configuration of a model.
     """
+    if (metadata := _metadata(path)) is not None:
+        return _model_config(path, _weights_only(path, metadata))
     return _model_config(path, read(path, MODEL_KEYS)) if _is_ours(path) else None
 
 

@@ -1,6 +1,5 @@
 """The command `betaclip`: train, evaluate, visualize, report and others. A command imports only what it needs."""
 
-import difflib
 import importlib
 import logging
 import multiprocessing
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import betaclip
-from betaclip.errors import ConfigError, NonFiniteError, OutputError, Stopped, closed_pipe_ends_output
+from betaclip.errors import ConfigError, NonFiniteError, OutputError, Stopped, closed_pipe_ends_output, nearest
 from betaclip.signals import stop_signals
 
 
@@ -37,6 +36,13 @@ COMMANDS = {
 }
 
 
+_FILES = (
+    "--config FILE: a TOML file with other defaults for these options, or the name of a recipe. --smoke: a run of "
+    "everything in a minute, by the recipe smoke."
+)
+_SWITCHES = "A switch such as --x is turned off by --no-x."
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exits with 2 if its arguments are invalid, and with 1 if it fails later."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -53,8 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _dispatch(name: str, *arguments: str) -> None:
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)[0]
-        _exit(f"betaclip: no command {name!r}; the nearest is {nearest!r}", 2)
+        _exit(f"betaclip: no command {name!r}; the nearest is {nearest(name, COMMANDS)!r}", 2)
     command = COMMANDS[name]
     try:
         if command.config is None:
@@ -97,18 +102,24 @@ def _run(name: str, command: Command, config_class: str, arguments: list[str]) -
 
 
 def _parse(name: str, kind: Any, help_: str, arguments: list[str]) -> Any:
-    """The command's settings."""
-    import tyro
+    """The command's settings.
 
-    from betaclip.settings import read
+    Raises:
+        ConfigError: an argument is wrong, whatever the others are.
+    """
+    from betaclip.arguments import parse
+    from betaclip.settings import check_numbers, read
 
-    description = _sentence(help_)
-    options: dict[str, Any] = {}
+    description, default = _sentence(help_), None
     if name == "train":
-        file, arguments = _config_file(arguments)
-        options["default"] = kind() if file is None else read(kind(), file)
-        description += " --config FILE: a TOML file with other defaults for these options, or the name of a recipe."
-    return tyro.cli(kind, prog=f"betaclip {name}", description=description, args=arguments, **options)
+        default = kind()
+        files, arguments = _config_files(arguments)
+        for file in files:
+            default = read(default, file)
+        description += f" {_FILES}"
+    config = parse(kind, f"betaclip {name}", f"{description} {_SWITCHES}", arguments, default)
+    check_numbers(config)
+    return config
 
 
 def _end_children() -> None:
@@ -119,22 +130,23 @@ def _end_children() -> None:
         child.kill()
 
 
-def _config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
+def _config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Take ``--config FILE``, ``--config=FILE`` and ``--smoke`` out of the arguments. Each file gives other defaults to
+    those before it; the one of ``--smoke`` comes last."""
     from betaclip.settings import config_path
 
-    file, rest = None, []
+    files, rest = [], []
     left = iter(arguments)
     for argument in left:
         if argument == "--config":
             argument = "--config=" + next(left, "")
-        if not argument.startswith("--config="):
-            rest.append(argument)
-        elif argument == "--config=":
+        if argument == "--config=":
             raise ConfigError("--config: expected a file")
-        else:
-            file = config_path(argument.removeprefix("--config="))
-    return file, rest
+        if argument.startswith("--config="):
+            files.append(config_path(argument.removeprefix("--config=")))
+        elif argument != "--smoke":
+            rest.append(argument)
+    return files + [config_path("smoke")] * ("--smoke" in arguments), rest
 
 
 def _sentence(text: str) -> str:

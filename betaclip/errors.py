@@ -1,9 +1,10 @@
 """Errors that a user can fix, and how a program may end early."""
 
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,18 @@ class Stopped(SystemExit):
             self.message += "; nothing that was trained is lost"
         else:
             self.message += f" after step {step}; --run.resume continues from {folder}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name most like ``name``, capital letters aside, for messages about a misspelled one."""
+    known = {one.lower(): one for one in names}
+    return known[difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]]
+
+
+def not_one_of(name: str, names: Iterable[str]) -> str:
+    """A message about a name that is not in a short list: "expected one of a, b, got 'c'; the nearest is 'a'"."""
+    names = list(names)
+    return f"expected one of {', '.join(names)}, got {name!r}; the nearest is {nearest(name, names)!r}"
 
 
 @contextmanager

@@ -114,11 +114,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Create the folder and lock it; the system releases the lock when the process ends, however it does.
 
     A file system without locks is taken as it is. Partial files that a killed process left in the folder are deleted.
+    If the block fails before anything is written there, the folders that were created for it are removed again.
 
     Raises:
         ConfigError: another process holds the lock.
         OutputError: the folder cannot be created or written.
     """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         with reporting(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
             file.write(b"%d\n" % os.getpid())
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        except BaseException:
+            _remove_unused(folder, created)
+            raise
+
+
+def _remove_unused(folder: Path, created: list[Path]) -> None:
+    """Remove the created folders, from the inmost on, if the lock is all that they hold."""
+    with contextlib.suppress(OSError):
+        if created and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            for path in created:
+                path.rmdir()
 
 
 def _lock(file: FileIO, folder: Path) -> None:

@@ -5,12 +5,12 @@ of settings needs: a table that changes a few fields of a default, the nearest k
 true not passing for 1.
 """
 
-import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,11 +21,53 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from betaclip.errors import ConfigError
+from betaclip.errors import ConfigError, nearest, not_one_of
 
 T = TypeVar("T")
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
+
+
+# Values that a choice had under other names, in files and on command lines of before.
+RENAMED_VALUES = {"false": "local"}
+
+
+def bounded(
+    default: Any = MISSING, *, at_least: float | None = None, above: float | None = None, below: float | None = None
+) -> Any:
+    """A dataclass field for a number, or several, whose range :func:`check_numbers` checks."""
+    bounds = {"at_least": at_least, "above": above, "below": below}
+    return field(default=default, metadata={name: bound for name, bound in bounds.items() if bound is not None})
+
+
+def check_numbers(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a number that is not finite, or outside the range that its field gives."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            check_numbers(value, f"{prefix}{f.name}.")
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                if is_dataclass(one):
+                    check_numbers(one, f"{prefix}{f.name}.{key}.")
+                else:
+                    _check_number(one, {}, f"{prefix}{f.name}.{key}")
+        else:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                _check_number(one, f.metadata, prefix + f.name)
+
+
+def _check_number(value: Any, bounds: Mapping[str, Any], where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value}")
+    least, above, below = (bounds.get(name) for name in ("at_least", "above", "below"))
+    if (least is None or value >= least) and (above is None or value > above) and (below is None or value < below):
+        return
+    wanted = {"at least": least, "more than": above, "less than": below}
+    expected = " and ".join(f"{name} {bound}" for name, bound in wanted.items() if bound is not None)
+    raise ConfigError(f"{where}: expected {expected}, got {value}")
 
 
 def read(default: T, path: Path) -> T:
@@ -57,7 +99,8 @@ def config_path(name: str) -> Path:
         return Path(name)
     recipes = {file.stem: file for file in _recipes()}
     if name not in recipes:
-        raise ConfigError(f"--config: expected a TOML file or one of {', '.join(sorted(recipes))}, got {name!r}")
+        one = not_one_of(name, sorted(recipes)).removeprefix("expected ")
+        raise ConfigError(f"--config: expected a TOML file or {one}")
     return recipes[name]
 
 
@@ -127,8 +170,7 @@ def _build(default: Any, values: dict[str, Any], prefix: str, known: list[str]) 
             for f in fields(default):
                 if f.metadata.get("was") == key:
                     raise ConfigError(f"{where!r} has been renamed to '{prefix}{f.name}'")
-            nearest = difflib.get_close_matches(where, known, n=1, cutoff=0)
-            raise ConfigError(f"unknown key {where!r}; the nearest is {nearest[0]!r}")
+            raise ConfigError(f"unknown key {where!r}; the nearest is {nearest(where, known)!r}")
         if not is_dataclass(hints[key]):
             changes[key] = _value(hints[key], value, where)
         elif isinstance(value, dict):
@@ -152,9 +194,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 last = error
         raise last
     if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}")
+        try:
+            return choice(args, value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     if origin is Mapping:
         if isinstance(value, Mapping) and is_dataclass(args[1]):
             return {str(k): _table(args[1], str(k), v, where) for k, v in value.items()}
@@ -171,6 +214,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, accepted.get(hint, hint)) and (hint is bool or not isinstance(value, bool)):
         return hint(value)
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+
+
+def choice(names: tuple[str, ...], value: Any) -> str:
+    """The name that a value stands for among those of a Literal, or ConfigError."""
+    if not isinstance(value, str):
+        raise ConfigError(f"expected one of {', '.join(names)}, got {value!r}")
+    renamed = RENAMED_VALUES.get(value, value)
+    if value not in names and renamed not in names:
+        raise ConfigError(not_one_of(value, names))
+    return value if value in names else renamed
 
 
 def _table(kind: Any, name: str, value: Any, where: str) -> Any:

@@ -1,6 +1,6 @@
 """``betaclip visualize``: draws which patches of a picture each text attends to."""
 
-import textwrap
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,16 @@ from betaclip.inference import attention
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import initialized
+from betaclip.settings import bounded
+from betaclip.titles import fonts_for, spelled_out, wrapped
 
 # In inches. A panel has the area of a square with sides of PANEL, whatever the picture's shape.
 PANEL, GAP, BAR, MAX_WIDTH = 2.6, 0.1, 1.0, 12.5
 LETTER, LINE = 0.08, 0.19  # of a title: width of a letter, height of a line
 MAX_COLUMNS, MAX_TITLE_LINES = 4, 3
 MAX_PIXELS = 1024  # the longer side of the picture as it is drawn
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class VisualizeConfig:
     the average if there is one."""
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format, .png if it has none."""
-    head_width: int | None = None
+    head_width: int | None = bounded(None, at_least=1)
     """Width of the towers' attention heads, if the file has the published or FLAIR's layout and does not say it; by
     default 64."""
-    pool_heads: int | None = None
+    pool_heads: int | None = bounded(None, at_least=1)
     """Attention heads of the pooling block, likewise; by default 8."""
     device: str = "auto"
     """cpu, cuda or auto, which takes a GPU if there is one."""
@@ -63,10 +67,13 @@ def visualize(config: VisualizeConfig) -> None:
     """Draw the attention of each text and write the figure.
 
     Raises:
-        ConfigError: no texts, or a file that cannot be read or written.
+        ConfigError: no texts, an empty one, or a file that cannot be read or written.
     """
-    if not any(text.strip() for text in config.texts):
+    if not config.texts:
         raise ConfigError('texts: expected at least one, such as "a red mug"')
+    for number, text in enumerate(config.texts, 1):
+        if not text.strip():
+            raise ConfigError(f"texts: expected words, got an empty text as number {number}")
     with initialized(config.device) as (_, device):
         try:
             image = read_image(config.image)
@@ -106,6 +113,9 @@ def attention_figure(
     Attention is a multiple of even attention, so 1 means no preference. All panels share one scale, from 0 to the
     largest value or at least to 2, so that a text without a preference looks like one.
 
+    Titles take letters that matplotlib's font lacks from the system's fonts. For letters that none has, titles show the
+    code points, such as \\u4e2d, and a warning names the letters.
+
     Args:
         model: a model in training or evaluation mode; it stays in that mode.
         tokenizer: the tokenizer of the model's texts.
@@ -122,7 +132,11 @@ def attention_figure(
     top = max(2.0, float(maps.max()))
     width, height = picture.size
     across, down = (PANEL * side / (width * height) ** 0.5 for side in (width, height))
-    titles = [_wrapped(text, int(across / LETTER)) for text in texts]
+    fonts, missing = fonts_for(texts)
+    if missing:
+        named = (letter if letter.isprintable() else spelled_out(letter, missing) for letter in sorted(missing))
+        _log.warning("no installed font has %s: titles show their code points", " ".join(named))
+    titles = [wrapped(spelled_out(text, missing), int(across / LETTER), MAX_TITLE_LINES) for text in texts]
     figure, axes, bar = _panels(["", *titles], across, down)
     small = picture.copy()
     small.thumbnail((MAX_PIXELS, MAX_PIXELS))
@@ -130,7 +144,7 @@ def attention_figure(
     axes[0].imshow(small, extent=extent)
     for axis, title, weights in zip(axes[1:], titles, maps, strict=True):
         shown = _overlay(axis, small, weights, top, extent)
-        axis.set_title(title, fontsize=10, pad=4, parse_math=False)
+        axis.set_title(title, fontsize=10, fontfamily=fonts, pad=4, parse_math=False)
     for axis, (x0, y0, x1, y1) in zip(axes[1:], boxes or (), strict=boxes is not None):
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.5))
     figure.colorbar(shown, cax=bar, label="× even attention")
@@ -170,8 +184,3 @@ def _overlay(
     axis.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
     opacity = 0.35 + 0.5 * smooth / top
     return axis.imshow(smooth.numpy(), cmap="inferno", vmin=0, vmax=top, alpha=opacity.numpy(), extent=extent)
-
-
-def _wrapped(text: str, letters: int) -> str:
-    """The text in at most MAX_TITLE_LINES lines of at most ``letters`` letters; the rest is cut off."""
-    return "\n".join(textwrap.wrap(text, letters, max_lines=MAX_TITLE_LINES, placeholder=" …"))

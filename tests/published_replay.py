@@ -59,7 +59,7 @@ def replay(path: str | Path, form: str) -> Tensor:
     columns = [step.columns.index(name) for name in COLUMNS]
     curve = []
     for update, (batch, (backbone, pool)) in enumerate(zip(batches, rates, strict=True)):
-        constant = OptimizerConfig(GroupConfig(backbone, backbone), GroupConfig(pool, pool))
+        constant = OptimizerConfig(GroupConfig(backbone, backbone, warmup=0), GroupConfig(pool, pool, warmup=0))
         step.config = replace(config, optimizer=constant)
         curve.append(step(batch, update, len(batch.images))[columns])
     return torch.stack(curve).double()

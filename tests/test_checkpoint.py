@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -238,5 +239,30 @@ def test_rejects(tmp_path):
                 checkpoints.load_checkpoint(place)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt in this folder"):
+    with pytest.raises(FileNotFoundError, match=r"neither checkpoint_\*\.pt nor model\.safetensors in this folder"):
         checkpoints.load_checkpoint(tmp_path)
+
+
+def test_weights_alone(tmp_path):
+    """The file makes the model again, also as the weights that a run starts from; damage is one line."""
+    file = tmp_path / "model.safetensors"
+    model = create_model(ModelConfig(pool_heads=4, pool_norm_inputs=True, quick_gelu=True))
+    checkpoints.save_weights(model, file)
+    assert file.stat().st_size < 1.1 * sum(4 * p.numel() for p in model.parameters())
+    assert checkpoints.model_config(file) == model.config
+    given = create_model(ModelConfig(pretrained=str(file), pool_heads=4, pool_norm_inputs=True))
+    for again in (checkpoints.load_checkpoint(file), checkpoints.load_checkpoint(tmp_path), given):
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    tensors = {"clip.visual.proj": torch.zeros(2, 2)}
+    for metadata, message in (
+        ({"betaclip": "99", "config": "{}"}, "a later version of betaclip wrote it"),
+        ({"betaclip": "2", "config": "{"}, "config: "),
+        ({"betaclip": "2", "config": "{}"}, "config.model: expected the configuration of a model"),
+        ({"betaclip": "2", "config": '{"model": {}}'}, "it lacks"),
+    ):
+        safetensors.torch.save_file(tensors, file, metadata)
+        with pytest.raises(ValueError, match=f"^{file}: {message}[^\n]*$"):
+            checkpoints.load_checkpoint(file)
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(ValueError, match=f"^{file}: cannot be read as safetensors"):
+        checkpoints.load_checkpoint(file)

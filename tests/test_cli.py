@@ -1,24 +1,30 @@
+import importlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from support import forkserver
 
 import betaclip
 from betaclip import checkpoint, train
-from betaclip.cli import main
+from betaclip.arguments import _options
+from betaclip.cli import COMMANDS, main
 from betaclip.files import lock_folder
 from betaclip.model.beta_clip import create_model
 from betaclip.published import load_published
-from betaclip.settings import config_path, read
+from betaclip.settings import config_path, read, to_dict
 from betaclip.train import TrainConfig
 
 MODEL = json.dumps(
@@ -86,6 +92,43 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
     picture = str(next((tmp_path / "a" / "attention").glob("*.png")))
     main(["visualize", str(tmp_path / "a"), picture, "a red ring", "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
+
+
+def test_smoke(tmp_path, capsys, monkeypatch):
+    """The preset shows everything: what the run says before, during and after, and all of it in its log file; the files
+    that it names are there, and the weights alone do all that a checkpoint does."""
+    monkeypatch.setattr(train, "write_curves", lambda _, file: file.touch())  # both are slow, and tested above
+    monkeypatch.setattr(train, "attention_figure", lambda *_: Figure((1, 1)))
+    run, smoke = tmp_path / "a", ["train", "--smoke", "--model.name", MODEL, "--model.pool-heads", "1"]
+    main([*smoke, "--run.folder", str(tmp_path), "--run.name", "a", "--run.workers", "0"])
+    out = capsys.readouterr().out
+    first, rest = out.split(f"run: {run}/global_only")
+    for words in (
+        f"run: {run}; config.toml has its settings", "device: cpu", "vision tower", "text tower", "pooling block",
+        "data: scenes, 96 samples; 12 updates of 8 images, 1 epochs", "tokens per step", "step 4/12", " to go",
+        "step 6/12, evaluated", "step 12/12",
+    ):  # fmt: skip
+        assert words in first, words
+    log = (run / "log.txt").read_text()
+    assert log.startswith(first) and log.endswith(rest[rest.index("Retrieval, %", rest.index("step 12/12")) :])
+    named = [Path(line.partition(": ")[0]) for line in log[log.rindex(f"{run}/model.safetensors") :].splitlines()]
+    assert [place.name for place in named[:-1]] == [
+        "model.safetensors", "checkpoint_*.pt", "results.json", "curves.png", "scene_0.png", "log.txt"
+    ]  # fmt: skip
+    assert all(place.exists() or list(place.parent.glob(place.name)) for place in named[:-1])
+    assert str(named[-1]) == f"tensorboard --logdir {run}" and list(run.glob("events.out.tfevents.*"))
+
+    whole = checkpoint.load_checkpoint(run).state_dict()
+    for file in run.glob("checkpoint_*.pt"):
+        file.unlink()
+    for place in (run, run / "model.safetensors"):
+        weights = checkpoint.load_checkpoint(place).state_dict()
+        assert all(torch.equal(whole[name], weights[name]) for name in whole)
+        assert betaclip.load(place).encode_text("a red ring").shape == (1, 8)
+    main(["evaluate", str(run / "model.safetensors"), "--scenes", "4", "--no-conditioned"])
+    assert "Choices" in capsys.readouterr().out
+    message = fails(capsys, "export", str(run), str(tmp_path / "b.safetensors"), "--to", "published")
+    assert "positions are not stretched" in message  # it has read the weights
 
 
 @pytest.fixture
@@ -174,7 +217,7 @@ def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_no_comparison(tiny, tmp_path):
-    options = ["--run.compare-global", "False", "--run.steps", "1", "--evaluation.scenes", "0"]
+    options = ["--run.no-compare-global", "--run.steps", "1", "--evaluation.scenes", "0"]
     main([*tiny, *options, "--optimizer.backbone.warmup", "0", "--optimizer.pool.warmup", "0"])
     assert not (tmp_path / "a" / "global_only").exists()
 
@@ -200,11 +243,166 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
     folder, file = str(tmp_path / "no"), str(tmp_path / "no.json")
     message = fails(capsys, *tiny, "--data.kind", "sharegpt4v", "--data.root", folder, "--data.annotations", file)
     assert message.startswith("betaclip train: data: ") and "no" in message and message.count("\n") == 1
-    message = fails(capsys, *tiny, "--model.name", "ViT-B-61")
-    assert "model: name: expected scenes, JSON, or a model of open_clip, got 'ViT-B-61'; the nearest are " in message
     assert "device: expected auto or cpu, as no CUDA device" in fails(capsys, *tiny, "--run.device", "cuda:99")
     assert "nowhere.json" in fails(capsys, "prepare", "--annotations", "nowhere.json", "--out", str(tmp_path / "x"))
     assert "no such file" in fails(capsys, "evaluate", str(tmp_path / "no.pt"), "--scenes", "3")
+
+
+RECIPE = ["train", "--config", "vit_b16_sharegpt4v_ce", "--run.precision", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss.beta", "-1"], "loss.beta: expected at least 0, got -1.0"),
+        (["--loss.beta", "nan"], "loss.beta: expected a finite number, got nan"),
+        (["--loss.alpha", "inf"], "loss.alpha: expected a finite number, got inf"),
+        (["--loss.beta", "much"], "--loss.beta: expected a number, got 'much'"),
+        (["--loss.global-weight", "-3"], "loss.global_weight: expected at least 0, got -3.0"),
+        (["--loss.weights", "conditioned", "nan"], "loss.weights.conditioned: expected a finite number, got nan"),
+        (["--loss.weights", "conditoned", "1"],
+         "loss.weights: expected one of global, beta_cal, conditioned, got 'conditoned'; the nearest is 'conditioned'"),
+        (["--loss.form", "cf"], "--loss.form: expected one of ce, bce, got 'cf'; the nearest is 'ce'"),
+        (["--loss.backend", "blockwize"], "loss.backend: expected one of auto, triton, cuda, blockwise, reference, "
+         "got 'blockwize'; the nearest is 'blockwise'"),
+        (["--optimizer.backbone.lr", "-1e-3"], "optimizer.backbone.lr: expected at least 0, got -0.001"),
+        (["--optimizer.pool.clip-norm", "0"], "optimizer.pool.clip_norm: expected more than 0, got 0.0"),
+        (["--optimizer.betas", "0.9", "1"], "optimizer.betas: expected at least 0 and less than 1, got 1.0"),
+        (["--optimizer.betas", "0.9"], "Missing value for argument '--optimizer.betas'. Expected 2 values."),
+        (["--run.steps", "3.5"], "--run.steps: expected an integer, got '3.5'"),
+        (["--run.steps", "0"], "run.steps: expected at least 1, got 0"),
+        (["--run.workers", "-1"], "run.workers: expected at least 0, got -1"),
+        (["--run.resum"], "unknown option --run.resum; the nearest is --run.resume"),
+        (["--run.no_resum"], "unknown option --run.no-resum; the nearest is --run.no-resume"),
+        (["--loss.bta=1"], "unknown option --loss.bta; the nearest is --loss.beta"),
+        (["--run.resume", "False"], "--run.resume: expected no value, got 'False'; --run.no-resume turns it off"),
+        (["--run.compare-global", "False"],
+         "--run.compare-global: expected no value, got 'False'; --run.no-compare-global turns it off"),
+        (["runs/a"], "unexpected argument 'runs/a'"),
+        (["--data.kind", "scene"], "--data.kind: expected one of scenes, sharegpt4v, pairs, shards, mixture, "
+         "got 'scene'; the nearest is 'scenes'"),
+        (["--data.scenes", "0"], "data: scenes: expected at least 1, got 0"),
+        (["--evaluation.scenes", "-1"], "evaluation.scenes: expected at least 0, got -1"),
+        (["--model.name", "vit-b-61"],
+         "model: name: expected scenes, a configuration in JSON, or a model of open_clip, got 'vit-b-61'; "
+         "the nearest is 'ViT-B-16'"),
+        (["--model.name", '{"vision_cfg": 3}'],
+         "model: name: expected the configuration of an open_clip model, got '{\"vision_cfg\": 3}'"),
+        (["--model.name", "ViT-B-16", "--model.pretrained", "opnai"], "; got 'opnai'; the nearest is 'openai'"),
+        (["--model.pretrained", "no.pt"], "model: pretrained: no.pt is not a file, and scenes has no pretrained tags"),
+        (["--model.pool-heads", "7"], "model: pool_heads: expected a divisor of 128, got 7"),
+        (["--model.context-length", "0"], "model: context_length: expected 77, or 248 for stretched positions, got 0"),
+        (["--config", "vit_b16_sharegpt4v"], "got 'vit_b16_sharegpt4v'; the nearest is 'vit_b16_sharegpt4v_ce'"),
+    ],
+)  # fmt: skip
+def test_wrong_values(tmp_path, capsys, monkeypatch, arguments, message):
+    """One line that names the option and what it takes; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    error = fails(capsys, "train", *arguments)
+    assert error.startswith("betaclip train: ") and error.endswith(f"{message}\n") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_values_of_other_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["evaluate", "a"], "nothing to evaluate: give --scenes"),
+        (["evaluate"], "missing: PATH A checkpoint"),
+        (["evaluate", "a", "--urban_k", "b"], "unknown option --urban-k; the nearest is --urban1k"),
+        (["evaluate", "a", "--scenes", "3", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (["evaluate", "a", "--zero-shot-templates", "opnai"], "got 'opnai'; the nearest is 'openai'"),
+        (["visualize", "a", "b", "c", "--head-width", "-8"], "head_width: expected at least 1, got -8"),
+        (["prepare", "--annotations", "a", "--out", "b", "--workers", "0"], "workers: expected at least 1, got 0"),
+        (["prepare", "--annotations", "a", "--out", "b", "--phrase-extractor", "spaci"], "the nearest is 'spacy'"),
+        (["export", "a", "b", "--to", "publshed"], "got 'publshed'; the nearest is 'published'"),
+        (["trian"], "no command 'trian'; the nearest is 'train'"),
+    ):
+        error = fails(capsys, *arguments)
+        assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
+    """Missing data are found before anything is fetched; then the message says what to do without access to the hub."""
+    asked = []
+
+    def create_model(*args, **options):
+        asked.append(args)
+        raise RuntimeError("Couldn't connect to the hub\nadvice")
+
+    monkeypatch.setattr("open_clip.create_model", create_model)
+    monkeypatch.chdir(tmp_path)
+    assert fails(capsys, *RECIPE).endswith("kind 'sharegpt4v' needs the file of the captions\n") and not asked
+    error = fails(capsys, *RECIPE, "--data.kind", "scenes")
+    assert asked and error == (
+        "betaclip train: model: pretrained: the weights openai of ViT-B-16 cannot be fetched "
+        "(Couldn't connect to the hub); give the path of a file that holds them\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_on_a_cpu_is_warned_of(tiny, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_: sys.exit(0))
+    fails(capsys, *tiny, "--run.precision", "fp16", "--run.device", "cpu", code=0)
+    assert caplog.messages == ["run.precision: fp16 is about ten times slower than fp32 on a CPU; take fp32 or bf16"]
+
+
+def test_switches(monkeypatch):
+    """Every switch of every command is turned off by --no-x; the older name of a choice is still taken."""
+    found = {}
+    for command in ("train", "evaluate", "visualize", "prepare", "export"):
+        module, name = COMMANDS[command].module, COMMANDS[command].config
+        kind = getattr(importlib.import_module(module), name)
+        for option, off in _options(kind, None):
+            if off is not None:
+                assert off == re.sub(r"([-.])([^-.][^.]*)$", r"\1no-\2", option)
+                found[option] = off
+    assert {"--run.compare-global", "--run.resume", "--model.pool-identity", "--conditioned"} <= found.keys()
+    configs = []
+    monkeypatch.setattr(train, "main", configs.append)
+    main(["train", *(off for option, off in found.items() if "." in option), "--loss.gather", "false"])
+    (config,) = configs
+    assert not any(value for part in to_dict(config).values() for value in part.values() if isinstance(value, bool))
+    assert config.run.compare_global is False and config.loss.gather == "local"
+
+
+def help_of(*arguments: str) -> tuple[list[list[str]], dict[str, str]]:
+    """Each option with its text, and the descriptions of the groups."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with pytest.raises(SystemExit), redirect_stdout(out):
+        main([*arguments, "--help"])
+    out.seek(0)
+    options, groups = [], {}
+    for box in re.split("^╭─ ", out.read(), flags=re.MULTILINE)[1:]:
+        title = box.partition(" ─")[0]
+        lines = [line[2:-2].rstrip() for line in box.splitlines() if line.startswith("│")]
+        rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+        if rules:
+            groups[title] = " ".join(lines[: rules[0]])
+        for line in lines[rules[0] + 1 if rules else 0 :]:
+            name, _, text = line.partition("  ") if not line.startswith(" ") else ("", "", line)
+            if name:
+                options.append([name, ""])
+            options[-1][1] += re.sub(r"\(default: .*|\(required\)", "", text)
+    return options, groups
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "--config", "vit_b16_sharegpt4v_bce"], ["evaluate"], ["visualize"], ["prepare"], ["export"]],
+    ids=" ".join,
+)
+def test_help(monkeypatch, arguments):
+    """Every option has a text of its own, every group a description of its own."""
+    monkeypatch.setenv("COLUMNS", "100")
+    options, groups = help_of(*arguments)
+    assert len(options) >= (80 if arguments[0] == "train" else 4)
+    assert [name for name, text in options if not re.search("[A-Za-zβ]{3}", text)] == []
+    assert len(set(groups.values())) == len(groups)
+    assert "``" not in str(options) + str(groups)
+    if arguments[0] == "train":
+        assert {f"{part} options" for part in ("model", "data", "loss", "optimizer", "optimizer.backbone",
+                                               "optimizer.pool", "run", "evaluation")} <= groups.keys()  # fmt: skip
 
 
 def test_folder_of_another_run(tiny, tmp_path, capsys):
@@ -283,8 +481,8 @@ def test_recipe_by_name(tmp_path, monkeypatch, capsys):
         assert config.model.name == "ViT-B-16" and config.loss.form == form
     message = fails(capsys, "train", "--config", "vit")
     assert (
-        "expected a TOML file or one of flair, scenes, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, " in message
-        and "got 'vit'" in message
+        "expected a TOML file or one of flair, scenes, smoke, vit_b16_sharegpt4v_bce, vit_b16_sharegpt4v_ce, "
+        "vit_l14_sharegpt4v_ce, got 'vit'" in message
     )
     (tmp_path / "scenes").write_text("")  # a file goes before a recipe
     assert config_path("scenes") == Path("scenes")

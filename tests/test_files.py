@@ -11,7 +11,7 @@ import torch
 from support.tiny import START
 
 from betaclip.errors import ConfigError, OutputError
-from betaclip.files import lock_folder, write_atomically, write_folder_atomically
+from betaclip.files import LOCK, lock_folder, write_atomically, write_folder_atomically
 
 
 def write(path: Path, content: bytes) -> None:
@@ -159,3 +159,17 @@ def test_lock_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=rf"^{tmp_path}/file/run: cannot be written: Not a directory"):
         refused(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_unused_folders_go_again(tmp_path, written):
+    """If a block fails before it writes; what was there before stays."""
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path / "runs" / "a"):
+        if written:
+            (tmp_path / "runs" / "a" / "file").touch()
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"] * written
+    assert (tmp_path / "runs" / "a" / LOCK).exists() == written
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
+        1 / 0  # noqa: B018
+    assert (tmp_path / LOCK).exists()

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from betaclip.errors import ConfigError
-from betaclip.settings import differences, filled, from_dict, keys, read, to_dict, to_toml
+from betaclip.settings import bounded, check_numbers, differences, filled, from_dict, keys, read, to_dict, to_toml
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def test_file_overrides_default_field_by_field(tmp_path):
         ("[first]\nsteps = true", "first.steps: expected int, got True"),
         ("[first]\nsteps = 2.0", "first.steps: expected int, got 2.0"),
         ("[first]\nlimit = 'x'", "first.limit: expected float, got 'x'"),
-        ("kind = 'c'", "kind: expected one of 'a', 'b', got 'c'"),
+        ("kind = 'c'", "kind: expected one of a, b, got 'c'; the nearest is '[ab]'$"),
+        ("kind = 3", "kind: expected one of a, b, got 3$"),
         ("betas = [1.0]", "betas: expected a list of 2, got"),
         ("weights = 3", "weights: expected a table, got 3"),
         ("[weights]\na = 'x'", "weights.a: expected float, got 'x'"),
@@ -127,3 +128,36 @@ def test_filled():
     defaults = {"a": 1, "b": {"c": 2, "d": 3}, "e": {"f": 4}}
     assert filled({"a": 5, "b": {"d": 6}, "x": 7}, defaults) == {"a": 5, "b": {"c": 2, "d": 6}, "e": {"f": 4}, "x": 7}
     assert filled({"b": 5}, defaults)["b"] == 5
+
+
+@dataclass(frozen=True)
+class Numbers:
+    share: float = bounded(0.5, at_least=0, below=1)
+    rates: tuple[float, ...] = bounded((1.0,), above=0)
+    count: int | None = bounded(None, at_least=1)
+    free: float = -1e9
+    on: bool = True
+    weights: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    part: Part = field(default_factory=Part)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": 1.0}, "share: expected at least 0 and less than 1, got 1.0"),
+        ({"share": -0.1}, "share: expected at least 0 and less than 1, got -0.1"),
+        ({"rates": (1.0, 0.0)}, "rates: expected more than 0, got 0.0"),
+        ({"count": 0}, "count: expected at least 1, got 0"),
+        ({"free": float("nan")}, "free: expected a finite number, got nan"),
+        ({"weights": {"a": float("inf")}}, "weights.a: expected a finite number, got inf"),
+        ({"part": Part(rate=float("nan"))}, "part.rate: expected a finite number, got nan"),
+        ({"parts": {"a": Part(limit=float("-inf"))}}, "parts.a.limit: expected a finite number, got -inf"),
+    ],
+)
+def test_numbers(change, message):
+    """Each is finite and in its field's range, at any depth."""
+    check_numbers(Numbers(share=0.0, count=1, parts={"a": Part()}))
+    with pytest.raises(ConfigError) as raised:
+        check_numbers(Numbers(**change))
+    assert str(raised.value) == message

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import open_clip
 import pytest
 import torch
+from support import colours
 from support.paths import ROOT
 from support.tiny import IMAGE_SIZE, WORDS, TinyDataset
 from torch._subclasses import FakeTensorMode
@@ -20,7 +21,7 @@ from betaclip.model.beta_clip import create_model
 from betaclip.model.flair_layout import FLAIR_SETTINGS
 from betaclip.process_group import SINGLE_PROCESS
 from betaclip.settings import read, to_toml
-from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator
+from betaclip.train import TrainConfig, TrainEvaluationConfig, create_evaluator, write_pictures
 from betaclip.training.config import GroupConfig, OptimizerConfig, check
 from betaclip.training.log import read_metrics
 from betaclip.training.trainer import Trainer
@@ -44,12 +45,12 @@ def test_published_recipes(form, tmp_path):
     assert config.data.kind == "sharegpt4v" and (config.data.sentences, config.data.max_phrases) == (5, 30)
     assert config.optimizer == OptimizerConfig(
         backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6),
-        pool=GroupConfig(1e-3, 1e-4),
+        pool=GroupConfig(1e-3, 1e-4, warmup=0),
         schedule="published",
     )
     chosen = (config.loss, ("padding", "gather_global", "gather")), (config.data, DATA_OF_THE_RELEASED_CODE)
     assert [[getattr(part, name) for name in names] for part, names in chosen] == [
-        ["published", "published", "false"],
+        ["published", "published", "local"],
         list(DATA_OF_THE_RELEASED_CODE.values()),
     ]
     assert (config.run.batch_size, config.run.micro_batch_size, config.run.epochs) == (2048, 64, 10)
@@ -121,6 +122,12 @@ def test_renamed_settings_are_named(tmp_path, old, new):
         read(TrainConfig(), tmp_path / "config.toml")
 
 
+def test_renamed_value_is_taken(tmp_path):
+    """Configurations of earlier runs say "false"."""
+    (tmp_path / "config.toml").write_text('[loss]\ngather = "false"\n')
+    assert read(TrainConfig(), tmp_path / "config.toml").loss.gather == "local"
+
+
 def optional_defaults(cls: Any) -> list[tuple[str, object]]:
     """Names and defaults of all fields that may be None."""
     hints, found = get_type_hints(cls), []
@@ -143,9 +150,20 @@ def test_evaluator():
     files = TrainConfig(data=DataConfig(kind="sharegpt4v"))
     assert create_evaluator(files).is_empty
     assert create_evaluator(replace(files, evaluation=TrainEvaluationConfig(scenes=3))).scenes == 3
-    for change, message in (
-        ({"every": 0}, r"evaluation.every: expected at least 1, got 0"),
-        ({"urban1k": ROOT / "nowhere"}, r"evaluation: .*nowhere"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            create_evaluator(TrainConfig(evaluation=TrainEvaluationConfig(**change)))
+    with pytest.raises(ConfigError, match=r"evaluation: .*nowhere"):
+        create_evaluator(TrainConfig(evaluation=TrainEvaluationConfig(urban1k=ROOT / "nowhere")))
+
+
+def test_pictures_of_own_data(tmp_path):
+    """The attention over the first pictures of the first retrieval set, of the sentences of their captions."""
+    rows = [("a", "A cat. A dog sits."), ("b", ""), ("c", "A mug.")]
+    for name, caption in rows:
+        colours.save(tmp_path / f"{name}.png", colours.picture({(0, 1): "red"}))
+        (tmp_path / f"{name}.txt").write_text(caption)
+    data = DataConfig(kind="pairs")
+    config = TrainConfig(data=data, evaluation=TrainEvaluationConfig(pairs=tmp_path, pictures=5))
+    files = write_pictures(config, create_evaluator(config), colours.ColourModel(), tmp_path / "attention")
+    assert [file.name for file in files] == ["picture_0.png", "picture_1.png"]
+    none = replace(config, evaluation=TrainEvaluationConfig())
+    assert write_pictures(none, create_evaluator(none), colours.ColourModel(), tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -103,7 +106,7 @@ def test_command(tmp_path, known, capsys):
     "image, texts, out, message",
     [
         ("good.png", [], "a.png", "TEXT"),
-        ("good.png", ["", " "], "a.png", "texts: expected at least one"),
+        ("good.png", ["red", " "], "a.png", "texts: expected words, got an empty text as number 2"),
         ("none.png", ["red"], "a.png", "image: none.png: FileNotFoundError"),
         ("broken.png", ["red"], "a.png", "image: broken.png: OSError"),
         ("good.png", ["red"], "a.nothing", "out: a.nothing: Format 'nothing' is not supported"),
@@ -137,3 +140,75 @@ def test_headless(tmp_path, monkeypatch):
     figure.savefig(tmp_path / "attention.png")
     with Image.open(tmp_path / "attention.png") as image:
         assert image.format == "PNG"
+
+
+def font_with(letter: str, file: Path) -> str:
+    """Write a font whose only letter is a square, and make it known to matplotlib; returns its family."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(letter): "square"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Square Sans", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(file)
+    font_manager.fontManager.addfont(str(file))
+    return "Square Sans"
+
+
+@pytest.fixture
+def square_font(tmp_path, monkeypatch):
+    """A font that has 中, beside matplotlib's own, whatever the system has."""
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    return font_with("中", tmp_path / "square.ttf")
+
+
+def drawn_titles(figure):
+    FigureCanvasAgg(figure).draw()
+    return [axis.title.get_text() for axis in figure.axes if axis.images][1:]
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns where it draws a box in place of a letter
+def test_titles_in_any_script(square_font, caplog):
+    """A letter that a font of the system has is drawn in it; others are spelled out, and named."""
+    model, picture = colours.ColourModel(), colours.picture({})
+    figure = attention_figure(model, Tokenizer(), picture, ["a red 中", "é ü β"])
+    assert drawn_titles(figure) == ["a red 中", "é ü β"] and not caplog.messages
+    assert figure.axes[1].title.get_fontfamily() == ["DejaVu Sans", square_font]
+    figure = attention_figure(model, Tokenizer(), picture, ["中 犬", "\x07 bell"])
+    assert drawn_titles(figure) == [r"中 \u72ac", r"\x07 bell"]
+    assert caplog.messages == ["no installed font has \\x07 犬: titles show their code points"]
+
+
+def test_wide_letters_are_wrapped(square_font):
+    """A line of them is no wider than one of Latin letters, and the last one says that there is more."""
+    figure = attention_figure(colours.ColourModel(), Tokenizer(), colours.picture({}), ["中" * 200])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    title, panel = figure.axes[1].title, figure.axes[1].get_window_extent()
+    assert title.get_text().count("\n") == 2 and title.get_text().endswith(" …")
+    box = title.get_window_extent(canvas.get_renderer())
+    assert panel.x0 <= box.x0 and box.x1 <= panel.x1 and box.width > panel.width / 2
+
+
+def test_photo_is_upright(tmp_path, known):
+    """A camera held upright stores the picture on its side."""
+    upright = colours.picture({(0, 1): "red"}, 60, 160)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
+    Image.fromarray(upright).save(tmp_path / "plain.png")
+    for name in ("photo", "plain"):
+        main(
+            ["visualize", "checkpoint", str(tmp_path / f"{name}.png"), "red", "--out", str(tmp_path / f"{name}_a.png")]
+        )
+    photo, plain = (np.asarray(Image.open(tmp_path / f"{name}_a.png")) for name in ("photo", "plain"))
+    np.testing.assert_array_equal(photo, plain)

@@ -34,11 +34,11 @@ def measure(folder: Path, steps: int, seed: int, weight: float, setting: Setting
         name += "-" + hashlib.sha256(" ".join(rest).encode()).hexdigest()[:8]
     if not (folder / name / "results.json").exists():
         options = {"run.folder": folder, "run.name": name, "run.steps": steps, "run.seed": seed, "loss.beta": beta}
-        options |= {"run.compare-global": False, "loss.conditioned-negatives": others, "optimizer.pool.lr": rate}
+        options |= {"loss.conditioned-negatives": others, "optimizer.pool.lr": rate}
         command = [sys.executable, "-m", "betaclip", "train", "--run.resume"]
         command += [str(part) for option, value in options.items() for part in (f"--{option}", value)]
         command += ["--loss.weights", "conditioned", str(weight)] if others else []
-        subprocess.run([*command, *rest], check=True)
+        subprocess.run([*command, "--run.no-compare-global", *rest], check=True)
     found = json.loads((folder / name / "results.json").read_text())["β-CLIP"]
     return {column: 100 * found[key] for column, key in COLUMNS.items()}
 

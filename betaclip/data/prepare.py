@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from betaclip.data.phrases.cache import VERSION, pack, write_cache
 from betaclip.data.phrases.extraction import ExtractorName, create_extractor
-from betaclip.data.phrases.spans import Extractor, PhraseStyle
+from betaclip.data.phrases.spans import Extractor, PhraseStyle, Span
 from betaclip.data.readers.annotations import BadRowError
 from betaclip.data.readers.pairs import open_rows
 from betaclip.data.readers.shards import captions_of_shard, expand_shards
@@ -23,6 +23,9 @@ from betaclip.data.readers.table import TableOptions
 from betaclip.data.sentences import clean, split_sentences
 from betaclip.errors import ConfigError
 from betaclip.files import lock_folder, write_atomically
+from betaclip.settings import bounded, check_numbers
+
+Report = Callable[[int], object]  # is told how many more captions are done
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class PrepareConfig(TableOptions):
     """Name or folder; by default the first English model that is installed."""
     allow_commands: bool = False
     """Also take shards whose addresses run commands, such as "pipe:ssh HOST cat shard.tar"."""
-    workers: int = os.cpu_count() or 1
+    workers: int = bounded(os.cpu_count() or 1, at_least=1)
     """Processes; one where the system cannot fork."""
-    part_rows: int = 10_000
+    part_rows: int = bounded(10_000, at_least=1)
     """Captions of a part; an interruption loses the parts under way."""
 
 
@@ -55,9 +58,8 @@ def prepare(config: PrepareConfig) -> None:
         ConfigError: the captions or the spaCy model are missing, or the folder holds parts of other work or is in use.
     """
     folder = Path(f"{config.out}.parts")
+    check_numbers(config)
     try:
-        if config.part_rows < 1:
-            raise ValueError(f"part_rows: expected at least 1, got {config.part_rows}")
         work = _Work(config)
         extractor = create_extractor(config.phrase_extractor, config.spacy_model, config.phrase_style)
     except (OSError, ValueError) as error:
@@ -104,34 +106,72 @@ class _Work:
 def _prepare(config: PrepareConfig, work: _Work, extractor: Extractor, folder: Path) -> None:
     files = [folder / f"{number:06d}.npz" for number in range(len(work.parts))]
     missing = [number for number, file in enumerate(files) if not file.exists()]
-    with tqdm(total=len(files), initial=len(files) - len(missing), unit="part", desc="phrases") as progress:
-        for _ in _map(config, work, extractor, [(number, files[number]) for number in missing]):
-            progress.update()
+    finished = sum(_captions(file) for file in files if file.exists())
+    total = None if work.rows is None else finished + sum(len(work.parts[number]) for number in missing)
+    with tqdm(total=total, initial=finished, unit=" captions", desc="phrases") as progress:
+        for number in _map(config, work, extractor, [(number, files[number]) for number in missing], progress.update):
+            if progress.total is not None:  # a row may have several captions
+                progress.total += _captions(files[number]) - len(work.parts[number])
     parts = [_load(file) for file in files]
     sentences = write_cache(config.out, extractor.name, parts, extractor.style)
     bad, captions = (sum(int(part[name]) for part in parts) for name in ("bad", "captions"))
     print(f"{config.out}: {sentences} sentences of {captions} captions, {bad} rows unusable")
 
 
-def _map(config: PrepareConfig, work: _Work, extractor: Extractor, jobs: list[tuple[int, Path]]) -> Iterator[Path]:
-    """Write the parts; yields each file when it is done."""
+def _map(
+    config: PrepareConfig, work: _Work, extractor: Extractor, jobs: list[tuple[int, Path]], report: Report
+) -> Iterator[int]:
+    """Write the parts; yields the number of each when it is done."""
     workers = min(config.workers, len(jobs))
     if workers <= 1 or "fork" not in get_all_start_methods():
-        yield from (_extract(work, extractor, number, file) for number, file in jobs)
+        for number, file in jobs:
+            _extract(work, extractor, number, file, report)
+            yield number
         return
     # A fork shares the loaded spaCy model; no threads have been started that it would lack.
-    with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (work, extractor)) as pool:
-        yield from pool.map(_extract_in_worker, jobs)
+    context = get_context("fork")
+    captions, reported = context.Value("q", 0), 0
+    with ProcessPoolExecutor(workers, context, _start_worker, (work, extractor, captions)) as pool:
+        waiting = {pool.submit(_extract_in_worker, *job): job[0] for job in jobs}
+        try:
+            while waiting:
+                done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
+                now = captions.value
+                report(now - reported)
+                reported = now
+                for future in done:
+                    future.result()
+                    yield waiting.pop(future)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _extract(work: _Work, extractor: Extractor, number: int, file: Path) -> Path:
+def _extract(work: _Work, extractor: Extractor, number: int, file: Path, report: Report) -> None:
     captions = list(work.captions(number))
     usable = [caption for caption in captions if caption is not None]
     sentences = list(dict.fromkeys(s for caption in usable for s in split_sentences(clean(caption))))
-    part: dict[str, Any] = dict(pack(sentences, extractor(sentences)))
+    spans = _reported(extractor(sentences), len(sentences), len(captions), report)
+    part: dict[str, Any] = dict(pack(sentences, spans))
     with write_atomically(file) as stream:
         np.savez(stream, captions=len(usable), bad=len(captions) - len(usable), **part)
-    return file
+
+
+def _reported(spans: Iterator[list[Span]], sentences: int, captions: int, report: Report) -> Iterator[list[Span]]:
+    """The spans of a part's sentences; the part's captions are reported in proportion, as they are taken."""
+    reported = 0
+    for done, found in enumerate(spans, 1):
+        yield found
+        due = captions * done // sentences
+        if due > reported:
+            report(due - reported)
+            reported = due
+    report(captions - reported)
+
+
+def _captions(file: Path) -> int:
+    """The number of captions that a part was made of, unusable ones included."""
+    with np.load(file) as part:
+        return int(part["captions"] + part["bad"])
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -139,16 +179,22 @@ def _load(file: Path) -> dict[str, Any]:
         return dict(part)
 
 
-_worker: tuple[_Work, Extractor]
+_worker: tuple[_Work, Extractor, Any]
 
 
-def _start_worker(work: _Work, extractor: Extractor) -> None:
+def _start_worker(work: _Work, extractor: Extractor, captions: Any) -> None:
     global _worker
-    _worker = work, extractor
+    _worker = work, extractor, captions
 
 
-def _extract_in_worker(job: tuple[int, Path]) -> Path:
-    return _extract(*_worker, *job)
+def _extract_in_worker(number: int, file: Path) -> None:
+    work, extractor, captions = _worker
+
+    def report(count: int) -> None:
+        with captions.get_lock():
+            captions.value += count
+
+    _extract(work, extractor, number, file, report)
 
 
 def _claim(folder: Path, about: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ class MixtureSet(SetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SetConfig):
-    """The data to train on: ``kind`` names the data set, and the settings are those of all kinds."""
+    """The data to train on: kind names the data set, and the settings are those of all kinds."""
 
     kind: KindOrMixture = "scenes"
     """Rendered scenes, ShareGPT4V, pictures of your own with captions in files, tar shards of both, or a mixture."""

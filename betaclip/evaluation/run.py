@@ -26,6 +26,7 @@ from betaclip.evaluation.tasks.zero_shot import TEMPLATES, zero_shot_accuracy
 from betaclip.model.plain_clip import PlainClip, create_plain
 from betaclip.model.tokenizer import Tokenizer
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup, initialized
+from betaclip.settings import bounded, check_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ class EvaluateConfig(EvaluationConfig):
     """File for the results with their 95 % confidence intervals: its name ends in .json, .csv or .md."""
     intervals: bool = False
     """Show the 95 % confidence intervals (Wilson's score interval) in the printed tables, too."""
-    head_width: int | None = None
+    head_width: int | None = bounded(None, at_least=1)
     """Width of the towers' attention heads, if the file has the published or FLAIR's layout and does not say it; by
     default 64."""
-    pool_heads: int | None = None
+    pool_heads: int | None = bounded(None, at_least=1)
     """Attention heads of the pooling block, likewise; by default 8."""
     device: str = "auto"
     """auto takes a GPU if there is one."""
@@ -136,10 +137,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config, self.scenes = config, config.scenes or 0
-        if config.batch_size < 1 or self.scenes < 0:
-            raise ConfigError(f"expected batch_size >= 1 and scenes >= 0, got {config.batch_size} and {self.scenes}")
-        if config.limit is not None and config.limit < 1:
-            raise ConfigError(f"limit: expected at least 1, got {config.limit}")
+        check_numbers(config)
         if config.top_k is not None and config.top_k < RECALLS_AT[-1]:
             raise ConfigError(f"top_k: expected at least {RECALLS_AT[-1]}, the largest recall, got {config.top_k}")
         self.sets = read_sets(config)

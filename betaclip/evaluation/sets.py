@@ -12,6 +12,7 @@ from betaclip.data.readers.retrieval_set import RetrievalSet
 from betaclip.data.registry import RetrievalConfig
 from betaclip.errors import ConfigError
 from betaclip.evaluation.tasks.zero_shot import TemplatesName
+from betaclip.settings import bounded
 
 Item = TypeVar("Item")
 
@@ -20,7 +21,7 @@ Item = TypeVar("Item")
 class EvaluationConfig(RetrievalConfig):
     """The sets to evaluate on, and how."""
 
-    scenes: int | None = None
+    scenes: int | None = bounded(None, at_least=0)
     """Number of rendered scenes, for retrieval, choices, pointing and the leak. By default none."""
     fg_ovd: Path | None = None
     """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
@@ -42,13 +43,13 @@ class EvaluationConfig(RetrievalConfig):
     own_text: bool = False
     """Also evaluate retrieval where each picture is pooled by its own first text before the search, as in the released
     code. The search is told what to find, so compare the results with such results only."""
-    limit: int | None = None
+    limit: int | None = bounded(None, at_least=1)
     """Take at most this many pictures of each retrieval set and of the classes, and questions of each subset, spread
     evenly. Results are then named SET_limitN, because retrieval among fewer is easier. By default all."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
     """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
     the same embedding."""
-    batch_size: int = 64
+    batch_size: int = bounded(64, at_least=1)
     """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0
     """Seed of the scenes."""

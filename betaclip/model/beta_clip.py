@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import nvtx
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from betaclip.model.flair_layout import FLAIR_SETTINGS, from_flair, is_flair, to_flair
-from betaclip.model.open_clip_towers import create_towers, load_towers, needs_quick_gelu
+from betaclip.model.open_clip_towers import check_tag, create_towers, load_towers, needs_quick_gelu, towers_config
 from betaclip.model.other_pictures import conditioned_outputs, pool_with_others, sampled_texts
 from betaclip.model.packing import to_device
 from betaclip.model.published_layout import (
@@ -77,6 +77,13 @@ class ModelConfig:
     """Use QuickGELU in the towers, whatever the name says. Weights trained with it (OpenAI's, by tag or from a file of
     their archive's tensors, and the published ones) turn this on by themselves, also in the configuration that
     checkpoints keep."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a model's inputs: pixels of a side of the picture, and tokens of a text."""
+
+    image_size: int
+    context_length: int
 
 
 class BetaCLIP(nn.Module):
@@ -332,17 +339,41 @@ def create_model(config: ModelConfig) -> BetaCLIP:
         load_flair_state(model, weights, source)
     elif file and not (published or ours):
         load_towers(model.clip, weights, source)
-    own = model.context_length
-    if own > FROZEN and config.context_length == stretched(own):
+    _check_context_length(config, model.context_length)
+    if config.context_length != model.context_length:
         stretch_positions(model.clip)
-    elif config.context_length != own:
-        expected = f"{own}, or {stretched(own)} for stretched positions"
-        raise ValueError(f"context_length: expected {expected}, got {config.context_length}")
     if published:
         load_published_state(model, weights, source)
     elif ours:
         load_state(model, weights, source)
     return model
+
+
+def check_config(config: ModelConfig) -> Sizes:
+    """The sizes of the inputs of the model that :func:`create_model` would make, without making or fetching anything.
+
+    Raises:
+        ValueError: there is no such model or no such weights, or a number does not fit it; the message says which.
+    """
+    towers = towers_config(config.name)
+    if config.pretrained is not None and not Path(config.pretrained).is_file():
+        check_tag(config.name, config.pretrained)
+    vision, text = (towers.get(part, {}) for part in ("vision_cfg", "text_cfg"))
+    if not (isinstance(vision, dict) and isinstance(text, dict)):
+        raise ValueError(f"name: expected the configuration of an open_clip model, got {config.name!r}")
+    _check_context_length(config, text.get("context_length", 77))
+    if config.pool_heads < 1 or towers.get("embed_dim", 0) % config.pool_heads:
+        raise ValueError(f"pool_heads: expected a divisor of {towers.get('embed_dim')}, got {config.pool_heads}")
+    size = vision.get("image_size", 224)
+    return Sizes(size[0] if isinstance(size, list | tuple) else size, config.context_length)
+
+
+def _check_context_length(config: ModelConfig, own: int) -> None:
+    """Raise a ValueError for a context that is neither the towers' own nor that of stretched positions."""
+    stretches = own > FROZEN
+    if config.context_length != own and not (stretches and config.context_length == stretched(own)):
+        expected = f"{own}, or {stretched(own)} for stretched positions" if stretches else str(own)
+        raise ValueError(f"context_length: expected {expected}, got {config.context_length}")
 
 
 def load_state(model: BetaCLIP, state: Mapping[str, Tensor], source: Path | str) -> None:

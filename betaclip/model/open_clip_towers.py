@@ -1,10 +1,9 @@
 """Makes the open_clip model that a BetaCLIP is built on."""
 
-import difflib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -21,6 +20,7 @@ from open_clip.model import (
 from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor
 
+from betaclip.errors import nearest
 from betaclip.model.weights import OPENAI_SIZES, check_weights
 
 # A model that learns the rendered scenes on a CPU in minutes.
@@ -29,6 +29,9 @@ SCENES: dict[str, Any] = {
     "vision_cfg": {"image_size": 72, "patch_size": 12, "width": 128, "layers": 4, "head_width": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }
+
+
+EXPECTED = "scenes, a configuration in JSON, or a model of open_clip"
 
 
 def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
@@ -40,11 +43,11 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
         quick_gelu: use QuickGELU, whatever the configuration says.
 
     Raises:
-        ValueError: unknown name or tag, or a configuration that open_clip does not take; the message says which.
+        ValueError: unknown name or tag, a configuration that open_clip does not take, or weights that cannot be
+            fetched; the message says which.
     """
-    if name == "scenes" or name.startswith("{"):
-        if tag is not None:
-            raise ValueError(f"pretrained: {tag} is not a file, and custom models have no pretrained tags")
+    check_tag(name, tag)
+    if _is_custom(name):
         options = towers_config(name)
         options["quick_gelu"] = quick_gelu or options.get("quick_gelu", False)
         kind = CustomTextCLIP if options.pop("custom_text", False) else CLIP
@@ -54,61 +57,63 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
             raise ValueError(
                 f"name: expected the configuration of an open_clip model, got {name!r}: {error}"
             ) from error
-    known = known_model(name, "scenes, JSON, or a model of open_clip")
-    if tag is not None:
-        check_tag(known, tag)
+    known = known_model(name, EXPECTED)
     return create_known(known, tag, force_quick_gelu=quick_gelu)
 
 
 def towers_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of a name that :func:`create_towers` takes; a copy.
+    """The configuration of the towers of a name, as open_clip writes them; a copy.
 
     Raises:
-        ValueError: ``name`` is JSON that cannot be read.
+        ValueError: unknown name, or no JSON after an opening brace.
     """
-    if name == "scenes":
-        return deepcopy(SCENES)
-    return _parse(name) if name.startswith("{") else open_clip.get_model_config(name.replace("/", "-"))
+    if _is_custom(name):
+        return deepcopy(SCENES) if name == "scenes" else _parse(name)
+    return dict(open_clip.get_model_config(known_model(name, EXPECTED)))
 
 
 def known_model(name: str, expected: str) -> str:
     """open_clip's own spelling of a model's name.
 
     Raises:
-        ValueError: open_clip has no such model; the message names the nearest ones.
+        ValueError: open_clip has no such model; the message names the nearest one.
     """
     known, models = name.replace("/", "-"), open_clip.list_models()
     if known not in models:
-        raise ValueError(f"name: expected {expected}, got {name!r}; {_nearest(known, models)}")
+        raise ValueError(f"name: expected {expected}, got {name!r}; the nearest is {nearest(known, models)!r}")
     return known
 
 
-def check_tag(known: str, tag: str) -> None:
-    """Check that open_clip has weights of this tag for a model.
-
-    Raises:
-        ValueError: it has none; the message names the nearest ones.
-    """
-    tags = open_clip.list_pretrained_tags_by_model(known)
+def check_tag(name: str, tag: str | None) -> None:
+    """Raise a ValueError for a tag of weights that a model does not have."""
+    if tag is None:
+        return
+    tags = [] if _is_custom(name) else open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    if not tags:
+        raise ValueError(f"pretrained: {tag} is not a file, and {name:.40} has no pretrained tags")
     if tag not in tags:
-        found = _nearest(tag, tags) if tags else "there are none"
-        raise ValueError(f"pretrained: expected a file, or a tag that open_clip has for {known}, got {tag!r}; {found}")
+        raise ValueError(f"pretrained: expected a file, or one of {', '.join(tags)} for {name}; got {tag!r}; "
+                         f"the nearest is {nearest(tag, tags)!r}")  # fmt: skip
+
+
+def _is_custom(name: str) -> bool:
+    return name == "scenes" or name.startswith("{")
 
 
 def create_known(known: str, tag: str | None, **options: Any) -> Any:
     """``open_clip.create_model``, with its failures as messages of one line.
 
     Raises:
-        ValueError: the weights or another file of the model cannot be downloaded, or do not fit.
+        ValueError: the weights or another file of the model cannot be fetched, or do not fit.
     """
     try:
         with _without_alarm():
             return open_clip.create_model(known, pretrained=tag, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the libraries between here and the hub raise
         if tag is None:
             raise ValueError(f"name: open_clip cannot make {known}: {one_line(error)}") from error
-        message = f"pretrained: open_clip cannot load {tag} for {known}; without a network, give a file"
-        raise ValueError(f"{message}: {one_line(error)}") from error
+        raise ValueError(f"pretrained: the weights {tag} of {known} cannot be fetched ({one_line(error)}); "
+                         "give the path of a file that holds them") from error  # fmt: skip
 
 
 def create_tokenizer(known: str) -> Any:
@@ -127,11 +132,6 @@ def create_tokenizer(known: str) -> Any:
 def one_line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0)
-    return f"the nearest {'is' if len(found) == 1 else 'are'} {', '.join(found)}"
 
 
 @contextmanager

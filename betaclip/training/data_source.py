@@ -11,20 +11,30 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from betaclip.data.batches import Batch, collate
 from betaclip.errors import ConfigError
-from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import ProcessGroup
 from betaclip.signals import ignore_stop_signals
 from betaclip.training.config import TrainingConfig
 from betaclip.training.sampler import BatchSampler
 
 
+class Sizes(Protocol):
+    """What the data must know of a model: pixels of a side of its pictures, and tokens of its texts."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+
 class DataSource(Protocol):
     """The training data, as the trainer sees them.
 
-    steps_per_epoch: number of updates. order: everything that determines which samples a step takes; a resumed run must
-    have the same.
+    samples: their number in an epoch. steps_per_epoch: number of updates. order: everything that determines which
+    samples a step takes; a resumed run must have the same.
     """
 
+    samples: int
     steps_per_epoch: int
     order: dict[str, int]
 
@@ -38,16 +48,16 @@ class DataSource(Protocol):
 
 
 def create_data_source(
-    config: TrainingConfig, model: BetaCLIP, process_group: ProcessGroup, device: torch.device
+    config: TrainingConfig, sizes: Sizes, process_group: ProcessGroup, device: torch.device
 ) -> DataSource:
-    """The batches of the data that the settings name.
+    """The batches of the data that the settings name, for a model of these sizes.
 
     Raises:
         ConfigError: the data are not there, or settings do not fit each other.
     """
     try:
         dataset: Any = config.data.create(
-            model.image_size, model.context_length,
+            sizes.image_size, sizes.context_length,
             seed=config.run.seed, rank=process_group.rank, ranks=process_group.size,
         )  # fmt: skip
         kind = ShardSource if isinstance(dataset, IterableDataset) else ExampleSource
@@ -61,7 +71,7 @@ class ExampleSource:
 
     def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
         self._dataset, self._workers, self._device = dataset, config.run.workers, device
-        self._process_group = process_group
+        self._process_group, self.samples = process_group, len(dataset)
         self._permutation = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
         self.order = self._permutation | _order_of(dataset)
         self.steps_per_epoch = self._sampler(0, 0).steps_per_epoch
@@ -88,7 +98,7 @@ class ShardSource:
         if size % ranks:
             raise ConfigError(f"run.batch_size: expected a multiple of {ranks} ranks for shards, got {size}")
         self._dataset, self._share, self._workers = dataset, size // ranks, workers
-        self._ranks, self._device = ranks, device
+        self._ranks, self._device, self.samples = ranks, device, dataset.epoch_samples
         self.steps_per_epoch = dataset.batches_per_epoch(self._share, workers)
         if self.steps_per_epoch < 1:
             each = f"{ranks} ranks with {max(workers, 1)} workers"

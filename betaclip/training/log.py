@@ -2,20 +2,28 @@
 
 import errno
 import json
+import logging
 import math
 import sys
+import textwrap
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from betaclip.errors import ConfigError, NonFiniteError
+from betaclip.errors import NonFiniteError
 from betaclip.files import reporting, write_atomically
-from betaclip.settings import to_dict
+from betaclip.settings import to_dict, to_toml
 from betaclip.training.config import TrainingConfig
+
+LOG_FILE = "log.txt"
 
 
 class MetricsBuffer:
@@ -120,17 +128,23 @@ def peak_bytes(device: torch.device) -> float:
 
 
 class Log:
-    """Writes a run's metrics, on the first rank. Lines that an earlier attempt wrote for steps after ``step`` go."""
+    """Writes a run's metrics, on the first rank. Lines that an earlier attempt wrote for steps after ``step`` go.
+
+    What is said, and warnings, are also in the run's log file.
+    """
 
     def __init__(self, folder: Path, config: TrainingConfig, steps: int, step: int) -> None:
-        self.steps = steps
+        self.folder, self.steps = folder, steps
+        self._first, self._begin = step, time.perf_counter()
         self._file = folder / "metrics.jsonl"
         kept = [m for m in read_metrics(self._file) if m["step"] <= step]
         with write_atomically(self._file) as file:
             file.writelines(json.dumps(m).encode() + b"\n" for m in kept)
         with reporting(folder):
-            self._tensorboard = _tensorboard(folder, step) if config.run.tensorboard else None
+            self._tensorboard = _tensorboard(folder, config, step) if config.run.tensorboard else None
         self._wandb = _wandb(config, folder) if config.run.wandb is not None else None
+        self._warnings = _WarningsToFile(folder)
+        logging.getLogger("betaclip").addHandler(self._warnings)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -139,11 +153,26 @@ class Log:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics since the last line."""
         self._write(step, metrics)
-        self.say(line(step, self.steps, metrics))
+        self.say(f"{line(step, self.steps, metrics)}{self._to_go(step)}")
 
-    def write_evaluation(self, step: int, metrics: dict[str, float], table: str) -> None:
+    def write_evaluation(
+        self, step: int, metrics: dict[str, float], table: str, figures: Mapping[str, Figure] | None = None
+    ) -> None:
+        """Log an evaluation; TensorBoard takes the figures, under their names."""
         self._write(step, metrics)
         self.say(f"step {step}/{self.steps}, evaluated\n{table}")
+        if self._tensorboard is not None:
+            with reporting(self.folder):
+                for name, figure in (figures or {}).items():
+                    self._tensorboard.add_image(name, _pixels(figure), step, dataformats="HWC")
+
+    def _to_go(self, step: int) -> str:
+        """The time that the remaining steps take, if they take as long as those of this process did on average."""
+        done = step - self._first
+        if done < 1 or step >= self.steps:
+            return ""
+        each = (time.perf_counter() - self._begin) / done
+        return f"  {tqdm.format_interval(each * (self.steps - step))} to go"
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         with reporting(self._file), self._file.open("a") as file:
@@ -151,12 +180,13 @@ class Log:
         if self._tensorboard is not None:
             with reporting(self._file.parent):
                 for name, value in metrics.items():
-                    self._tensorboard.add_scalar(name, value, step)
+                    self._tensorboard.add_scalar(tensorboard_name(name), value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
     def say(self, text: str) -> None:
-        """Print above the progress bar."""
+        """Print above the progress bar, and add to the log file."""
+        write_log(self.folder, text)
         try:
             self._bar.write(text)
             sys.stdout.flush()
@@ -165,12 +195,67 @@ class Log:
                 raise
 
     def close(self) -> None:
+        logging.getLogger("betaclip").removeHandler(self._warnings)
         self._bar.close()
         if self._tensorboard is not None:
             with reporting(self._file.parent):
                 self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _WarningsToFile(logging.Handler):
+    """Adds warnings to a run's log file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_log(self._folder, record.getMessage())
+
+
+def write_log(folder: Path, text: str) -> None:
+    """Add a text to a run's log file."""
+    file = folder / LOG_FILE
+    with reporting(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(f"{text}\n")
+
+
+def write_final(folder: Path, config: TrainingConfig, results: Mapping[str, float]) -> None:
+    """Write a finished run's results for TensorBoard, with its settings, by which runs can be compared there."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    settings = {name: value if isinstance(value, bool | int | float) else str(value)
+                for name, value in _flat(to_dict(config))}  # fmt: skip
+    with reporting(folder), SummaryWriter(str(folder)) as writer:
+        writer.add_hparams(settings, {f"final/{name}": value for name, value in results.items()}, run_name=".")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def tensorboard_name(name: str) -> str:
+    """The name of a metric with the section of TensorBoard's page that it belongs to."""
+    if "/" in name:
+        return name
+    if name.endswith("loss"):
+        return f"loss/{name.removesuffix('_loss')}"
+    if name.startswith(("lr_", "norm_")) or name.endswith("logit_scale"):
+        return f"optim/{name}"
+    return f"{'speed' if name in ('images_per_s', 'data_share', 'peak_gib') else 'run'}/{name}"
+
+
+def _pixels(figure: Figure) -> Any:
+    """(H, W, 3) uint8, without pyplot, which would look for a window system."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -208,17 +293,17 @@ def line(step: int, steps: int, metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _tensorboard(folder: Path, config: TrainingConfig, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    writer.add_text("settings", textwrap.indent(to_toml(config), "    "), step)  # indented, Markdown shows it as it is
+    return writer
 
 
 def _wandb(config: TrainingConfig, folder: Path) -> Any:
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise ConfigError("run.wandb: wandb is not installed: pip install wandb") from error
+    import wandb
+
     name = config.run.name
     return wandb.init(
         project=config.run.wandb, name=name, id=name, config=to_dict(config), dir=str(folder), resume="allow"

@@ -15,7 +15,7 @@ from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training.config import LossConfig
 from betaclip.training.text_queue import TextQueue
 
-_GATHER: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "false": False}
+_GATHER: dict[str, bool | str] = {"auto": True, "all_gather": "all_gather", "ring": "ring", "local": False}
 
 
 class LossTerm(Protocol):
@@ -130,7 +130,7 @@ class ConditionedTerm:
         outputs |= {"conditioned_mask", "conditioned_leak"}
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
         self.form, self.padding = config.form, config.padding
-        self.group = ProcessGroup.of() if several_ranks and config.gather != "false" else None
+        self.group = ProcessGroup.of() if several_ranks and config.gather != "local" else None
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         return conditioned_loss(

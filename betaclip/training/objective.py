@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from betaclip.errors import ConfigError
+from betaclip.errors import ConfigError, not_one_of
 from betaclip.model.texts import RaggedTexts
 from betaclip.training.config import LossConfig
 from betaclip.training.loss_terms import LOSS_TERMS, Measures, Remembers
@@ -28,7 +28,7 @@ class Objective(nn.Module):
         weights = config.term_weights()
         unknown = weights.keys() - LOSS_TERMS.keys()
         if unknown:
-            raise ConfigError(f"loss.weights: expected names of {', '.join(LOSS_TERMS)}, got {', '.join(unknown)}")
+            raise ConfigError(f"loss.weights: {not_one_of(min(unknown), LOSS_TERMS)}")
         if min(weights.values()) < 0 or not any(weights.values()):
             given = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
             raise ConfigError(f"loss: expected weights >= 0, at least one above 0, got {given}")

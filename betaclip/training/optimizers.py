@@ -55,10 +55,10 @@ def learning_rate(step: int, steps: int, config: GroupConfig, schedule: str = "e
     In the "published" schedule it reaches ``lr`` one update earlier, where it stays for two updates, and the fall ends
     one update later, after the last.
     """
-    shift = int(schedule == "published")
-    if step < config.warmup:
-        return config.initial_lr + (config.lr - config.initial_lr) * step / max(1, config.warmup - shift)
-    done = (step - config.warmup) / max(1, steps - 1 - config.warmup + shift)
+    shift, warmup = int(schedule == "published"), config.warmup_steps(steps)
+    if step < warmup:
+        return config.initial_lr + (config.lr - config.initial_lr) * step / max(1, warmup - shift)
+    done = (step - warmup) / max(1, steps - 1 - warmup + shift)
     return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 

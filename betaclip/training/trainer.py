@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import nvtx
 import torch
+from matplotlib.figure import Figure
 from torch.distributed.fsdp import FSDPModule
 
 from betaclip import checkpoint as checkpoints
 from betaclip.data.batches import BadData, Batch
 from betaclip.errors import ConfigError, Stopped
 from betaclip.files import reporting, write_atomically
-from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model
+from betaclip.model.beta_clip import BetaCLIP, ModelConfig, Sizes, check_config, create_model
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.published import read_training_state
 from betaclip.settings import differences, filled, from_dict, to_dict, to_toml
@@ -25,8 +26,9 @@ from betaclip.training.config import TrainingConfig, check_resume, check_schedul
 from betaclip.training.data_source import create_data_source
 from betaclip.training.ema import WeightAverage
 from betaclip.training.freezing import freeze
+from betaclip.training.header import first_batch, header
 from betaclip.training.layer_rates import summary
-from betaclip.training.log import Log, MetricsBuffer
+from betaclip.training.log import Log, MetricsBuffer, write_log
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer, highest_rates
 from betaclip.training.sampler import mix
@@ -34,10 +36,11 @@ from betaclip.training.step import TrainStep
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation: values by name to log, and a table to print."""
+    """The result of an evaluation: values by name to log, a table to print, and figures by name for TensorBoard."""
 
     metrics: dict[str, float]
     table: str
+    figures: Mapping[str, Figure] = {}
 
 
 # The ranks of the group share the work; all of them get the result.
@@ -68,20 +71,23 @@ class Trainer:
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         assert config.run.name is not None
         self.folder = config.run.folder / config.run.name
+        self._notes: list[str] = []
         content = self._checkpoint()
-        torch.manual_seed(config.run.seed)
+        objective = Objective(config.loss, several_ranks=process_group.size > 1)
         released = config.run.continue_from
         weights = config.model if released is None else replace(config.model, pretrained=str(released))
+        # Missing data are found before weights are fetched.
+        sizes = check_model(weights if content is None else replace(weights, pretrained=None))
+        self.data = create_data_source(config, sizes, process_group, device)
+        torch.manual_seed(config.run.seed)
         self.model = _create_model(weights, content).to(device)
         # Save the config as resolved from the weights, not as given.
         self.config = config = replace(config, model=replace(self.model.config, pretrained=config.model.pretrained))
-        objective = Objective(config.loss, several_ranks=process_group.size > 1)
         freeze(self.model, config, objective)
         if config.optimizer.layer_decay != 1 and process_group.is_first:
-            print(summary((name for name, _ in self.model.named_parameters()), config.optimizer.layer_decay))
+            self._note(summary((name for name, _ in self.model.named_parameters()), config.optimizer.layer_decay))
         if config.run.compile:
             compile_(self.model)
-        self.data = create_data_source(config, self.model, process_group, device)
         self.steps = config.run.steps or config.run.epochs * self.data.steps_per_epoch
         check_schedules(config.optimizer, self.steps)
         wrapped = parallel.wrap(self.model, config.run.parallel, process_group)
@@ -121,7 +127,13 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.folder / "config.toml") as file:
             file.write(to_toml(self.config).encode())
-        return Log(self.folder, self.config, self.steps, self.step)
+        log = Log(self.folder, self.config, self.steps, self.step)
+        for note in self._notes:
+            write_log(self.folder, note)
+        log.say(header(
+            self.folder, self.config, self.model, self.data, self.steps, self.process_group, self.device
+        ))  # fmt: skip
+        return log
 
     def _train(self, log: Log | None, signals: StopSignals) -> int:
         """Train to the last step or to a signal on any rank, and save; returns the signal's number, or 0."""
@@ -130,6 +142,7 @@ class Trainer:
             self._saved_step = -1  # the checkpoint says that it is due
         self.metrics.start_clock()
         batches = timed(self.data.batches(self.step, self.steps))
+        first = self.step
         while True:
             waited = _next(batches, signals) if self.step < self.steps else None
             # A rank that waits for data can tell the others only here, before they need its share of the step.
@@ -137,6 +150,8 @@ class Trainer:
             if number or self.step == self.steps:
                 break
             assert waited is not None, "the data ended before the last step"
+            if log is not None and self.step == first:
+                log.say(first_batch(waited[0], self.process_group))
             self._update(*waited)
             self._after_step(log, signals)
         if self.step != self._saved_step:
@@ -197,7 +212,7 @@ class Trainer:
         self._check_resumable(content)
         if self.process_group.is_first:
             for change in self._changes(content):
-                print(f"changed since the checkpoint: {change}")
+                self._note(f"changed since the checkpoint: {change}")
             checkpoints.set_aside_later(self.folder, content["step"])
         self.step = self._saved_step = content["step"]
         self._evaluation_due = content.get("evaluation_due", False)
@@ -259,14 +274,17 @@ class Trainer:
             )
 
     def _checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint to resume from, if there is one; prints the settings."""
+        """The checkpoint to resume from, if there is one."""
         check_resume(self.config.run)
         path, content = _read_checkpoint(self.folder, self.process_group)
-        if self.process_group.is_first:
-            print(to_toml(self.config))
-            if path is not None:
-                print(f"resuming from {path}")
+        if self.process_group.is_first and path is not None:
+            self._note(f"resuming from {path}")
         return content
+
+    def _note(self, text: str) -> None:
+        """Print before there is a log file, which gets it later."""
+        print(text)
+        self._notes.append(text)
 
     def _report(self, log: Log | None) -> None:
         if log is not None:
@@ -298,9 +316,8 @@ class Trainer:
         self._evaluation_due = False
         if log is not None:
             metrics = found[0].metrics | {f"ema/{name}": v for one in found[1:] for name, v in one.metrics.items()}
-            log.write_evaluation(
-                self.step, metrics, "\nwith averaged weights (EMA):\n".join(one.table for one in found)
-            )
+            tables = "\nwith averaged weights (EMA):\n".join(one.table for one in found)
+            log.write_evaluation(self.step, metrics, tables, found[-1].figures)
 
 
 def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | None, dict[str, Any] | None]:
@@ -321,6 +338,14 @@ def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | 
         if message is not None:
             raise ConfigError(f"run.resume: {message}")
     return path, content
+
+
+def check_model(config: ModelConfig) -> Sizes:
+    """The sizes of a model's inputs, or ConfigError."""
+    try:
+        return check_config(config)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def _create_model(config: ModelConfig, content: dict[str, Any] | None) -> BetaCLIP:

@@ -47,9 +47,11 @@ def test_every_sentence(annotations, tmp_path, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ["phrases"]
 
 
-def test_processes(annotations, tmp_path):
+def test_processes(annotations, tmp_path, capsys):
     prepare.prepare(config(annotations, tmp_path / "one"))
+    assert "24/24 [" in capsys.readouterr().err
     prepare.prepare(config(annotations, tmp_path / "two", workers=2, part_rows=12))
+    assert "24/24 [" in capsys.readouterr().err  # the captions of both processes, not their two parts
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
@@ -75,12 +77,12 @@ def test_goes_on(annotations, tmp_path, monkeypatch):
     settings = config(annotations, tmp_path / "phrases", part_rows=5)
     extract, done = prepare._extract, []
 
-    def stopped(work, extractor, number, file):
+    def stopped(work, extractor, number, file, report):
         if number == 3:
             file.with_suffix(".partial").write_bytes(b"half a part")
             raise KeyboardInterrupt
         done.append(number)
-        return extract(work, extractor, number, file)
+        return extract(work, extractor, number, file, report)
 
     monkeypatch.setattr(prepare, "_extract", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +131,10 @@ def test_rejects(annotations, tmp_path, monkeypatch):
 
 def test_parts_hold_what_they_say(annotations, tmp_path):
     work = prepare._Work(config(annotations, tmp_path / "phrases", part_rows=10))
-    part = prepare._load(prepare._extract(work, RuleExtractor(), 0, tmp_path / "000000.npz"))
+    reports = []
+    prepare._extract(work, RuleExtractor(), 0, tmp_path / "000000.npz", reports.append)
+    assert sum(reports) == 10 and len(reports) > 5
+    part = prepare._load(tmp_path / "000000.npz")
     assert (int(part["captions"]), int(part["bad"])) == (9, 1)
     assert len(part["keys"]) == len(part["counts"]) == 2 * 9 + 1
     assert part["counts"].sum() == len(part["spans"]) and np.all(part["spans"]["begin"] < part["spans"]["end"])

@@ -26,7 +26,7 @@ def config(folder: Path, name: str = "run", loss: LossConfig = LOSS, **run: Any)
     options |= run
     return TrainingConfig(
         loss=loss,
-        optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4), eps=1e-3),
+        optimizer=OptimizerConfig(GroupConfig(1e-3, 1e-5, warmup=1), GroupConfig(1e-3, 1e-4, warmup=0), eps=1e-3),
         run=RunConfig(folder=folder, name=name, **options),
     )
 

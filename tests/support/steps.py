@@ -17,7 +17,10 @@ from betaclip.training.step import TrainStep
 
 # Rates at which one update changes parameters by more than rounding; large eps: no sign of a gradient that is 0.
 OPTIMIZER = OptimizerConfig(
-    backbone=GroupConfig(1e-3, 1e-3, clip_norm=0.5), pool=GroupConfig(3e-3, 3e-3), eps=1e-4, weight_decay=0.1
+    backbone=GroupConfig(1e-3, 1e-3, warmup=0, clip_norm=0.5),
+    pool=GroupConfig(3e-3, 3e-3, warmup=0),
+    eps=1e-4,
+    weight_decay=0.1,
 )
 
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from betaclip.errors import ConfigError
 from betaclip.model.beta_clip import ModelConfig
@@ -9,10 +10,12 @@ from betaclip.training.config import (
     GroupConfig,
     LockConfig,
     LoraConfig,
+    LossConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
     check,
+    check_backend,
     check_schedules,
     is_fixed,
 )
@@ -88,3 +91,25 @@ def test_check_schedules():
 )  # fmt: skip
 def test_what_a_resumed_run_must_have(setting, fixed):
     assert is_fixed(setting) is fixed
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (30, 3), (300, 30), (500, 50), (10_000, 50)])
+def test_warm_up_fits_the_run(steps, warmup):
+    """By default, a tenth of the run, at most 50; a number that is given is taken."""
+    check_schedules(OptimizerConfig(), steps)
+    assert GroupConfig(1, 1).warmup_steps(steps) == warmup
+    assert GroupConfig(1, 1, warmup=7).warmup_steps(steps) == 7
+
+
+def test_backend(monkeypatch):
+    cpu = torch.device("cpu")
+    for form in ("ce", "bce"):
+        for backend in ("auto", "blockwise", "reference"):
+            check_backend(LossConfig(form, backend=backend), cpu)
+        with pytest.raises(ConfigError, match=r"loss.backend: expected one of .*, got 'folded'; the nearest is"):
+            check_backend(LossConfig(form, backend="folded"), cpu)
+    with pytest.raises(ConfigError, match=r"^loss.backend: similarity_softplus: no backend can serve .* cuda: [^\n]*$"):
+        check_backend(LossConfig("bce", backend="cuda"), cpu)
+    monkeypatch.setenv("BETACLIP_BACKEND", "nonsense")
+    with pytest.raises(ConfigError, match=r"loss.backend: BETACLIP_BACKEND: expected one of .*, got 'nonsense'"):
+        check_backend(LossConfig(), cpu)

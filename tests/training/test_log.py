@@ -1,14 +1,25 @@
 import json
+import logging
 import os
 import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betaclip.errors import ConfigError, NonFiniteError, OutputError
-from betaclip.training.config import RunConfig, TrainingConfig
-from betaclip.training.log import Log, MetricsBuffer, line, read_metrics
+from betaclip.training.config import RunConfig, TrainingConfig, check
+from betaclip.training.log import (
+    LOG_FILE,
+    Log,
+    MetricsBuffer,
+    line,
+    read_metrics,
+    tensorboard_name,
+    write_final,
+)
 
 CPU = torch.device("cpu")
 
@@ -94,7 +105,7 @@ def test_wandb(tmp_path, monkeypatch):
     config = TrainingConfig(run=RunConfig(name="x", tensorboard=False, wandb="project"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run\.wandb: wandb is not installed: pip install wandb"):
-        Log(tmp_path, config, 10, 0)
+        check(config, ranks=1)
 
     wandb = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -105,3 +116,45 @@ def test_wandb(tmp_path, monkeypatch):
     run = wandb.init.return_value
     run.log.assert_called_once_with({"loss": 1.0}, step=3)
     run.finish.assert_called_once_with()
+
+
+def test_what_is_said_is_in_the_log_file(tmp_path, capsys):
+    """With the time to go, and warnings; a resumed run adds to it."""
+    log = Log(tmp_path, TrainingConfig(run=RunConfig(name="x", tensorboard=False)), steps=50, step=20)
+    log._begin -= 30  # seconds for 10 steps
+    log.write(30, {"loss": 2.0})
+    logging.getLogger("betaclip.data").warning("skipped %s", "a.png")
+    log.write(50, {"loss": 1.0})
+    log.close()
+    logging.getLogger("betaclip.data").warning("skipped b.png")
+    lines = ["step 30/50  loss 2  01:00 to go", "skipped a.png", "step 50/50  loss 1"]
+    assert (tmp_path / LOG_FILE).read_text().splitlines() == lines
+    assert capsys.readouterr().out.splitlines() == [lines[0], lines[2]]
+    log = Log(tmp_path, TrainingConfig(run=RunConfig(name="x", tensorboard=False)), steps=50, step=20)
+    log.say("more")
+    log.close()
+    assert (tmp_path / LOG_FILE).read_text().splitlines() == [*lines, "more"]
+
+
+def test_tensorboard(tmp_path):
+    """Names with sections, the settings, pictures, and final results by which runs are compared."""
+    config = TrainingConfig(run=RunConfig(name="x"))
+    log = Log(tmp_path, config, steps=50, step=0)
+    log.write(10, {"loss": 2.0, "beta_cal_loss": 1.0, "lr_pool": 0.5, "pool_logit_scale": 3.0, "peak_gib": 1.0})
+    figure = Figure((1, 0.5), dpi=20)
+    log.write_evaluation(10, {"scenes/retrieval/R@1": 0.5}, "table", {"attention/scene_0": figure})
+    log.close()
+    write_final(tmp_path, config, {"scenes/retrieval/R@1": 0.75})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()
+    names = {"loss/loss", "loss/beta_cal", "optim/lr_pool", "optim/pool_logit_scale", "speed/peak_gib"}
+    assert names | {"scenes/retrieval/R@1", "final/scenes/retrieval/R@1"} <= set(tags["scalars"])
+    assert events.Scalars("final/scenes/retrieval/R@1")[0].value == 0.75
+    (image,) = events.Images("attention/scene_0")
+    assert (image.width, image.height, image.step) == (20, 10, 10)
+    (settings,) = events.Tensors("settings/text_summary")
+    assert (
+        b"[loss]" in settings.tensor_proto.string_val[0] and b"batch_size = 32" in settings.tensor_proto.string_val[0]
+    )
+    assert set(events.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert tensorboard_name("skipped") == "run/skipped" and tensorboard_name("norm_text") == "optim/norm_text"

@@ -129,7 +129,7 @@ def test_rejects():
         with pytest.raises(ConfigError, match="loss: expected weights >= 0, at least one above 0, got global"):
             Objective(LossConfig(global_weight=weights[0], beta_cal_weight=weights[1]))
     with pytest.raises(
-        ConfigError, match=r"loss\.weights: expected names of global, beta_cal, .*, text_conditioned, got globel"
+        ConfigError, match=r"loss\.weights: expected one of global, beta_cal, conditioned, .*'globel'; .* 'global'"
     ):
         Objective(LossConfig(weights={"globel": 1.0}))
     for number, weights in ((0, {"conditioned": 1.0}), (-1, {})):

@@ -25,7 +25,7 @@ class Model(nn.Module):
 
 CONFIG = OptimizerConfig(
     backbone=GroupConfig(1e-3, 1e-5, initial_lr=1e-9, warmup=4),
-    pool=GroupConfig(1e-2, 1e-4),
+    pool=GroupConfig(1e-2, 1e-4, warmup=0),
     weight_decay=0.3,
 )
 

@@ -290,7 +290,9 @@ def test_bias_that_no_loss_needs(loss):
 
 def test_scales_are_clamped():
     model = tiny_model()
-    train_step = create_step(model, replace(config(), optimizer=replace(OPTIMIZER, backbone=GroupConfig(9.0, 9.0))))
+    train_step = create_step(
+        model, replace(config(), optimizer=replace(OPTIMIZER, backbone=GroupConfig(9.0, 9.0, warmup=0)))
+    )
     with torch.no_grad():
         model.logit_scale.fill_(4.6)
     for step in range(3):
@@ -389,7 +391,7 @@ def test_ranks_equal_one_process(tmp_path, how, cases):
 
 def losses_of_each_rank_are_averaged() -> None:
     whole, settings = double(tiny_batch(7)), config()
-    settings = replace(settings, loss=replace(settings.loss, gather="false"))
+    settings = replace(settings, loss=replace(settings.loss, gather="local"))
     parts = [whole.of_images(0, 3), whole.of_images(3, 7)]
     train_step = create_step_of_rank(tiny_model().double(), settings)
     row = dict(zip(train_step.columns, train_step(parts[ProcessGroup.of().rank], 0, 7).tolist(), strict=True))

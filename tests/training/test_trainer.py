@@ -250,7 +250,8 @@ def test_logs(tmp_path, capsys):
     assert min(row[key] for row in rows for key in ("images_per_s", "peak_gib")) > 0
     assert all(0 <= row["data_share"] <= 1 for row in rows)
     out = capsys.readouterr().out
-    assert "[optimizer.backbone]\nlr = 0.001\n" in out
+    assert out.startswith(f"run: {run.folder}; config.toml has its settings, log.txt these lines\ndevice: cpu, ")
+    assert "data: scenes, 14 samples; 9 updates of 4 images, 2.25 epochs\n" in out
     assert "step 8/9  loss " in out and "images/s" in out
     assert list(run.folder.glob("events.out.tfevents.*"))
     every = read_metrics(train(config(tmp_path, "every")).folder / "metrics.jsonl")
