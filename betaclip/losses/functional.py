@@ -140,6 +140,18 @@ def beta_cal_ce_loss(
         ...     print(f"{beta_cal_ce_loss(embeds, embeds, 1.0, beta=beta):.4f}")
         0.7437
         1.2437
+        >>> options = {"beta": 0.0, "logit_scale": 1.0}
+        >>> for row in beta_cal_ce_loss(embeds, embeds, **options, reduction="none").tolist():
+        ...     print([round(loss, 4) for loss in row])
+        [0.7437, 0.7437]
+        [0.7437, 0.7437]
+        >>> print(f"{beta_cal_ce_loss(embeds, embeds, **options, label_smoothing=0.1):.4f}")
+        0.8187
+        >>> print(f"{beta_cal_ce_loss(embeds, embeds, **options, extra_texts=-embeds[0]):.4f}")
+        0.8723
+        >>> same = torch.zeros(2, 2, dtype=torch.int64)  # all texts are equal: log(e + 1) - 1
+        >>> print(f"{beta_cal_ce_loss(embeds, embeds, **options, text_ids=same):.4f}")
+        0.3133
     """
     inputs = Inputs(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, pair_weights=pair_weights,
@@ -238,6 +250,9 @@ def beta_cal_bce_loss(
         >>> for bias in (0.0, -5.0):
         ...     print(f"{beta_cal_bce_loss(embeds, embeds, 10.0, logit_bias=bias, beta=0.0):.4f}")
         0.3466
+        0.0050
+        >>> rows = beta_cal_bce_loss(embeds, embeds, 10.0, logit_bias=-5.0, beta=0.0, reduction="none")
+        >>> print(f"{rows.sum() / 4:.4f}")
         0.0050
     """
     inputs = Inputs(

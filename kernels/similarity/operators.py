@@ -114,19 +114,9 @@ def contrast_logsumexp(
     """
     backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
     return LogSumExp.apply(
-        image,
-        text,
-        scale,
-        layout.image_id,
-        None,
-        layout.text_id,
-        None,
-        layout.slots,
-        layout.images,
-        layout.texts_per_image,
-        dtype,
-        backend,
-    )
+        image, text, scale, layout.image_id, None, layout.text_id, None, layout.slots,
+        layout.images, layout.texts_per_image, dtype, backend,
+    )  # fmt: skip
 
 
 def contrast_softplus(
@@ -329,22 +319,9 @@ def _(  # type: ignore[no-untyped-def]
 
 @softplus_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x,
-    y,
-    scale,
-    bias,
-    x_image_id,
-    y_image_id,
-    x_text_id,
-    y_text_id,
-    slots,
-    formed,
-    dsums,
-    dcosines,
-    need_dx,
-    need_dy,
-    *options,
-):
+    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    formed, dsums, dcosines, need_dx, need_dy, *options,
+):  # fmt: skip
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale), torch.empty_like(scale)
 
 
@@ -379,21 +356,9 @@ class SoftplusSums(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any,
-        x,
-        y,
-        scale,
-        bias,
-        x_image_id,
-        y_image_id,
-        x_text_id,
-        y_text_id,
-        slots,
-        row_weights,
-        total,
-        grad_enabled,
-        *options,
-    ):
+        ctx: Any, x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+        row_weights, total, grad_enabled, *options,
+    ):  # fmt: skip
         rows = x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots
         needs = ctx.needs_input_grad[:2]
         early = total and grad_enabled and any(ctx.needs_input_grad)
