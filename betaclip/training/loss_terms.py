@@ -168,7 +168,7 @@ class TextConditionedTerm:
     captions_only = False
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
-        self.group = ProcessGroup.of() if several_ranks and config.gather != "false" else None
+        self.group = ProcessGroup.of() if several_ranks and config.gather != "local" else None
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         scores = out["scores"]
