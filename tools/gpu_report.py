@@ -50,7 +50,12 @@ def report(facts: Mapping[str, Any], stages: Mapping[str, str], recorded: Mappin
             "## Figures", [line for suffix, found in rows.items() for line in figures(output, device, suffix, found)]
         ),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    return without_folders("\n\n".join("\n".join(lines) for lines in sections if lines) + "\n")
+
+
+def without_folders(text: str) -> str:
+    """``text`` with file names in place of absolute paths, which say nothing to readers elsewhere."""
+    return re.sub(r"(?<![\w.<])(/[\w.+-]+)+/(?=[\w.])", "", text)
 
 
 def headed(heading: str, lines: list[str]) -> list[str]:

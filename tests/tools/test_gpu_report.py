@@ -66,7 +66,7 @@ def test_every_prediction_is_read():
 def test_report(tmp_path):
     folder = tmp_path / "bringup-nvidia-h200"
     folder.mkdir()
-    (folder / "memcheck.log").write_text("first\n" * 50 + "an address\n\n")
+    (folder / "memcheck.log").write_text("first\n" * 50 + "an address in /srv/me/x.py\n\n")
     events = [{"collected": 3}, {"test": "t.py::a", "outcome": "begun"}]
     events += [{"test": f"t.py::{x}", "outcome": "failed", "reason": f"call: {x} differs"} for x in range(30)]
     events += [{"test": "t.py::s", "outcome": "skipped", "reason": "one GPU"}]
@@ -94,7 +94,7 @@ def test_report(tmp_path):
     assert "| tests | old | passed | 12 s | at 123 |" in text and "| step | later | left | | |" in text
     assert text.count("differs") == gpu_report.MOST_FAILURES and "* and 10 more" in text
     assert "* ce, n = 65536, k = 32, dim = 768, betaclip/cuda, forward+backward: failed: RuntimeError: no" in text
-    assert text.count("first\n") == gpu_report.TAIL_LINES - 1 and "an address\n```" in text
+    assert text.count("first\n") == gpu_report.TAIL_LINES - 1 and "an address in x.py\n```" in text
     case = "ce, n = 65536, k = 32, dim = 768"
     assert f"| {case} | betaclip/triton, 60 ms | 0.50 | linear_cross_entropy, 90 ms | 1.50× |" in text
     assert (
@@ -102,6 +102,19 @@ def test_report(tmp_path):
     )
     assert "| ce, n = 65536, dim = 768 | betaclip/triton | 57–62 ms | 60 ms | as predicted |" in text
     assert text.count("<details>") == text.count("</details>") == 1 and ".png" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('File "/srv/me/x/y.py", line 3', 'File "y.py", line 3'),
+        ("[log](bringup-a/b/c.log) | forward/backward | 12/36/7", None),
+        ("</details>\n</summary>", None),
+        ("FAILED tests/tools/x.py::a", None),
+    ],
+)
+def test_folders_of_the_machine_are_left_out(text, shown):
+    assert gpu_report.without_folders(text) == (shown or text)
 
 
 def test_times():
