@@ -29,6 +29,10 @@ BETA = 0.5
 # Rows per chunk of linear_cross_entropy: its own choice on the CPU, where others are no faster (512 to 4096 rows
 # differ by 4 % at N = 9216, one core) and take more memory; large products on a GPU.
 CHUNK = {"cpu": None, "cuda": 4096}
+FUSED = {  # peers' linear layer with cross-entropy: module and function
+    "liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    "quack": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+}
 
 Loss = Callable[[Batch], Tensor]
 
@@ -66,25 +70,36 @@ def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, 
 
 
 def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
-    """Two calls of PyTorch's chunked linear + cross-entropy give logsumexp_j S_ij - S_ii, rows and columns."""
+    """PyTorch's own."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy (torch >= 2.13 has)")
     from torch.nn import LinearCrossEntropyOptions
 
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK[batch.image.device.type])
-    own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
     # "mean" would round the loss to the inputs' dtype; "none" forms S once more instead.
     reduction = "none" if batch.image.dtype in (torch.bfloat16, torch.float16) else "mean"
 
-    def over_own(x: Tensor, y: Tensor) -> Tensor:
-        """() mean of logsumexp_j S_ij - S_ii"""
-        return wide(F.linear_cross_entropy(x, y, own[: len(x)], reduction=reduction, options=options)).mean()
+    def cross_entropy(x: Tensor, y: Tensor, own: Tensor) -> Tensor:
+        return wide(F.linear_cross_entropy(x, y, own, reduction=reduction, options=options)).mean()
+
+    return both_ways(cross_entropy, batch)
+
+
+def _fused_cross_entropy(module: str, name: str, form: str, batch: Batch) -> Loss:
+    """A peer's linear layer with cross-entropy."""
+    return both_ways(getattr(peer(module, batch.image, needs_gpu=True), name), batch)
+
+
+def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], batch: Batch) -> Loss:
+    """A loss from two calls of a linear layer with cross-entropy, () mean over i of logsumexp_j S_ij - S_ii."""
+    own = torch.arange(batch.image.shape[0] * batch.image.shape[1], device=batch.image.device)
 
     def loss(b: Batch) -> Tensor:
         v, t = unit(b.image, b.scale), unit(b.text)
         block, weights = within_images(v, t, BETA)
-        one_way, other = (over_own(x.flatten(0, 1), y.flatten(0, 1)) for x, y in ((v, t), (t, v)))
-        return (one_way + other) / 2 + block.diagonal(dim1=1, dim2=2).mean() - target_logits(block, weights)
+        x, y = v.flatten(0, 1), t.flatten(0, 1)
+        to_text, to_image = (cross_entropy(*sides, own[: len(x)]) for sides in ((x, y), (y, x)))
+        return (to_text + to_image) / 2 + block.diagonal(dim1=1, dim2=2).mean() - target_logits(block, weights)
 
     return loss
 
@@ -152,12 +167,14 @@ def _inf_cl(name: str, form: str, batch: Batch, needs_gpu: bool = True) -> Loss:
 def implementations() -> dict[str, Implementation]:
     """Losses on one device by name, in the order of the tables."""
     ours = {f"betaclip/{x}": Implementation(FORMS, partial(_betaclip, x)) for x in BACKENDS if x != "reference"}
+    fused = {name: Implementation(("ce", "clip"), partial(_fused_cross_entropy, *at)) for name, at in FUSED.items()}
     return {
         "published": Implementation(("ce", "bce"), partial(_dense, PUBLISHED), 14),
         "dense": Implementation(FORMS, partial(_dense, LEAN), 8),
         # For K = 1 it would compile the same code again.
         "compiled": Implementation(("ce", "bce"), partial(_dense, LEAN, compiled=True), 3, compiles=True),
         "linear_cross_entropy": Implementation(("ce", "clip"), _linear_cross_entropy),
+        **fused,
         "open_clip": Implementation(("clip", "siglip"), _open_clip, 8),
         "siglip_kernel": Implementation(("siglip",), _siglip_kernel),
         "inf_cl": Implementation(("clip",), partial(_inf_cl, "cal_flash_loss")),

@@ -78,14 +78,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def provenance(benchmark: str, device: str, argv: list[str]) -> Row:
+def provenance(benchmark: str, device: str, argv: list[str], folder: str = "benchmarks") -> Row:
     """The columns that say where a row comes from: the benchmark, the device, versions, commit, date, and the command
-    as typed, without this machine's folders."""
+    as typed, without this machine's folders; the program lies in ``folder``."""
 
     def git(*args: str) -> str:
-        folder = Path(__file__).parent
+        here = Path(__file__).parent
         try:
-            return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return ""
 
@@ -98,7 +98,7 @@ def provenance(benchmark: str, device: str, argv: list[str]) -> Row:
         **{name: versions[name] for name in ("torch", "triton", "betaclip")},
         "commit": (git("rev-parse", "--short", "HEAD") or "none") + ("+changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *typed]),
+        "command": shlex.join(["python", f"{folder}/{benchmark}.py", *typed]),
     }
 
 

@@ -27,7 +27,7 @@ class Benchmark:
     """One of the commands; ``suffix`` ends the names of its results.
 
     columns: of the tables, after those that all have. minutes: the default of --minutes; None: there is no such option.
-    summary: lines below the tables.
+    summary: lines below the tables. folder: where the command lies.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Benchmark:
     figure: Figure
     minutes: float | None = None
     summary: Callable[[list[Row]], list[str]] = lambda rows: []
+    folder: str = "benchmarks"
 
     def parser(self, description: str | None) -> argparse.ArgumentParser:
         """With the options that all benchmarks have."""
@@ -103,7 +104,7 @@ class Benchmark:
             print(draw(args.plot_only, self.name, self.figure))
             return 0
         budget, device = Budget(getattr(args, "minutes", 0), args.seconds, started_s=age_s()), device_name(args.device)
-        source = provenance(self.name, slug(device), argv)
+        source = provenance(self.name, slug(device), argv, self.folder)
         print(f"{device}   torch {source['torch']}   betaclip {source['betaclip']}   {source['date']}")
         print("Times: median (20th-80th percentile) of interleaved rounds. Other columns: of forward+backward; --help.")
         gc.freeze()  # looking through all that was imported, again and again, takes longer than small cases

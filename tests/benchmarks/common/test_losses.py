@@ -28,6 +28,20 @@ def test_implementations_compute_the_same_loss(name, form, monkeypatch):
     assert worst_error(value_and_gradients(loss, batch), truth) < 1e-9
 
 
+@pytest.mark.parametrize("form", ["ce", "clip"])
+def test_loss_from_linear_layers_with_cross_entropy(form):
+    """What peers compute, by its formula; on some of the batch too, which is how libraries are warmed up."""
+
+    def cross_entropy(x, y, own):
+        return torch.nn.functional.cross_entropy(x @ y.T, own)
+
+    batch = small_batch(form)
+    loss = losses.both_ways(cross_entropy, batch)
+    for b in (batch, batch.to_leaves(images=slice(3))):
+        truth = value_and_gradients(losses.reference(form, b), b)
+        assert worst_error(value_and_gradients(loss, b), truth) < 1e-9
+
+
 def test_forms_of_one_text_are_clip_and_siglip():
     """Against the formulas of the papers, as open_clip may not be installed."""
     batch = small_batch("siglip")

@@ -47,6 +47,7 @@ def test_provenance_names_versions_and_the_command():
     assert (
         source["command"] == "python benchmarks/loss_throughput.py --output x --sizes 72"
     )  # no folder of this machine
+    assert rows.provenance("x", "cpu", [], "tools")["command"] == "python tools/x.py"
     assert source["torch"] == torch.__version__
     assert all(source[name] for name in ("betaclip", "triton", "commit", "date"))
 
