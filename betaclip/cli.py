@@ -37,8 +37,8 @@ COMMANDS = {
 
 
 _FILES = (
-    "--config FILE: a TOML file with other defaults for these options, or the name of a recipe. --smoke: a run of "
-    "everything in a minute, by the recipe smoke."
+    "--config FILE: a TOML file with other defaults for these options, or the name of a recipe. --smoke: all "
+    "that a run does, in less than a minute, by the recipe smoke."
 )
 _SWITCHES = "A switch such as --x is turned off by --no-x."
 

@@ -179,7 +179,7 @@ def finish(
 
 def _averaged(run: str) -> str:
     """The name of the averaged weights of a run."""
-    return f"{run}, EMA"
+    return f"{run} (EMA)"
 
 
 def _by_name(results: Results) -> dict[str, float]:

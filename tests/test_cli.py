@@ -189,14 +189,13 @@ kind = "mixture"
 def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
     """Every command takes a run's adapters merged, and the average of its weights unless it is told otherwise."""
     pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
-    monkeypatch.setattr(train, "PICTURES", 1)
     published = ["--model.context-length", "248", "--model.quick-gelu", "--model.no-pool-norm-inputs"]
     trained = ["--lora.rank", "2", "--lora.targets", "out_proj", "c_fc", "--optimizer.ema-decay", "0.5"]
-    main([*tiny, *published, *trained, "--optimizer.layer-decay", "0.8", "--run.compare-global", "False"])
+    main([*tiny, *published, *trained, "--optimizer.layer-decay", "0.8", "--run.no-compare-global"])
     monkeypatch.setitem(sys.modules, "peft", None)  # only training needs it
     run = str(tmp_path / "a")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert set(results) == {"β-CLIP", "β-CLIP, EMA"}
+    assert set(results) == {"β-CLIP", "β-CLIP (EMA)"}
     raw, average, chosen = (betaclip.load(run, weights=weights).model for weights in ("raw", "ema", "auto"))
     assert not raw.averaged and average.averaged and chosen.averaged
     layer = "clip.visual.transformer.resblocks.0.attn.out_proj.weight"
@@ -204,7 +203,7 @@ def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
         states = [model.state_dict()[name] for model in (raw, average, chosen)]
         assert torch.equal(states[1], states[2]) and not torch.equal(states[0], states[1])
     capsys.readouterr()
-    for options, name in (([], "β-CLIP, EMA"), (["--weights", "raw"], "β-CLIP")):
+    for options, name in (([], "β-CLIP (EMA)"), (["--weights", "raw"], "β-CLIP")):
         main(["evaluate", run, "--scenes", "4", "--no-conditioned", "--output", str(tmp_path / "x.json"), *options])
         assert (checkpoint.AVERAGED in capsys.readouterr().out) is (not options)
         found = json.loads((tmp_path / "x.json").read_text())["scenes"]

@@ -42,7 +42,7 @@ def number_behind(task: str, name: str, values: Mapping[str, float]) -> float | 
         case "zero_shot" if name.startswith("top"):
             return values["images"]
         case "leak" if name.endswith("_picture"):
-            return values["texts"]
+            return values[f"{name}s"]
     return None
 
 

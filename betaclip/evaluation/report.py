@@ -41,8 +41,8 @@ def markdown(results: Results) -> str:
     return _layout(results, True, lambda title, rows: f"**{title}**\n\n{_piped(rows)}")
 
 
-def tables(results: Results, *, intervals: bool = False) -> list[tuple[str, list[list[str]]]]:
-    """The title and the rows of each table, of which the first row has the columns' heads."""
+def tables(results: Results, *, intervals: bool = False) -> list[tuple[str, list[list[str]], str]]:
+    """The title and the rows of each table, of which the first row has the columns' heads, and a note below it."""
     note = ", with 95 % intervals (Wilson)" if intervals else ""
     tasks = (
         ("Retrieval, %", "retrieval", _retrieval_rows),
@@ -55,15 +55,17 @@ def tables(results: Results, *, intervals: bool = False) -> list[tuple[str, list
         (title + note * (task != "pointing"), rows_of(_of_task(results, task), partial(_share, task, intervals)))
         for title, task, rows_of in tasks
     )
-    return [(title, rows) for title, rows in found if len(rows) > 1]
+    return [
+        (title, rows, OWN_TEXT_NOTE if any(_OWN_TEXT in row for row in rows) else "")
+        for title, rows in found
+        if len(rows) > 1
+    ]
 
 
 def _layout(results: Results, intervals: bool, form: Callable[[str, list[list[str]]], str]) -> str:
     parts = []
-    for title, rows in tables(results, intervals=intervals):
-        parts.append(form(title, rows))
-        if any(_OWN_TEXT in row for row in rows):
-            parts.append(OWN_TEXT_NOTE)
+    for title, rows, below in tables(results, intervals=intervals):
+        parts += [form(title, rows), *([below] if below else [])]
     return "\n\n".join(parts)
 
 

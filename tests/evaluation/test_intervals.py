@@ -35,11 +35,11 @@ def test_bounds_are_shares():
         ("choices", "hard_questions", None),
         ("zero_shot", "top5", 10),
         ("zero_shot", "mean_per_class", None),
-        ("leak", "other_picture", 50),
+        ("leak", "other_picture", 9),
         ("pointing", "mass_in_box", None),
     ],
 )
 def test_number_behind(task, name, number):
-    values = {"texts": 50.0, "images": 10.0, "hard_questions": 7.0, name: 0.5}
+    values = {"texts": 50.0, "images": 10.0, "hard_questions": 7.0, "other_pictures": 9.0, name: 0.5}
     assert number_behind(task, name, values) == number
     assert interval(task, name, values) == (None if number is None else wilson(0.5, number))

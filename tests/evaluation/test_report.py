@@ -26,6 +26,8 @@ RESULTS = {
         "pointing/phrases": 1234.0,
         "leak/own_picture": 0.95,
         "leak/other_picture": 0.64,
+        "leak/own_pictures": 160.0,
+        "leak/other_pictures": 150.0,
         "leak/texts": 169.0,
     },
     "urban1k": {

@@ -11,9 +11,10 @@ VALUES = {
 
 def test_sets_and_runs():
     results = {"β-CLIP": {"a": 1.0}, "global loss only": {"a": 2.0}, "urban1k, β-CLIP": {"b": 3.0}}
+    results |= {"β-CLIP (EMA)": {"a": 1.5}, "urban1k, β-CLIP (EMA)": {"b": 2.5}}
     assert by_set(results) == {
-        "scenes": {"β-CLIP": {"a": 1.0}, "global loss only": {"a": 2.0}},
-        "urban1k": {"β-CLIP": {"b": 3.0}},
+        "scenes": {"β-CLIP": {"a": 1.0}, "global loss only": {"a": 2.0}, "β-CLIP (EMA)": {"a": 1.5}},
+        "urban1k": {"β-CLIP": {"b": 3.0}, "β-CLIP (EMA)": {"b": 2.5}},
     }
 
 

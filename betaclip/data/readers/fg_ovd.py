@@ -23,7 +23,7 @@ from betaclip.data.readers.paths import picture_path, read_file
 
 DIFFICULTIES = ("hard", "medium", "easy", "trivial")
 
-# What the files of a subset begin with: the benchmark's name, then another of FG-CLIP's.
+# What the files of a subset begin with: the benchmark's name, which FG-CLIP also uses, then FG-CLIP's other one.
 SUBSETS = {
     "hard": ("1_attributes", "h_attributes"),
     "medium": ("2_attributes", "m_attributes"),

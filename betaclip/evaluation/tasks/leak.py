@@ -39,8 +39,8 @@ def leak(
     one that cannot be read, is left out.
 
     Returns:
-        the two shares, and the number of "texts"; over all ranks, on every rank. Nothing where no text has another
-        picture.
+        the two shares, the numbers of texts that are behind them ("own_pictures" and "other_pictures"), and the number
+        of different "texts"; over all ranks, on every rank. Nothing where no text has another picture.
     """
     first: dict[str, tuple[Source, set[str]]] = {}
     for source, own_texts in pictures:
@@ -70,4 +70,5 @@ def leak(
     own_right, own, other_right, other = process_group.sum(counts).tolist()
     if not other:
         return {}
-    return {"own_picture": own_right / own, "other_picture": other_right / other, "texts": float(len(texts))}
+    shares = {"own_picture": own_right / own, "other_picture": other_right / other}
+    return {**shares, "own_pictures": own, "other_pictures": other, "texts": float(len(texts))}
