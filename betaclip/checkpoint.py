@@ -16,7 +16,6 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +29,7 @@ from betaclip.errors import ConfigError
 from betaclip.exported import REST, is_exported, load_exported
 from betaclip.files import reporting, write_atomically
 from betaclip.model.beta_clip import BetaCLIP, ModelConfig, create_model, load_state
-from betaclip.model.weights import read_file, weights_of
+from betaclip.model.weights import read_file, read_metadata, weights_of
 from betaclip.published import load_published
 from betaclip.settings import from_dict, to_dict
 
@@ -346,13 +345,7 @@ def save_weights(model: BetaCLIP, path: Path | str) -> None:
 
 def _metadata(path: Path) -> dict[str, str] | None:
     """The metadata of a file of :func:`save_weights`; None for any other file."""
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except (OSError, SafetensorError):  # which whoever reads its weights will say
-        return None
+    metadata = read_metadata(path)
     if "betaclip" not in metadata:
         return None
     if not metadata["betaclip"].isdigit() or int(metadata["betaclip"]) > FORMAT:
@@ -376,7 +369,8 @@ def _model(path: Path, content: dict[str, Any], weights: Weights) -> BetaCLIP:
         if "model" not in content:
             raise ValueError(f"{path}: expected the weights after the last update, got their average alone")
     model = create_model(replace(_model_config(path, content), pretrained=None))
-    load_state(model, weights_of(content, path), path)
+    state = content if "model" in content else {"model": content["ema"]}  # save_weights writes all of it
+    load_state(model, weights_of(state, path), path)
     model.averaged = "ema" in content
     return model
 

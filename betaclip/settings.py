@@ -7,9 +7,10 @@ true not passing for 1.
 
 import json
 import math
+import operator
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -33,11 +34,22 @@ RENAMED_VALUES = {"false": "local"}
 
 
 def bounded(
-    default: Any = MISSING, *, at_least: float | None = None, above: float | None = None, below: float | None = None
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field for a number, or several, whose range :func:`check_numbers` checks."""
-    bounds = {"at_least": at_least, "above": above, "below": below}
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return field(default=default, metadata={name: bound for name, bound in bounds.items() if bound is not None})
+
+
+_RANGES: dict[str, Callable[[float, float], bool]] = {
+    "at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt,
+}  # fmt: skip
+_WORDS = {"at_least": "at least", "above": "more than", "at_most": "at most", "below": "less than"}
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:
@@ -62,12 +74,10 @@ def _check_number(value: Any, bounds: Mapping[str, Any], where: str) -> None:
         return
     if not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, got {value}")
-    least, above, below = (bounds.get(name) for name in ("at_least", "above", "below"))
-    if (least is None or value >= least) and (above is None or value > above) and (below is None or value < below):
-        return
-    wanted = {"at least": least, "more than": above, "less than": below}
-    expected = " and ".join(f"{name} {bound}" for name, bound in wanted.items() if bound is not None)
-    raise ConfigError(f"{where}: expected {expected}, got {value}")
+    given = [(name, holds, bounds[name]) for name, holds in _RANGES.items() if name in bounds]
+    if not all(holds(value, bound) for _, holds, bound in given):
+        expected = " and ".join(f"{_WORDS[name]} {bound}" for name, _, bound in given)
+        raise ConfigError(f"{where}: expected {expected}, got {value}")
 
 
 def read(default: T, path: Path) -> T:
@@ -150,7 +160,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
-        elif a != b:
+        elif a != b and not (isinstance(a, str) and RENAMED_VALUES.get(a) == b):
             yield f"{prefix}{key}: {a!r} -> {b!r}"
 
 

@@ -238,9 +238,11 @@ def _figures(config: TrainConfig, evaluator: Evaluator, model: BetaCLIP, count: 
 
 def _evaluate(config: TrainConfig, evaluator: Evaluator, model: BetaCLIP, process_group: ProcessGroup) -> Evaluated:
     results = evaluator(model, process_group)
-    figures = {}
-    # A sharded model's ranks are given a group of their own each, so that all of them draw, as they must.
-    if config.run.tensorboard and process_group.is_first:
-        count = min(config.evaluation.pictures, PICTURES_OF_AN_EVALUATION)
-        figures = {f"attention/{name}": figure for name, figure in _figures(config, evaluator, model, count)}
+
+    def figures() -> dict[str, Figure]:
+        # A sharded model's ranks are given a group of their own each, so that all of them draw, as they must.
+        draws = config.run.tensorboard and process_group.is_first
+        count = min(config.evaluation.pictures, PICTURES_OF_AN_EVALUATION) if draws else 0
+        return {f"attention/{name}": figure for name, figure in _figures(config, evaluator, model, count)}
+
     return Evaluated(_by_name(results), table(results), figures)

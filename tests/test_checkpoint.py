@@ -239,7 +239,7 @@ def test_rejects(tmp_path):
                 checkpoints.load_checkpoint(place)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
-    with pytest.raises(FileNotFoundError, match=r"neither checkpoint_\*\.pt nor model\.safetensors in this folder"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint_\*\.pt or model\.safetensors in this folder, nor "):
         checkpoints.load_checkpoint(tmp_path)
 
 
@@ -253,6 +253,14 @@ def test_weights_alone(tmp_path):
     given = create_model(ModelConfig(pretrained=str(file), pool_heads=4, pool_norm_inputs=True))
     for again in (checkpoints.load_checkpoint(file), checkpoints.load_checkpoint(tmp_path), given):
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    model.averaged = True
+    checkpoints.save_weights(model, file)
+    for weights in ("auto", "ema"):
+        again = checkpoints.load_checkpoint(file, weights=weights)
+        assert again.averaged
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="expected the weights after the last update, got their average alone"):
+        checkpoints.load_checkpoint(file, weights="raw")
     tensors = {"clip.visual.proj": torch.zeros(2, 2)}
     for metadata, message in (
         ({"betaclip": "99", "config": "{}"}, "a later version of betaclip wrote it"),

@@ -228,8 +228,8 @@ def test_errors_are_one_line(tiny, tmp_path, capsys):
         (["--run.chunk-tokens", "0"], "run.chunk_tokens: expected at least 1, got 0"),
         (["--lock.image", "--lock.image-unlocked-groups", "9"], "lock.image_unlocked_groups: expected 0 to 3"),
         (["--lora.rank", "2", "--lora.targets", "attn"], "lora.targets: expected names of linear layers"),
-        (["--optimizer.layer-decay", "2"], "optimizer.layer_decay: expected above 0 and at most 1, got 2"),
-        (["--optimizer.ema-decay", "nan"], "optimizer.ema_decay: expected above 0 and below 1, got nan"),
+        (["--optimizer.layer-decay", "2"], "optimizer.layer_decay: expected more than 0 and at most 1, got 2"),
+        (["--optimizer.ema-decay", "nan"], "optimizer.ema_decay: expected a finite number, got nan"),
     ):
         error = fails(capsys, *tiny, *options)
         assert error.startswith(f"betaclip train: {message}") and error.count("\n") == 1

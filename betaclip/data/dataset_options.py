@@ -1,17 +1,12 @@
 """What each kind of training data offers: its settings, and how to open it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import Bad, Example
-
-
-def at_least(least: int, default: int | None) -> Any:
-    """A dataclass field for a number; :class:`DatasetOptions` refuses smaller ones."""
-    return field(default=default, metadata={"at_least": least})
+from betaclip.settings import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +17,7 @@ class DatasetOptions(ABC):
     """
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value, least = getattr(self, setting.name), setting.metadata.get("at_least")
-            if value is not None and least is not None and value < least:
-                raise ValueError(f"{setting.name}: expected at least {least}, got {value}")
+        check_numbers(self)
 
     @abstractmethod
     def create(

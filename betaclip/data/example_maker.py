@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import IO, Literal
 
 from betaclip.data.batches import PHRASE, Bad, Example
-from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.dataset_options import DatasetOptions
 from betaclip.data.hierarchy import SentenceOrder, hierarchy
 from betaclip.data.phrases.cache import UnknownSentenceError, open_phrases
 from betaclip.data.phrases.extraction import ExtractorName
 from betaclip.data.phrases.spans import Phrase, PhraseStyle
 from betaclip.data.transforms import Interpolation, TrainingTransform, UnreadableImageError, read_image
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.settings import bounded
 
 LongPhrases = Literal["drop", "published"]
 
@@ -107,11 +108,11 @@ class CaptionOptions(DatasetOptions):
     """all but scenes: without phrases, what extracts them: a spaCy model, or word lists, which are coarser."""
     phrase_style: PhraseStyle = "longest"
     """all but scenes: the longest of overlapping phrases, or those that the published code finds with spaCy."""
-    sentences: int = at_least(1, 5)
+    sentences: int = bounded(5, at_least=1)
     """all but scenes: sentences sampled from a caption."""
-    max_phrases: int = at_least(0, 30)
+    max_phrases: int = bounded(30, at_least=0)
     """all but scenes: phrases of an image at most."""
-    max_phrase_tokens: int = at_least(1, 30)
+    max_phrase_tokens: int = bounded(30, at_least=1)
     """all but scenes: the tokens of a phrase at most; long_phrases says what becomes of longer ones."""
     long_phrases: LongPhrases = "drop"
     """all but scenes: drop leaves them out. published cuts them as the released code does: with their end token

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import Bad, Example
-from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.dataset_options import DatasetOptions
 from betaclip.data.mixture import mix
 from betaclip.data.readers.dci import DCIOptions
 from betaclip.data.readers.docci import DOCCIOptions
@@ -21,6 +21,7 @@ from betaclip.data.readers.shards import ShardOptions
 from betaclip.data.readers.sharegpt4v import ShareGPT4V1kOptions, ShareGPT4V10kOptions, ShareGPT4VOptions
 from betaclip.data.readers.urban1k import Urban1KOptions
 from betaclip.data.scenes.dataset import SceneOptions
+from betaclip.settings import bounded
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ class DataConfig(SetConfig):
 
     kind: KindOrMixture = "scenes"
     """Rendered scenes, ShareGPT4V, pictures of your own with captions in files, tar shards of both, or a mixture."""
-    bad_limit: int = at_least(0, 100)
+    bad_limit: int = bounded(100, at_least=0)
     """Number of images or captions that may be unusable, each counted once; the run stops at more."""
     mixture: Mapping[str, MixtureSet] = field(default_factory=dict)
     """mixture: its sets by names of your own, each with its settings and a weight. A settings file lists them in tables

@@ -27,6 +27,7 @@ def multi_positive_loss(
     backend: Backend = "auto",
     gather: bool | str = "auto",
     process_group: GroupLike | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Sigmoid loss of each image with all texts, its own K being positives.
 
@@ -46,7 +47,7 @@ def multi_positive_loss(
         logit_scale: () inverse temperature, after exp; may require a gradient.
         logit_bias: () added to every logit, may require a gradient; None for none.
         mask: (B, K) bool, True = valid text.
-        backend, gather, process_group: as for :func:`betaclip.beta_cal_ce_loss`.
+        backend, gather, process_group, strict: as for :func:`betaclip.beta_cal_ce_loss`.
 
     Returns:
         () in accumulation dtype, nats. 0 if no text is valid.
@@ -71,7 +72,7 @@ def multi_positive_loss(
     repeated = image_embeds.unsqueeze(1).expand(-1, text_embeds.shape[1], -1)
     loss = beta_cal_bce_loss(
         repeated, text_embeds, logit_scale, logit_bias=logit_bias, beta=1.0, mask=mask,
-        backend=backend, gather=gather, process_group=process_group,
+        backend=backend, gather=gather, process_group=process_group, strict=strict,
     )  # fmt: skip
     images = torch.full((), len(image_embeds), device=loss.device) if mask is None else mask.any(1).sum()
     group = gathering_group(gather, process_group)

@@ -37,8 +37,8 @@ class LossConfig:
     among the pictures that are encoded together. The loss term is called conditioned, and its weight is 1 unless
     loss.weights has another."""
     text_queue: int = bounded(0, at_least=0)
-    """Number of texts of earlier updates that β-CAL has as further negatives, over all ranks; 0 for none. Their
-    embeddings are as the model was then. Take fewer than an epoch has, or a text meets itself."""
+    """Number of texts of earlier updates (with run.accumulation mean, of earlier micro-batches) that β-CAL has as
+    further negatives, over all ranks; 0 for none. Their embeddings are as the model was then. Take fewer than an epoch has, or a text meets itself."""
     sampled_pictures: int | None = bounded(None, at_least=1)
     """The loss term text_conditioned: number of other pictures of which each picture pools a random text, among the
     pictures that are encoded together; by default all of these, as in FLAIR."""
@@ -101,7 +101,7 @@ class OptimizerConfig:
     warm-up reaches lr one update earlier, and the fall would reach final_lr one update after the last."""
     weight_decay: float = bounded(0.01, at_least=0)
     """Applied to parameters with more than one dimension: not to biases, norms and scales."""
-    layer_decay: float = bounded(1.0, above=0)
+    layer_decay: float = bounded(1.0, above=0, at_most=1)
     """Factor between the learning rates of a tower's layers: the head has the backbone's rate, each block before it
     this times the rate of the next, and the embeddings the lowest. 1 gives all the same."""
     ema_decay: float | None = bounded(None, above=0, below=1)
@@ -239,7 +239,7 @@ def check(config: TrainingConfig, ranks: int) -> None:
 
 def _check_trained_parts(config: TrainingConfig) -> None:
     """Raise ConfigError for values of lock, lora and of the optimizer's options for layers and averages."""
-    lock, lora, optimizer = config.lock, config.lora, config.optimizer
+    lock, lora = config.lock, config.lora
     for option, value in vars(lock).items():
         tower = option.partition("_")[0]
         if value != getattr(LockConfig(), option) and not getattr(lock, tower):
@@ -250,8 +250,6 @@ def _check_trained_parts(config: TrainingConfig) -> None:
         raise ConfigError("lora.rank: expected at least 1 with other settings of lora, got 0")
     if lora.rank and not lora.targets:
         raise ConfigError("lora.targets: expected at least one name, got none")
-    if optimizer.layer_decay > 1:
-        raise ConfigError(f"optimizer.layer_decay: expected at most 1, got {optimizer.layer_decay:g}")
 
 
 def check_backend(config: LossConfig, device: torch.device) -> None:
@@ -261,7 +259,7 @@ def check_backend(config: LossConfig, device: torch.device) -> None:
     operation = "similarity_logsumexp" if config.form == "ce" else "similarity_softplus"
     probe = torch.zeros(2, 64, device=device)
     try:
-        resolve(operation, config.backend, similarity.BACKENDS, probe, probe)
+        resolve(operation, config.backend, similarity.BACKENDS, probe, probe, strict=config.strict)
     except (NotImplementedError, ValueError) as error:
         raise ConfigError(f"loss.backend: {' '.join(str(error).split())}") from error
 

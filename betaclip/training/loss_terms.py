@@ -1,7 +1,7 @@
 """The terms of the training objective. A new term is a class in a file of its own, and a line in LOSS_TERMS."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -151,12 +151,13 @@ class MultiPositiveTerm:
     captions_only = False
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
-        self.backend, self.gather = config.backend, several_ranks and _GATHER[config.gather]
+        gather = several_ranks and _GATHER[config.gather]
+        self.options: Any = {"backend": config.backend, "strict": config.strict, "gather": gather}
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         return multi_positive_loss(
             out["image_embeds"], out["text_embeds"], out["logit_scale"],
-            logit_bias=out.get("logit_bias"), mask=out["mask"], backend=self.backend, gather=self.gather,
+            logit_bias=out.get("logit_bias"), mask=out["mask"], **self.options,
         )  # fmt: skip
 
 

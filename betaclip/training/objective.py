@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from betaclip.errors import ConfigError, not_one_of
 from betaclip.model.texts import RaggedTexts
+from betaclip.settings import check_numbers
 from betaclip.training.config import LossConfig
 from betaclip.training.loss_terms import LOSS_TERMS, Measures, Remembers
 
@@ -32,16 +33,15 @@ class Objective(nn.Module):
         if min(weights.values()) < 0 or not any(weights.values()):
             given = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
             raise ConfigError(f"loss: expected weights >= 0, at least one above 0, got {given}")
-        if config.conditioned_negatives < 0 or (weights.get("conditioned") and not config.conditioned_negatives):
-            expected = "at least 1 for the loss term conditioned, or 0 without it"
+        check_numbers(config, "loss.")
+        if weights.get("conditioned") and not config.conditioned_negatives:
+            expected = "at least 1 for the loss term conditioned"
             raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
-        if config.text_queue < 0 or (config.text_queue and not weights.get("beta_cal")):
-            expected = "at least 0, and 0 without the loss term beta_cal"
-            raise ConfigError(f"loss.text_queue: expected {expected}, got {config.text_queue}")
-        sampled = config.sampled_pictures
-        if sampled is not None and (sampled < 1 or not weights.get("text_conditioned")):
-            expected = "at least 1, and a weight of the loss term text_conditioned with it"
-            raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {sampled}")
+        if config.text_queue and not weights.get("beta_cal"):
+            raise ConfigError(f"loss.text_queue: expected 0 without the loss term beta_cal, got {config.text_queue}")
+        if config.sampled_pictures is not None and not weights.get("text_conditioned"):
+            expected = "None without the loss term text_conditioned"
+            raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {config.sampled_pictures}")
         self.weights = {name: weights[name] for name in LOSS_TERMS if weights.get(name)}
         self.terms = {name: LOSS_TERMS[name](config, several_ranks) for name in self.weights}
         self.conditioned_negatives = config.conditioned_negatives if "conditioned" in self.terms else 0

@@ -36,11 +36,11 @@ from betaclip.training.step import TrainStep
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation: values by name to log, a table to print, and figures by name for TensorBoard."""
+    """The result of an evaluation: values by name to log, a table to print, and what draws figures for TensorBoard."""
 
     metrics: dict[str, float]
     table: str
-    figures: Mapping[str, Figure] = {}
+    figures: Callable[[], Mapping[str, Figure]] = dict
 
 
 # The ranks of the group share the work; all of them get the result.
@@ -309,6 +309,8 @@ class Trainer:
             for weights in weights_to_evaluate:
                 with weights, signals.interruptible() if self.process_group.size == 1 else nullcontext():
                     found.append(self.evaluate(self.model, group))
+                    if weights is weights_to_evaluate[-1]:
+                        figures = found[-1].figures()
         except Stopped:
             return
         finally:
@@ -317,7 +319,7 @@ class Trainer:
         if log is not None:
             metrics = found[0].metrics | {f"ema/{name}": v for one in found[1:] for name, v in one.metrics.items()}
             tables = "\nwith averaged weights (EMA):\n".join(one.table for one in found)
-            log.write_evaluation(self.step, metrics, tables, found[-1].figures)
+            log.write_evaluation(self.step, metrics, tables, figures)
 
 
 def _read_checkpoint(folder: Path, process_group: ProcessGroup) -> tuple[Path | None, dict[str, Any] | None]:

@@ -54,14 +54,17 @@ def test_check(change, message):
         ({"lora": LoraConfig(alpha=4.0)}, "lora.rank: expected at least 1 with other settings of lora, got 0"),
         ({"lora": LoraConfig(rank=-1)}, "lora.rank: expected at least 0, got -1"),
         ({"lora": LoraConfig(rank=2), "lock": LockConfig(text=True)}, "lora.rank: expected no lock.image or lock.text"),
-        ({"lora": LoraConfig(rank=2, dropout=1.0)}, "lora.dropout: expected at least 0 and below 1, got 1"),
-        ({"lora": LoraConfig(rank=2, alpha=0.0)}, "lora.alpha: expected above 0, got 0"),
+        ({"lora": LoraConfig(rank=2, dropout=1.0)}, "lora.dropout: expected at least 0 and less than 1, got 1"),
+        ({"lora": LoraConfig(rank=2, alpha=0.0)}, "lora.alpha: expected more than 0, got 0"),
         ({"lora": LoraConfig(rank=2, targets=())}, "lora.targets: expected at least one name"),
         (
             {"optimizer": OptimizerConfig(layer_decay=0.0)},
-            "optimizer.layer_decay: expected above 0 and at most 1, got 0",
+            "optimizer.layer_decay: expected more than 0 and at most 1, got 0",
         ),
-        ({"optimizer": OptimizerConfig(ema_decay=1.0)}, "optimizer.ema_decay: expected above 0 and below 1, got 1"),
+        (
+            {"optimizer": OptimizerConfig(ema_decay=1.0)},
+            "optimizer.ema_decay: expected more than 0 and less than 1, got 1",
+        ),
     ],
 )
 def test_check_of_what_is_trained(change, message):

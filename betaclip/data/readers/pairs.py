@@ -6,13 +6,13 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import Bad, Draw, Example
-from betaclip.data.dataset_options import at_least
 from betaclip.data.example_maker import CaptionOptions, ExampleMaker, draw_caption
 from betaclip.data.readers.annotations import CHECKED_ROWS, Annotations, BadRowError, Rows
 from betaclip.data.readers.folder import Folder
 from betaclip.data.readers.paths import picture_path
 from betaclip.data.readers.retrieval_set import RetrievalOptions, RetrievalSet, pairs_of_rows
 from betaclip.data.readers.table import ENDINGS, Table, TableOptions
+from betaclip.settings import bounded
 
 
 def open_rows(path: str | Path, options: TableOptions) -> Rows:
@@ -97,7 +97,7 @@ class FileOptions(CaptionOptions):
     and "caption" (or "captions"), or a table (.csv, .tsv). sharegpt4v: its JSON or JSON lines."""
     root: Path | None = None
     """sharegpt4v, pairs: the folder that the pictures' paths start from; by default that of the annotations."""
-    test_rows: int | None = at_least(0, None)
+    test_rows: int | None = bounded(None, at_least=0)
     """sharegpt4v, pairs: rows at the beginning that are for testing and left out; by default the 1000 of SV-1k in the
     published file of ShareGPT4V, and none in any other."""
     allow_outside_root: bool = False

@@ -23,10 +23,10 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from betaclip.data.batches import Bad, Example
-from betaclip.data.dataset_options import at_least
 from betaclip.data.example_maker import CaptionOptions, ExampleMaker, draw_caption
 from betaclip.data.readers.annotations import BadRowError, captions_of, checked_caption, parse_json
 from betaclip.data.stream import Stream
+from betaclip.settings import bounded
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _MAX_FILE = 1 << 27  # bytes of a picture or a caption; a worker holds hundreds of samples
@@ -142,9 +142,9 @@ class ShardOptions(CaptionOptions):
     """shards: a pattern such as "shards-{0000..0099}.tar"."""
     allow_commands: bool = False
     """shards: also take addresses that run commands, such as "pipe:ssh HOST cat shard.tar"."""
-    epoch_samples: int | None = at_least(1, None)
+    epoch_samples: int | None = bounded(None, at_least=1)
     """shards: samples of an epoch, over all ranks; training needs it."""
-    shuffle: int = at_least(0, 500)
+    shuffle: int = bounded(500, at_least=0)
     """shards: samples in the buffer of each worker from which the next is drawn."""
 
     def create(

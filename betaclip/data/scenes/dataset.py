@@ -15,12 +15,13 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from betaclip.data.batches import CAPTION, PHRASE, SENTENCE, Draw, Example
-from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.dataset_options import DatasetOptions
 from betaclip.data.scenes.drawing import Box, draw
 from betaclip.data.scenes.layout import ATTRIBUTES, Kind, Layout, random_layout
 from betaclip.data.scenes.texts import describe, indefinite, noun
 from betaclip.data.transforms import normalize
 from betaclip.model.tokenizer import Tokenizer
+from betaclip.settings import bounded
 
 TRAIN, TEST = "train", "test"
 DIFFICULTIES = ("hard", "medium", "easy", "trivial")  # 1, 2, 3, 4 attributes are wrong
@@ -130,7 +131,7 @@ class ScenesDataset(Dataset[Example]):
 class SceneOptions(DatasetOptions):
     """Settings of rendered scenes."""
 
-    scenes: int = at_least(1, 32_000)
+    scenes: int = bounded(32_000, at_least=1)
     """scenes: their number in an epoch."""
     scenes_seed: int = 0
     """scenes: the seed that they are made from."""
