@@ -3,8 +3,8 @@
  *     S_ij = scale * <x_i, y_j> (+ bias)        i < n, j < m
  *
  * A pair (i, j) takes part unless x_group[i] == y_group[j] or one of the two is negative (padding), or x_text[i] and
- * y_text[j] are equal and not negative. What padded rows hold, NaN included, reaches nothing. Products are formed in the inputs' 16-bit type with float32 accumulation;
- * statistics are float32, in nats. Results are deterministic: no atomics, and one summation order for given sizes and
+ * y_text[j] are equal and not negative. What padded rows hold, NaN included, reaches nothing. Products are formed in the
+ * inputs' 16-bit type with float32 accumulation; statistics are float32, in nats. Results are deterministic: no atomics, and one summation order for given sizes and
  * multiprocessor count.
  *
  * Every pointer except `betaclip_operands *`, `betaclip_chunk *` and `betaclip_logsumexp_gradient *` is a device
@@ -12,8 +12,9 @@
  * are read during the call only. Functions that launch work run on the calling thread's current device, queue work on
  * `stream` (a cudaStream_t; NULL is the default stream) and return without waiting for it: they allocate nothing,
  * synchronise with nothing, print nothing (but what CUTLASS says on stderr if CUDA refuses a tensor map), and may be
- * captured into a CUDA graph, whose replays read scale, bias and everything else from the same addresses. The first call
- * of each function makes CUDA load its code: let that be outside of a capture. Two calls may overlap in time if their workspaces and outputs do not.
+ * captured into a CUDA graph, whose replays read scale, bias and everything else from the same addresses. The first
+ * call of each function makes CUDA load its code: let that be outside of a capture. Two calls may overlap in time if
+ * their workspaces and outputs do not.
  *
  * They return 0, a positive cudaError_t from CUDA (35 where there is no driver), or a negative BETACLIP_ERROR_*;
  * arguments are checked before the device is looked at. After an error nothing usable was written.
@@ -45,7 +46,7 @@ enum {
   BETACLIP_ERROR_DEPTH = -4,        /* d is not a multiple of 8 from 8 to 1024 */
   BETACLIP_ERROR_STRIDE = -5,       /* a row stride is less than a row, not a multiple of 8 elements, or 2^39 or more */
   BETACLIP_ERROR_ALIGNMENT = -6,    /* x, y, ds or workspace is not aligned to 16 bytes, another pointer not to 4 */
-  BETACLIP_ERROR_GROUPS = -7,       /* one of x_group and y_group, or of x_text and y_text, is given, the other is NULL */
+  BETACLIP_ERROR_GROUPS = -7,       /* of x_group and y_group, or of x_text and y_text, one is NULL alone */
   BETACLIP_ERROR_CHUNK = -8,        /* a chunk is empty or reaches beyond (n, m) */
   BETACLIP_ERROR_WORKSPACE = -9,    /* workspace_bytes is below what the size function says for this device */
   BETACLIP_ERROR_ARCHITECTURE = -10 /* the current device has no compute capability 9.0 */

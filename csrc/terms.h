@@ -29,9 +29,9 @@ struct Ids {
   int32_t group, text;
 };
 
-// Groups and texts of one side. Negative groups and indices from `end` on read as -1, so that one comparison tells pairs
-// that take part: equal groups have exclusive or 0, two negative ones too, and one negative makes it negative. Texts
-// that equal no other read as a number that the other side does not have.
+// Groups and texts of one side. Negative groups and indices from `end` on read as -1, so that one comparison tells
+// pairs that take part: equal groups have exclusive or 0, two negative ones too, and one negative makes it negative.
+// Texts that equal no other read as a number that the other side does not have.
 struct Groups {
   const int32_t *group;  // or null: every row is in a group of its own,
   const int32_t *text;   // or null: every text differs from all others

@@ -202,7 +202,8 @@ class AcrossRanks:
         self.wanted = self.shards.agree(x, y, self.wanted, self.call)
         if x.text_id is not None and y.text_id is not None:
             with _explained(self.group, "the ids of all texts"):
-                self._text_ids = self.group.gather_rows(torch.cat((x.text_id, y.text_id))).sort().values
+                ids = x.text_id if x.text_id is y.text_id else torch.cat((x.text_id, y.text_id))
+                self._text_ids = self.group.gather_rows(ids).sort().values
         return self._across(x)
 
     def _across(self, x: Operand) -> Operand:
@@ -231,7 +232,7 @@ def renumbered(text_id: Tensor, all_ids: Tensor | None = None) -> Tensor:
 
 
 def over_ranks(terms: Tensor, counts: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The sums of ``terms`` and integer ``counts`` over ranks.
+    """The sums of ``terms`` and ``counts`` over ranks.
 
     The gradient of the terms is W times that of this rank's: an average over the W ranks undoes that.
     """
@@ -285,7 +286,8 @@ class _Shards:
         """Set ``max_rows``, the largest number of a rank's columns, and ``ids_per_rank``, which is above each rank's
         image ids: they are at most the number of its rows. Return which gradients the ranks want together.
 
-        The host waits for this message alone. Its size is the same whatever is called: ranks that differ learn of it
+        The host waits for this message, and with text ids for their numbers. Its size is the same whatever is called:
+        ranks that differ learn of it
         before their messages do not fit.
         """
         rows, depth = x.rows.shape

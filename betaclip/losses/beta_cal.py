@@ -25,7 +25,8 @@ class BetaCALLoss(nn.Module):
             default group.
         conditioned_weight: weight of what ``conditioned_negatives`` add, in a batch that has them.
         reduction: ``"mean"``, or ``"none"`` for the loss of each text.
-        label_smoothing: of the softmax form, the part of each row's target that all texts share, from 0 to 1.
+        label_smoothing: of the softmax form, the part of each row's target that all texts share, from 0 to 1;
+            0 with ``text_ids``.
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:

@@ -24,7 +24,8 @@ class ClipLoss(nn.Module):
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`.
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for the loss of each pair, the mean of its two directions.
-        label_smoothing: from 0 to 1, the part of each row's target that all texts share.
+        label_smoothing: from 0 to 1, the part of each row's target that all texts share; 0 with
+            ``text_ids``.
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
 
     Raises:
@@ -80,8 +81,8 @@ class ClipLoss(nn.Module):
             weights: (B,) constant weights of the pairs: the loss is the weighted mean, rows are times their weights.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
-            text_ids: (B,): integers, equal for equal texts, negative for a text that equals no
-                other. Texts that equal that of another image are not its negatives.
+            text_ids: (B,) integers, equal for equal texts, negative for a text that equals no other. Texts that equal
+                that of another image are not its negatives.
             extra_text_ids: (E,) the same for the extra texts.
 
         Returns:

@@ -56,7 +56,7 @@ class ExtraTexts(NamedTuple):
 
     def _operands(self, batch: Batch, layout: RowLayout) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Rows in the dtype of the products; ids and slots. No image of the batch has the id of valid extra texts."""
-        image_id = torch.where(self.valid, layout.images, -1).to(torch.int32)
+        image_id = torch.where(self.valid, len(layout.image_id), -1).to(torch.int32)
         ids = layout.image_id, image_id, layout.text_id, self.text_id, None
         return self.image.to(batch.dtype), self.text.to(batch.dtype), ids
 

@@ -38,8 +38,9 @@ def multi_positive_loss(
         own = torch.eye(B).repeat_interleave(K, 1).bool()
         loss = F.softplus(torch.where(own, -s, s)).sum() / (B * K)
 
-    in linear memory: it is B times the sigmoid form of β-CAL at β = 1 with one image embedding for all texts of an
-    image. Where images have different numbers of texts, an image counts once for each of its own.
+    in linear memory, for K times the products of that formula: it is B times the sigmoid form of β-CAL at β = 1 with
+    one image embedding for all texts of an image. Where images have different numbers of texts, an image counts once
+    for each of its own.
 
     Args:
         image_embeds: (B, D) embeddings of whole images, of any norm.

@@ -271,7 +271,9 @@ def _logits_of_means(
     if group is not None:
         total, number = sum_over_ranks(total, batch.scale, group), group.sum(number)
     means = total / number.clamp_min(1).unsqueeze(1)
-    return [layout.to_slots(batch.scale * (rows @ mean), 0) for rows, mean in zip((image, text), means, strict=True)]
+    # Element by element, since autocast would make a product of matrices half precision.
+    products = ((rows * mean).sum(1) for rows, mean in zip((image, text), means, strict=True))
+    return [layout.to_slots(batch.scale * product, 0) for product in products]
 
 
 def _mean(total: Tensor, number: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def beta_cal_ce_loss(
 
     ``extra_texts`` are further negatives of every image embedding, columns that belong to no image: in the loss of rows
     ``s`` becomes ``torch.cat((s, logit_scale * v @ F.normalize(extra_texts, dim=-1).T), 1)`` and ``w`` gets E columns
-    of 0. This takes 8·N·E·D FLOP (6 if they need no gradient) and O(E·D) memory. The loss of columns stays as it is.
+    of 0. This takes 8·N·E·D FLOP (6 if they need no gradient) and O((N + E)·D) memory. The loss of columns stays as it
+    is.
 
     ``text_ids`` leave pairs of different images whose texts are equal out of the denominators, as they are no
     negatives; ``s.logsumexp(1)`` becomes
@@ -112,7 +113,8 @@ def beta_cal_ce_loss(
         reduction: ``"mean"``; or ``"none"`` for the loss of each text, the mean of its two directions times its weight.
             Any function of these may be differentiated. Over several ranks each has those of its own texts, and the
             gradients are those of the sum of what all ranks make of theirs.
-        label_smoothing: ε from 0 to 1, the part of each row's target that all texts share.
+        label_smoothing: ε from 0 to 1, the part of each row's target that all texts share; 0 with ``text_ids``, whose
+            pairs have no logit.
         strict: on a GPU, raise a NotImplementedError where ``backend="auto"`` would leave the work to a slower backend
             than the fused one; the message says why. :func:`betaclip.backend_runs` counts what has run.
         extra_texts: (E, D) embeddings of texts that belong to none of the images, any norm, such as hard captions, or,
@@ -230,9 +232,10 @@ def beta_cal_bce_loss(
             code (``"published"``).
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
+        weights: (B, K), or (N,) with ``image_index``: constants, each the weight of a row.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
-        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, weights, reduction, strict,
-        extra_texts, extra_mask, text_ids, extra_text_ids: as for :func:`beta_cal_ce_loss`. A mean is formed together
+        process_group, conditioned_negatives, conditioned_mask, conditioned_weight, reduction, strict, extra_texts,
+        extra_mask, text_ids, extra_text_ids: as for :func:`beta_cal_ce_loss`. A mean is formed together
         with its gradient; the rows of ``reduction="none"`` form their logits again in the backward (8·N²·D FLOP
         instead of 6).
 

@@ -82,8 +82,8 @@ class SigLipLoss(nn.Module):
             weights: (B,) constant weights of the images: the loss is the weighted mean, rows are times their weights.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
-            text_ids: (B,): integers, equal for equal texts, negative for a text that equals no
-                other. Texts that equal that of another image are not its negatives.
+            text_ids: (B,) integers, equal for equal texts, negative for a text that equals no other. Texts that equal
+                that of another image are not its negatives.
             extra_text_ids: (E,) the same for the extra texts.
 
         Returns:

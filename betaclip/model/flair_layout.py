@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from betaclip.model.published_layout import Sizes, count_layers, renamed, shape_of
+from betaclip.model.published_layout import TowerSizes, count_layers, renamed, shape_of
 
 _POOL = "visual_proj."
 # FLAIR's names and ours; the first that fits counts.
@@ -62,7 +62,7 @@ def flair_config(state: Mapping[str, Tensor], vision_head_width: int, text_head_
     blocks = "transformer.resblocks."
     vision_hidden, _ = shape_of(state, f"visual.{blocks}0.mlp.c_fc.weight", "(hidden, width)")
     text_hidden, _ = shape_of(state, f"{blocks}0.mlp.c_fc.weight", "(hidden, width)")
-    sizes = Sizes(
+    sizes = TowerSizes(
         embed_dim, patch, positions, vision_width, vision_hidden, count_layers(state, f"visual.{blocks}"),
         length, vocabulary, text_width, text_hidden, count_layers(state, blocks),
     )  # fmt: skip

@@ -46,8 +46,9 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
         ValueError: unknown name or tag, a configuration that open_clip does not take, or weights that cannot be
             fetched; the message says which.
     """
+    known = None if is_custom(name) else known_model(name, EXPECTED)
     check_tag(name, tag)
-    if _is_custom(name):
+    if known is None:
         options = towers_config(name)
         options["quick_gelu"] = quick_gelu or options.get("quick_gelu", False)
         kind = CustomTextCLIP if options.pop("custom_text", False) else CLIP
@@ -57,7 +58,6 @@ def create_towers(name: str, tag: str | None, quick_gelu: bool) -> Any:
             raise ValueError(
                 f"name: expected the configuration of an open_clip model, got {name!r}: {error}"
             ) from error
-    known = known_model(name, EXPECTED)
     return create_known(known, tag, force_quick_gelu=quick_gelu)
 
 
@@ -67,7 +67,7 @@ def towers_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: unknown name, or no JSON after an opening brace.
     """
-    if _is_custom(name):
+    if is_custom(name):
         return deepcopy(SCENES) if name == "scenes" else _parse(name)
     return dict(open_clip.get_model_config(known_model(name, EXPECTED)))
 
@@ -88,7 +88,7 @@ def check_tag(name: str, tag: str | None) -> None:
     """Raise a ValueError for a tag of weights that a model does not have."""
     if tag is None:
         return
-    tags = [] if _is_custom(name) else open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    tags = [] if is_custom(name) else open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     if not tags:
         raise ValueError(f"pretrained: {tag} is not a file, and {name:.40} has no pretrained tags")
     if tag not in tags:
@@ -96,7 +96,8 @@ def check_tag(name: str, tag: str | None) -> None:
                          f"the nearest is {nearest(tag, tags)!r}")  # fmt: skip
 
 
-def _is_custom(name: str) -> bool:
+def is_custom(name: str) -> bool:
+    """Whether a name is a configuration of ours or of the user's, rather than a model of open_clip."""
     return name == "scenes" or name.startswith("{")
 
 

@@ -20,6 +20,7 @@ from betaclip.model.open_clip_towers import (
     create_known,
     create_tokenizer,
     create_towers,
+    is_custom,
     known_model,
     load_towers,
     needs_quick_gelu,
@@ -141,7 +142,7 @@ def create_plain(name: str, pretrained: str | None) -> PlainClip:
         clip = create_known(name, None, require_pretrained=True)
         return _plain(clip, name, clip.visual.preprocess_cfg)
     file = pretrained if pretrained is not None and Path(pretrained).is_file() else None
-    custom = name == "scenes" or name.startswith("{")
+    custom = is_custom(name)
     known = name if custom else known_model(name, "a model of open_clip")
     if pretrained is None:
         tags = ", ".join([] if custom else open_clip.list_pretrained_tags_by_model(known))
@@ -164,7 +165,7 @@ def create_plain(name: str, pretrained: str | None) -> PlainClip:
 
 
 def _plain(clip: Any, name: str, preprocess: dict[str, Any]) -> PlainClip:
-    if name == "scenes" or name.startswith("{"):
+    if is_custom(name):
         tokenizer: Any = partial(open_clip.tokenize, context_length=clip.context_length)
     else:
         tokenizer = create_tokenizer(name)

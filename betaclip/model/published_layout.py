@@ -155,13 +155,13 @@ def open_clip_config(state: Mapping[str, Tensor], vision_head_width: int, text_h
     text_hidden, _ = shape_of(state, "transformer.resblocks.0.mlp.c_fc.weight", "(hidden, width)")
     if length <= FROZEN or stretched(unstretched(length)) != length:
         raise ValueError(f"positional_embedding: expected {FROZEN} rows and a multiple of {STRETCH}, got {length}")
-    return Sizes(
+    return TowerSizes(
         embed_dim, patch, positions, vision_width, vision_hidden, count_layers(state, "visual.blocks."),
         unstretched(length), vocabulary, text_width, text_hidden, count_layers(state, "transformer.resblocks."),
     ).open_clip_config(vision_head_width, text_head_width, "visual.pos_embed")  # fmt: skip
 
 
-class Sizes(NamedTuple):
+class TowerSizes(NamedTuple):
     """The sizes of a model's towers. positions: those of CLS and the patches."""
 
     embed_dim: int

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from betaclip.layers import QuickGELU
-from betaclip.model.published_layout import not_plain_reasons
+from betaclip.model.published_layout import not_plain_reasons, renamed
 from betaclip.model.text_tower import text_modules
 from betaclip.model.tokenizer import EOT, SOT
 
@@ -93,15 +93,15 @@ def to_transformers(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in towers.items():
         name = name.removeprefix(_TEXT)
         if found := _BLOCK.fullmatch(name):
-            layer = _renamed(found[1], _BEGINNINGS) + found[2]
+            layer = renamed(found[1], _BEGINNINGS) + found[2]
             if found[3].startswith("attn.in_proj_"):
                 kind = found[3].removeprefix("attn.in_proj_")
                 parts = zip("qkv", value.chunk(3), strict=True)
                 theirs |= {f"{layer}self_attn.{x}_proj.{kind}": part for x, part in parts}
             else:
-                theirs[layer + _renamed(found[3], _PARTS)] = value
+                theirs[layer + renamed(found[3], _PARTS)] = value
         else:
-            theirs[_renamed(name, _BEGINNINGS)] = value.T if name in _TRANSPOSED else value
+            theirs[renamed(name, _BEGINNINGS)] = value.T if name in _TRANSPOSED else value
     theirs["logit_scale"] = theirs["logit_scale"].reshape(())  # (1,) with nonscalar_logit_scale
     return {name: value.contiguous() for name, value in theirs.items()}
 
@@ -113,14 +113,14 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         found = _LAYER.fullmatch(name)
         if found is None:
-            ours = _renamed(name, beginnings)
+            ours = renamed(name, beginnings)
             towers[ours] = value.T.contiguous() if ours in _TRANSPOSED else value
         elif query := _QUERY.fullmatch(found[3]):
             layer, kind = found[1] + found[2], query[1]
             parts_of_three = [state[f"{layer}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-            towers[f"{_renamed(found[1], beginnings)}{found[2]}attn.in_proj_{kind}"] = torch.cat(parts_of_three)
+            towers[f"{renamed(found[1], beginnings)}{found[2]}attn.in_proj_{kind}"] = torch.cat(parts_of_three)
         elif not found[3].startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-            towers[_renamed(found[1], beginnings) + found[2] + _renamed(found[3], parts)] = value
+            towers[renamed(found[1], beginnings) + found[2] + renamed(found[3], parts)] = value
     return towers
 
 
@@ -144,10 +144,3 @@ def _activation(module: nn.Module) -> str | None:
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
     return None
-
-
-def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
-    for begin, other in beginnings.items():
-        if name.startswith(begin):
-            return other + name.removeprefix(begin)
-    return name

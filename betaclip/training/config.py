@@ -38,7 +38,8 @@ class LossConfig:
     loss.weights has another."""
     text_queue: int = bounded(0, at_least=0)
     """Number of texts of earlier updates (with run.accumulation mean, of earlier micro-batches) that β-CAL has as
-    further negatives, over all ranks; 0 for none. Their embeddings are as the model was then. Take fewer than an epoch has, or a text meets itself."""
+    further negatives, over all ranks; 0 for none. Their embeddings are as the model was then. Take fewer than an epoch
+    has, or a text meets itself."""
     sampled_pictures: int | None = bounded(None, at_least=1)
     """The loss term text_conditioned: number of other pictures of which each picture pools a random text, among the
     pictures that are encoded together; by default all of these, as in FLAIR."""

@@ -366,7 +366,8 @@ class SoftplusSums(torch.autograd.Function):
         ctx.save_for_backward(*rows, *(formed if early else ()))
         ctx.options = options
         if total:
-            sums = sums.sum() if row_weights is None else sums @ row_weights
+            # Element by element, since autocast would make a product of vectors half precision.
+            sums = sums.sum() if row_weights is None else (sums * row_weights).sum()
         return sums, cosines_
 
     @staticmethod

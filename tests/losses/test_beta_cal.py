@@ -334,11 +334,13 @@ def test_autocast_casts_once(form, dtype):
     backend = Recorder()
     b = batch(dtype=torch.float32)
     b.image.requires_grad_(), b.text.requires_grad_()
-    exact = LOSSES[form](b.image, b.text, b.scale, backend=backend)
+    options = {"weights": 100 * torch.rand(b.text.shape[:2], device=DEVICE)}
+    options |= {"label_smoothing": 0.1} if form == "ce" else {}
+    exact = LOSSES[form](b.image, b.text, b.scale, backend=backend, **options)
     assert {seen for _, seen in backend.calls} == {torch.float32}
     backend.calls.clear()
     with torch.autocast(DEVICE, dtype):
-        loss = LOSSES[form](b.image, b.text, b.scale, backend=backend)
+        loss = LOSSES[form](b.image, b.text, b.scale, backend=backend, **options)
         loss.backward()  # within autocast, as some loops do
     assert {seen for _, seen in backend.calls} == {dtype}
     assert loss.dtype == b.image.grad.dtype == torch.float32
