@@ -307,7 +307,7 @@ def load_checkpoint(
         if found is not None:
             return _model(*found, weights).to(device)
         path /= WEIGHTS_FILE
-        if not path.exists():
+        if not path.exists() or _metadata(path) is None:  # transformers' files have the same name
             raise FileNotFoundError(
                 f"{path.parent}: no checkpoint_*.pt or {WEIGHTS_FILE} in this folder, nor {REST} of an exported model"
             )

@@ -110,7 +110,9 @@ class Consumer {
   // The row of a tile whose sum this thread keeps: see add_row_sums.
   BETACLIP_HD int kept_row() const { return accumulator_row(thread_, thread_ % 4); }
 
-  // 32 columns at a time: what is known of them, 8 per thread, stays in registers for all rows.
+  // Columns of a thread at a time: what is known of them stays in registers for all rows. dS is stored by eights.
+  static constexpr int kAtOnce = Terms::kStores ? 8 : 4;
+
   template <int kVariant, class Accumulators>
   BETACLIP_HD void tile(const Accumulators &accumulators, int buffer, int64_t row, int64_t col, Sum *row_sums,
                         Sum (&col_sums)[kLines]) {
@@ -122,19 +124,19 @@ class Consumer {
       slot_rows[slot] = storage_.rows[buffer][accumulator_row(thread_, slot)];
     }
     BETACLIP_UNROLL
-    for (int first = 0; first < kLines; first += 8) {
-      typename Terms::Col cols[8];
+    for (int first = 0; first < kLines; first += kAtOnce) {
+      typename Terms::Col cols[kAtOnce];
       BETACLIP_UNROLL
-      for (int k = 0; k < 8; ++k) cols[k] = storage_.cols[buffer][accumulator_col(thread_, first + k)];
+      for (int k = 0; k < kAtOnce; ++k) cols[k] = storage_.cols[buffer][accumulator_col(thread_, first + k)];
       BETACLIP_UNROLL
       for (int slot = 0; slot < kSlots; ++slot) {
-        float ds[8];
+        float ds[kAtOnce];
         BETACLIP_UNROLL
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < kAtOnce; ++k) {
           ds[k] = terms_.template term<kVariant>(accumulators(accumulator_register(slot, first + k)), slot_rows[slot],
                                                  cols[k], slot_sums[slot], &col_sums[first + k]);
         }
-        if (Terms::kStores) {
+        if constexpr (Terms::kStores) {
           uint32_t words[4];
           BETACLIP_UNROLL
           for (int k = 0; k < 4; ++k) words[k] = pack<Element>(ds[2 * k], ds[2 * k + 1]);

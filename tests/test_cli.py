@@ -84,7 +84,7 @@ def test_train_and_what_follows(tiny, tmp_path, capsys):
     assert {"choices/hard", "pointing/mass_in_box"} <= results["β-CLIP"].keys()
     table = out[out.rindex("Choices") :]
     assert "β-CLIP" in table and "global loss only" in table
-    assert out.endswith(f"open {tmp_path}/a/report.html in a browser\n")
+    assert f"\n{tmp_path}/a/report.html: a page about this run, to open in a browser\n" in out
     main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "again.html")])
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "a" / "report.html").read_bytes()
     main(["evaluate", str(tmp_path / "a"), "--scenes", "4", "--no-conditioned"])
@@ -260,7 +260,8 @@ RECIPE = ["train", "--config", "vit_b16_sharegpt4v_ce", "--run.precision", "fp32
         (["--loss.global-weight", "-3"], "loss.global_weight: expected at least 0, got -3.0"),
         (["--loss.weights", "conditioned", "nan"], "loss.weights.conditioned: expected a finite number, got nan"),
         (["--loss.weights", "conditoned", "1"],
-         "loss.weights: expected one of global, beta_cal, conditioned, got 'conditoned'; the nearest is 'conditioned'"),
+         "loss.weights: expected one of global, beta_cal, conditioned, multi_positive, text_conditioned, "
+         "got 'conditoned'; the nearest is 'conditioned'"),
         (["--loss.form", "cf"], "--loss.form: expected one of ce, bce, got 'cf'; the nearest is 'ce'"),
         (["--loss.backend", "blockwize"], "loss.backend: expected one of auto, triton, cuda, blockwise, reference, "
          "got 'blockwize'; the nearest is 'blockwise'"),
@@ -306,7 +307,7 @@ def test_wrong_values_of_other_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["evaluate", "a"], "nothing to evaluate: give --scenes"),
-        (["evaluate"], "missing: PATH A checkpoint"),
+        (["evaluate", "--scenes", "3"], "nothing to evaluate: give a checkpoint, --model and --pretrained, or both"),
         (["evaluate", "a", "--urban_k", "b"], "unknown option --urban-k; the nearest is --urban1k"),
         (["evaluate", "a", "--scenes", "3", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["evaluate", "a", "--zero-shot-templates", "opnai"], "got 'opnai'; the nearest is 'openai'"),

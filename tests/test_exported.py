@@ -54,7 +54,7 @@ def test_damage(tmp_path, exported, name):
     rejected(rf"{REST}: expected the settings of a model in its metadata: unknown key 'nme'; the nearest is 'name'")
     shutil.copytree(exported / name, folder)
     (folder / REST).unlink()
-    rejected(r"no checkpoint_\*.pt in this folder, and no betaclip.safetensors", FileNotFoundError)
+    rejected(r"no checkpoint_\*.pt or model.safetensors in this folder, nor betaclip.safetensors", FileNotFoundError)
 
 
 def test_trained_further_elsewhere(tmp_path, exported):

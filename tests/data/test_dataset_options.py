@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from betaclip.data.dataset_options import DatasetOptions, at_least
+from betaclip.data.dataset_options import DatasetOptions
+from betaclip.settings import bounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DatasetOptions):
-    count: int = at_least(2, 5)
-    limit: int | None = at_least(0, None)
+    count: int = bounded(5, at_least=2)
+    limit: int | None = bounded(None, at_least=0)
     seed: int = 0
 
     def create(self, image_size, context_length, *, seed=0, rank=0, ranks=1):

@@ -303,9 +303,12 @@ def test_a_model_without_patches(tmp_path, caplog, capsys):
     "arguments, message",
     [
         ([], "nothing to evaluate: give a checkpoint, --model and --pretrained, or both"),
-        (["--model", "ViT-B-61"], "model: name: expected a model of open_clip, got 'ViT-B-61'; the nearest are "),
+        (
+            ["--model", "ViT-B-61"],
+            "model: name: expected a model of open_clip, got 'ViT-B-61'; the nearest is ",
+        ),
         (["--model", "ViT-B-16"], "model: pretrained: expected a file or one of openai, "),
-        (["--model", "ViT-B-16", "--pretrained", "opnai"], "model: pretrained: expected a file, or a tag"),
+        (["--model", "ViT-B-16", "--pretrained", "opnai"], "model: pretrained: expected a file, or one of openai, "),
     ],
 )
 def test_rejects_models(capsys, arguments, message):

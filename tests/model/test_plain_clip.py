@@ -132,9 +132,13 @@ def test_preprocessing_of_files(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 @pytest.mark.parametrize(
     "name, pretrained, message",
     [
-        ("ViT-B-61", "openai", "name: expected a model of open_clip, got 'ViT-B-61'; the nearest are .*ViT-B-16"),
-        ("ViT-B-16", "opeani", "pretrained: expected a file, or a tag .*, got 'opeani'; the nearest are openai"),
-        ("ViT-B-16-SigLIP", "openai", "for ViT-B-16-SigLIP, got 'openai'; the nearest is webli"),
+        ("ViT-B-61", "openai", "name: expected a model of open_clip, got 'ViT-B-61'; the nearest is 'ViT-B-16'"),
+        (
+            "ViT-B-16",
+            "opeani",
+            "expected a file, or one of openai, .*; got 'opeani'; the nearest is 'openai'",
+        ),
+        ("ViT-B-16-SigLIP", "openai", "one of webli for ViT-B-16-SigLIP; got 'openai'; the nearest is 'webli'"),
         ("ViT-B-16", None, "pretrained: expected a file or one of openai, .* for ViT-B-16"),
         ("scenes", None, "pretrained: expected a file for scenes"),
         ("scenes", "openai", "pretrained: expected a file for this model, got 'openai'"),
@@ -167,8 +171,8 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyt
         raise OSError("We couldn't connect to the host\nCheck your connection\nor see")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
-    with pytest.raises(ValueError, match=r"^pretrained: open_clip cannot load openai for ViT-B-16; without a network, "
-                                         r"give a file: Failed .*We couldn't connect to the host$"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"^pretrained: the weights openai of ViT-B-16 cannot be fetched \(Failed .*"
+                       r"We couldn't connect to the host\); give the path of a file that holds them$"):  # fmt: skip
         create_plain("ViT-B-16", "openai")
     assert not caplog.records
     monkeypatch.setattr(open_clip, "get_tokenizer", unreachable)

@@ -1,6 +1,7 @@
 """Tests on a GPU: a hang, a crash or a lost device costs no other test, and a call goes on where the last one ended."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_tests
@@ -36,7 +37,7 @@ def record(tmp_path):
 
 
 def outcomes(record):
-    return {name.split("::")[-1]: (x["outcome"], x["reason"]) for name, x in record.outcomes().items()}
+    return {Path(name.split("::")[-1]).name: (x["outcome"], x["reason"]) for name, x in record.outcomes().items()}
 
 
 def test_every_test_has_an_outcome(tmp_path, record, capfd):

@@ -132,9 +132,10 @@ def test_rejects():
         ConfigError, match=r"loss\.weights: expected one of global, beta_cal, conditioned, .*'globel'; .* 'global'"
     ):
         Objective(LossConfig(weights={"globel": 1.0}))
-    for number, weights in ((0, {"conditioned": 1.0}), (-1, {})):
-        with pytest.raises(ConfigError, match=rf"loss\.conditioned_negatives: expected at least 1 .*, got {number}"):
+    for number, weights, least in ((0, {"conditioned": 1.0}, "1 for the loss term conditioned"), (-1, {}, "0")):
+        message = rf"loss\.conditioned_negatives: expected at least {least}, got {number}"
+        with pytest.raises(ConfigError, match=message):
             Objective(LossConfig(conditioned_negatives=number, weights=weights))
-    for number, weights in ((0, {"text_conditioned": 1.0}), (2, {})):
-        with pytest.raises(ConfigError, match=rf"loss\.sampled_pictures: expected at least 1, and .*, got {number}"):
+    for number, weights, expected in ((0, {"text_conditioned": 1.0}, "at least 1"), (2, {}, "None without .*")):
+        with pytest.raises(ConfigError, match=rf"loss\.sampled_pictures: expected {expected}, got {number}"):
             Objective(LossConfig(sampled_pictures=number, weights=weights))

@@ -115,7 +115,7 @@ def test_resumed_run_has_the_same_texts(tmp_path: Path, monkeypatch):
 
 
 def test_rejects():
-    with pytest.raises(ConfigError, match=r"loss\.text_queue: expected at least 0, .* got -1"):
+    with pytest.raises(ConfigError, match=r"loss\.text_queue: expected at least 0, got -1"):
         Objective(LossConfig(text_queue=-1))
-    with pytest.raises(ConfigError, match=r"loss\.text_queue: expected .* 0 without the loss term beta_cal, got 8"):
+    with pytest.raises(ConfigError, match=r"loss\.text_queue: expected 0 without the loss term beta_cal, got 8"):
         Objective(LossConfig(text_queue=8, beta_cal_weight=0.0))
