@@ -32,8 +32,8 @@ class ExportConfig:
     transformers: a folder that CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load. published: a file in
     the layout of the released β-CLIP checkpoints. betaclip reads all of them again, with the pooling block."""
     weights: Weights = "auto"
-    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
-    the average if there is one."""
+    """Which weights of a run with optimizer.ema_decay to take: ema, their average, raw, those after the last update, or
+    auto, the average if there is one."""
     head_width: int | None = None
     """Width of the towers' attention heads, if the file has the published or FLAIR's layout and does not say it; by
     default 64."""

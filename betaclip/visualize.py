@@ -50,8 +50,8 @@ class VisualizeConfig:
     texts: tyro.conf.Positional[tuple[str, ...]]
     """The texts, with one panel each."""
     weights: Weights = "auto"
-    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
-    the average if there is one."""
+    """Which weights of a run with optimizer.ema_decay to take: ema, their average, raw, those after the last update, or
+    auto, the average if there is one."""
     out: Path = Path("attention.png")
     """The file to write; its suffix gives the format, .png if it has none."""
     head_width: int | None = bounded(None, at_least=1)

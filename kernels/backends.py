@@ -160,7 +160,7 @@ def needed_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
 
     Gradients that are not needed become None, as do those of all further inputs.
     """
-    # Of equal lengths, because Dynamo of torch 2.9 takes strict=False for strict=True.
+    # The lengths are made equal, because Dynamo of torch 2.9 takes strict=False for strict=True.
     needs = ctx.needs_input_grad[: len(gradients)]
     needed = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))

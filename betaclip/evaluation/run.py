@@ -40,8 +40,8 @@ class EvaluateConfig(EvaluationConfig):
     """A checkpoint, a run's folder, a file in the published or in FLAIR's layout, or a folder that betaclip export
     wrote. May be left out if --model is given."""
     weights: Weights = "auto"
-    """Of a run with optimizer.ema_decay: ema, the average of the weights, raw, those after the last update, or auto,
-    the average if there is one."""
+    """Which weights of a run with optimizer.ema_decay to take: ema, their average, raw, those after the last update, or
+    auto, the average if there is one."""
     model: str | None = None
     """A CLIP or SigLIP to compare with: its name in open_clip (ViT-B-16, ViT-B-16-SigLIP), local-dir:FOLDER or
     hf-hub:OWNER/NAME. It has no text-conditioned results."""

@@ -46,7 +46,7 @@ def test_outputs(shifts):
 
 
 def test_scores():
-    """Of own texts and of chosen others, each pair by itself; none that is missing or equals an own text."""
+    """The scores of own texts and of chosen others, each pair by itself; none that is missing or equals an own text."""
     model, pictures = tiny_model().double(), torch.randn(B, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     texts = RaggedTexts.of(TOKENS)
     # The fourth image's first text equals the second of the first image; slot 5 is empty.

@@ -33,7 +33,7 @@ def test_scenes():
 
 
 def test_files(tmp_path):
-    """Of an FG-OVD file: a box in a wide picture, and the text that was chosen instead."""
+    """A question of an FG-OVD file: a box in a wide picture, and the text that was chosen instead."""
     colours.save(tmp_path / "train2017" / "a.png", colours.picture({(0, 1): "red", (2, 3): "green"}, 160, 64))
     x0, y0, x1, y1 = colours.box_of(0, 1, 160, 64)
     row = {
