@@ -1,27 +1,22 @@
-"""The pooling block: published values, masks, scores, dtypes, and modules around its own."""
-
-from collections.abc import Callable
-from typing import Any
+"""The pooling block: published values, masks, dtypes, compilation, and modules around its own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.adapters import AdaptedLinear, Adapter, hooked
-from support.largest import LargestTensor
 from support.paths import GOLDEN
+from support.pooling import DEVICE, FLAIR_BLOCK, block, inputs, published, saved_bytes
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.attention_pool.operators import BACKENDS, PROJECTED
-from betaclip.losses.flair import text_conditioned_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = load_file(GOLDEN / "text_conditioned_pool.safetensors")
-FLAIR = load_file(GOLDEN / "flair.safetensors")  # of FLAIR's released code, in float64: 5 images with 3 texts each
-FLAIR_BLOCK = {"mlp_ratio": 0, "norm_qkv": True, "add_zero_attn": True}
+
+
 PREFIX = "text_conditioned_patches_block."
 
 
@@ -56,66 +51,6 @@ def test_published_gradients(backend, form):
     for name, t in expected.items():
         largest = float(t.abs().max())
         torch.testing.assert_close(pool.get_parameter(name).grad, t.to(DEVICE), atol=1e-4 * largest, rtol=0)
-
-
-def flair_pool(backend: str = "auto") -> TextConditionedPool:
-    """The block of the released values."""
-    pool, start = TextConditionedPool(32, 8, **FLAIR_BLOCK, backend=backend).double(), "visual_proj."
-    state = {name.removeprefix(start): t for name, t in FLAIR.items() if name.startswith(start)}
-    pool.load_state_dict(state | {"logit_scale": pool.logit_scale})
-    return pool.to(DEVICE)
-
-
-def require(backend: str, *tensors: Tensor) -> None:
-    if reasons := BACKENDS[backend](*tensors, *tensors):
-        pytest.skip("; ".join(reasons))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_flair_values_and_gradients(backend):
-    """Pooled embeddings, attention, and the text-conditioned sigmoid loss with every gradient, to 1e-10."""
-    require(backend, FLAIR["image_tokens"].to(DEVICE))
-    names = ("image_tokens", "text_features", "logit_scale", "logit_bias")
-    patches, texts, scale, bias = leaves = [FLAIR[name].clone().to(DEVICE).requires_grad_() for name in names]
-    pool, chosen = flair_pool(backend), FLAIR["chosen_texts"].to(DEVICE)
-    pooled, attention = pool(patches, texts.view(5, 3, 32), need_weights=True)
-    exactly = {"atol": 1e-12, "rtol": 1e-10}
-    torch.testing.assert_close(pooled, FLAIR["pooled"].to(DEVICE), **exactly)
-    torch.testing.assert_close(attention, FLAIR["attention"][..., :-1].to(DEVICE), **exactly)  # the last is the zero's
-    own = chosen // 3 == torch.arange(5, device=DEVICE)[:, None]
-    scores = pool.score(patches, texts, texts=chosen)
-    loss = text_conditioned_loss(scores, own, scale, logit_bias=bias)
-    torch.testing.assert_close(loss, FLAIR["tcs.loss"].to(DEVICE), **exactly)
-    loss.backward()
-    gradients = {f"visual_proj.{name}": p.grad for name, p in pool.named_parameters() if name != "logit_scale"}
-    gradients |= {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
-    assert len(gradients) == 14
-    for name, gradient in gradients.items():
-        truth = FLAIR[f"tcs.grad.{name}"].to(DEVICE)
-        torch.testing.assert_close(gradient, truth, atol=1e-10 * float(truth.abs().max()), rtol=1e-10, msg=name)
-
-
-def published(pool: TextConditionedPool, patches: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """The docstring's formula, with nn.MultiheadAttention's own forward; and the attention."""
-    patches, queries = F.normalize(patches, dim=-1), F.normalize(queries, dim=-1)
-    if pool.ln_1 is not None:
-        queries, patches = pool.ln_1(queries), pool.ln_1_kv(patches)
-    out, weights = pool.attn(queries, patches, patches)
-    hidden = pool.mlp.c_fc(pool.ln_2(out))
-    return out + pool.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden)), weights
-
-
-def block(norm_inputs: bool = False, backend: str = "auto", **kwargs: int) -> TextConditionedPool:
-    """A float64 block whose biases and LayerNorms are not at their initial 0 and 1."""
-    pool = TextConditionedPool(16, 4, norm_inputs=norm_inputs, backend=backend, **kwargs).to(DEVICE).double()
-    with torch.no_grad():
-        for p in pool.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return pool
-
-
-def inputs(b: int = 3, k: int = 5, p: int = 7) -> tuple[Tensor, Tensor]:
-    return tuple(3 * torch.randn(b, rows, 16, dtype=torch.float64, device=DEVICE) for rows in (p, k))
 
 
 @pytest.mark.parametrize("norm_inputs", [False, True])
@@ -201,91 +136,6 @@ def test_masks(backend, norm_inputs):
     assert gradients[0][0].all() and gradients[1][1, :3].all()
 
 
-@pytest.mark.parametrize("backend", ["folded", "sdpa", "reference"])
-def test_masks_of_flair_block(backend):
-    """Masked rows may hold anything, give zeros and get zero gradients; the rest is as if they were not there."""
-    pool, (patches, queries) = flair_pool(backend), (torch.randn(3, n, 32, dtype=torch.float64) for n in (7, 5))
-    patches, queries = patches.to(DEVICE), queries.to(DEVICE)
-    patch_mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [False] * 7], device=DEVICE)
-    query_mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
-    leaves = [
-        t.masked_fill(~mask[..., None], torch.nan).requires_grad_()
-        for t, mask in ((patches, patch_mask), (queries, query_mask))
-    ]
-    out, weights = pool(*leaves, patch_mask=patch_mask, query_mask=query_mask, need_weights=True)
-    alone, attention = pool(patches[1:2, :3], queries[1:2, :3], need_weights=True)
-    torch.testing.assert_close(out[1, :3], alone[0])
-    torch.testing.assert_close(weights[1, :3, :3], attention[0])
-    assert not out[1, 3:].any() and not out[2].any() and not weights[2].any()
-    assert (weights[0].sum(-1) < 1).all() and (weights[0].sum(-1) > 0).all()
-    gradients = torch.autograd.grad(
-        out.square().sum(), [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
-    )
-    assert all(g.isfinite().all() for g in gradients)
-    assert not gradients[0][~patch_mask].any() and not gradients[1][~query_mask].any() and not gradients[0][2].any()
-    assert gradients[0][0].all() and gradients[1][1, :3].all()
-
-
-@pytest.mark.parametrize("backend", ["folded", "sdpa"])
-def test_key_of_zeros_beside_the_published_block(backend):
-    """add_zero_attn alone: normalised patches, the keys' bias, and the MLP, as nn.MultiheadAttention has it."""
-    pool, leaves = block(backend=backend, add_zero_attn=True), [t.requires_grad_() for t in inputs()]
-    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
-    ours, truth = pool(*leaves), published(pool, *leaves)[0]
-    torch.testing.assert_close(ours, truth)
-    weight = torch.randn_like(truth)
-    for a, b in zip(*(torch.autograd.grad(out, wanted, weight) for out in (ours, truth)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("backend", ["folded", "sdpa"])
-def test_dtypes_of_flair_block(backend):
-    """LayerNorms, softmax and the products of weights in float32, also under autocast; gradients keep their dtypes."""
-    exact, (patches, texts) = (
-        flair_pool(backend),
-        (FLAIR[name].to(DEVICE) for name in ("image_tokens", "text_features")),
-    )
-    truth, pool = exact(patches, texts[:4]).detach(), flair_pool(backend).float()
-    with torch.autocast(DEVICE, torch.bfloat16):
-        leaf = patches.float().requires_grad_()
-        out, scores = (
-            pool(leaf, texts[:4].float()),
-            pool.score(leaf, texts.float(), texts=FLAIR["chosen_texts"].to(DEVICE)),
-        )
-    assert out.dtype == torch.bfloat16 and scores.dtype == torch.float32
-    torch.testing.assert_close(out.double(), truth, atol=2e-2 * float(truth.abs().max()), rtol=0)
-    assert torch.autograd.grad(scores.sum(), leaf)[0].dtype == torch.float32
-    half = exact.bfloat16()(patches.bfloat16(), texts[:4].bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.double(), truth, atol=4e-2 * float(truth.abs().max()), rtol=0)
-
-
-@pytest.mark.parametrize("name", ["ln_k", "ln_v"])
-def test_layer_norms_that_are_read(name):
-    """Their parameters take effect; what only a call would run is refused, and so are two eps."""
-    pool, patches, texts = flair_pool(), FLAIR["image_tokens"].to(DEVICE), FLAIR["text_features"].to(DEVICE)
-    getattr(pool, name).eps = 1e-3
-    with pytest.raises(NotImplementedError, match="expected the same eps in both, got "):
-        pool(patches, texts)
-    getattr(pool, name).eps = 1e-5
-    getattr(pool, name).register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match=f"reads the weights of ln_k and ln_v, but {name} has hooks"):
-        pool(patches, texts)
-
-
-def saved_bytes(function: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that the backward keeps."""
-    storages: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function()
-    return sum(t.untyped_storage().nbytes() for t in storages.values())
-
-
 def test_ragged_texts_cost_no_memory():
     """A mask of texts adds only itself to the tensors kept for the backward."""
     pool, (patches, queries) = block(backend="folded"), inputs(k=40)
@@ -302,180 +152,6 @@ def test_queries_shared_by_all_images():
     mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3], [2]], device=DEVICE)
     expected = pool(patches, shared).masked_fill(~mask[..., None], 0)
     torch.testing.assert_close(pool(patches, shared, query_mask=mask), expected)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("chunk_bytes", [1, 9_000, 2**26])
-def test_score_is_the_cosine_of_all_pairs(chunk_bytes, masked):
-    """A pair at a time, some texts of one image, and several images at once."""
-    pool, (patches, _) = block(), inputs(b=4)
-    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
-    mask = torch.rand(4, 7, device=DEVICE) < 0.7 if masked else None
-    if mask is not None:
-        mask[3] = False
-
-    def score(patches: Tensor, texts: Tensor) -> Tensor:
-        return pool.score(patches, texts, patch_mask=mask, chunk_bytes=chunk_bytes)
-
-    def plain(patches: Tensor, texts: Tensor) -> Tensor:
-        return F.cosine_similarity(pool(patches, texts, patch_mask=mask), texts, dim=-1)
-
-    leaves = [patches.requires_grad_(), texts.requires_grad_()]
-    weight = torch.randn(4, 7, dtype=torch.float64, device=DEVICE)
-    ours, truth = score(*leaves), plain(*leaves)
-    assert ours.shape == (4, 7)
-    torch.testing.assert_close(ours, truth)
-    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
-    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
-        torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(score(*leaves), truth)
-
-
-def test_score_in_bounded_memory():
-    """Never a (B, M, D) tensor, forward or backward."""
-    pool, (patches, _) = block(), inputs(b=16, p=5)
-    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
-    pairs = 16 * 64 * 16
-    with LargestTensor() as largest:
-        pool.score(patches, texts, chunk_bytes=2**16).sum().backward()
-    # At most the hidden layer of one chunk's pairs.
-    assert max(16 * 64, texts.numel()) < largest.numel <= pairs / 4
-    assert (
-        saved_bytes(lambda: pool.score(patches, texts, chunk_bytes=2**16)) < 8 * pairs
-    )  # nor does the backward keep any
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("chunk_bytes", [1, 30_000, 2**26])
-@pytest.mark.parametrize("backend", ["folded", "sdpa"])
-def test_score_of_chosen_images(backend, chunk_bytes, masked):
-    """Equal to those entries of all pairs, in value and every gradient; one image is never chosen, one often."""
-    pool, (patches, _) = block(backend=backend), inputs(b=5)
-    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
-    images = torch.randint(4, (7, 3), device=DEVICE)
-    images[:, 1] = 0
-    patch_mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
-    query_mask = torch.arange(7, device=DEVICE) != 2 if masked else None
-    if patch_mask is not None:
-        patch_mask[3] = False
-        texts[2] = torch.nan
-    leaves = [patches.requires_grad_(), texts.requires_grad_()]
-    options = {"patch_mask": patch_mask, "query_mask": query_mask}
-    ours = pool.score(*leaves, images=images, **options, chunk_bytes=chunk_bytes)
-    truth = pool.score(*leaves, **options).T.gather(1, images)
-    torch.testing.assert_close(ours, truth)
-    assert not masked or not ours[2].any()
-    weight = torch.randn(7, 3, dtype=torch.float64, device=DEVICE)
-    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
-    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.isfinite().all()
-
-
-def test_gradcheck_of_chosen_scores():
-    pool, (patches, queries) = block(), inputs(b=3, k=2, p=2)
-    leaves = [t.requires_grad_() for t in (patches, queries[0])]
-    images = torch.tensor([[0, 2], [2, 2]])
-    assert torch.autograd.gradcheck(lambda x, t: pool.score(x, t, images=images, chunk_bytes=9_000), leaves)
-
-
-def test_chosen_scores_project_an_image_once(monkeypatch):
-    """Its patches are in one call, with all its texts, and no call has an image that nobody chose."""
-    pool, (patches, queries) = block(), inputs(b=6, k=8)
-    calls = []
-
-    def attend(operands: Any, patch_mask: Tensor | None) -> Tensor:
-        calls.append((operands.patches, operands.queries.shape))
-        return TextConditionedPool._attention(pool, operands, patch_mask)
-
-    monkeypatch.setattr(pool, "_attention", attend)
-    images = (torch.arange(8)[:, None] + torch.tensor([0, 1])) % 4
-    with torch.no_grad():
-        pool.score(patches, queries[0], images=images)
-        assert [shape for _, shape in calls] == [(4, 4, 16)]
-        torch.testing.assert_close(calls.pop()[0], patches[:4])
-        pool.score(patches, queries[0], images=images, chunk_bytes=3 * (4 * 7 * 16 + 4 * 352) * 8)
-    assert [shape for _, shape in calls] == [(3, 4, 16), (1, 4, 16)]
-
-
-def test_chosen_scores_in_bounded_memory():
-    """Neither all pairs nor the (M, J, D) embeddings of those that are chosen."""
-    pool, (patches, _) = block(), inputs(b=16, p=5)
-    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
-    images = torch.randint(16, (64, 12))
-    pairs = images.numel() * 16
-    with LargestTensor() as largest:
-        pool.score(patches, texts, images=images, chunk_bytes=2**15).sum().backward()
-    assert texts.numel() <= largest.numel <= pairs / 4
-    saved = saved_bytes(lambda: pool.score(patches, texts, images=images, chunk_bytes=2**15))
-    assert saved < 8 * pairs / 2
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("chunk_bytes", [1, 30_000, 2**26])
-def test_score_of_chosen_texts(chunk_bytes, masked):
-    """Equal to those entries of all pairs, in value and every gradient; a text may come twice, or there may be none."""
-    pool, (patches, _) = block(backend="folded"), inputs(b=5)
-    texts = torch.randn(7, 16, dtype=torch.float64, device=DEVICE)
-    chosen = torch.randint(1, 7, (5, 4), device=DEVICE)
-    chosen[:, 1] = chosen[:, 0]
-    chosen[2, 3] = -1
-    patch_mask = torch.rand(5, 7, device=DEVICE) < 0.7 if masked else None
-    query_mask = torch.arange(7, device=DEVICE) != 2 if masked else None
-    if patch_mask is not None:
-        patch_mask[3] = False
-        texts[2] = torch.nan
-        chosen[0, 2] = 2
-    leaves = [patches.requires_grad_(), texts.requires_grad_()]
-    options = {"patch_mask": patch_mask, "query_mask": query_mask}
-    ours = pool.score(*leaves, texts=chosen, **options, chunk_bytes=chunk_bytes)
-    truth = pool.score(*leaves, **options).gather(1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0)
-    torch.testing.assert_close(ours, truth)
-    assert ours[2, 3] == 0 and (not masked or ours[0, 2] == 0)
-    weight = torch.randn(5, 4, dtype=torch.float64, device=DEVICE)
-    wanted = [*leaves, *(p for name, p in pool.named_parameters() if name != "logit_scale")]
-    for a, b in zip(*(torch.autograd.grad(x, wanted, weight) for x in (ours, truth)), strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.isfinite().all()
-
-
-def test_scores_of_chosen_texts_in_bounded_memory():
-    """Not the (B, Q, D) embeddings of all chosen pairs."""
-    pool, (patches, _) = block(), inputs(b=16, p=5)
-    texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
-    chosen = torch.randint(64, (16, 48), device=DEVICE)
-    pairs = chosen.numel() * 16
-    with LargestTensor() as largest:
-        pool.score(patches, texts, texts=chosen, chunk_bytes=2**15).sum().backward()
-    assert texts.numel() <= largest.numel <= pairs / 4
-    assert saved_bytes(lambda: pool.score(patches, texts, texts=chosen, chunk_bytes=2**15)) < 8 * pairs / 2
-
-
-def test_score_of_masked_texts():
-    pool, (patches, queries) = block(), inputs()
-    mask = torch.tensor([True, False, True, True, False], device=DEVICE)
-    texts = queries[0].masked_fill(~mask[:, None], torch.nan).requires_grad_()
-    scores = pool.score(patches, texts, query_mask=mask)
-    torch.testing.assert_close(scores[:, mask], pool.score(patches, queries[0][mask]))
-    assert not scores[:, ~mask].any()
-    (gradient,) = torch.autograd.grad(scores.square().sum(), texts)
-    assert gradient.isfinite().all() and not gradient[~mask].any() and gradient[mask].all()
-    images = torch.zeros(5, 2, dtype=torch.int64)
-    nothing = pool.score(patches, texts, images=images, query_mask=torch.zeros_like(mask))
-    assert nothing.shape == (5, 2) and not nothing.any()
-    assert not torch.autograd.grad(nothing.sum(), texts)[0].any()
-
-
-def test_score_of_nothing():
-    pool, (patches, queries) = block(), inputs()
-    assert pool.score(patches, queries[0], images=torch.zeros(5, 0, dtype=torch.int64)).shape == (5, 0)
-    assert pool.score(patches, queries[0, :0], images=torch.zeros(0, 3, dtype=torch.int32)).shape == (0, 3)
-    assert pool.score(patches, queries[0, :0]).shape == (3, 0)
-    assert pool.score(patches[:0], queries[0]).shape == (0, 5)
-    none = torch.zeros(3, 0, dtype=torch.int64, device=DEVICE)
-    assert pool.score(patches, queries[0], texts=none).shape == (3, 0)
-    assert pool.score(patches[:0], queries[0, :0], texts=none[:0].view(0, 4)[:, :2]).shape == (0, 2)
 
 
 def test_autocast():
@@ -579,9 +255,6 @@ def test_second_derivatives(backend):
         torch.testing.assert_close(ours, truth)
 
 
-# Devices, dtypes, and modules around the block's own
-
-
 @pytest.mark.parametrize("options", [{}, {"norm_inputs": True}, FLAIR_BLOCK])
 def test_device_and_dtype(options):
     options = {**options, "identity": True}
@@ -679,43 +352,6 @@ def test_rejects(change, message):
     given = {"patches": torch.ones(2, 5, 8), "queries": torch.ones(2, 6, 8)} | change
     with pytest.raises(ValueError, match=message):
         TextConditionedPool(8, 2)(**given)
-
-
-def test_rejects_heads_and_scores():
-    with pytest.raises(ValueError, match="num_heads: expected a divisor of embed_dim = 12, got 8"):
-        TextConditionedPool(12)
-    with pytest.raises(ValueError, match=r"mlp_ratio: expected at least 1 / embed_dim = 1 / 16, or 0 .*, got 0\.05"):
-        TextConditionedPool(16, mlp_ratio=0.05)
-    with pytest.raises(ValueError, match="norm_qkv: expected False with norm_inputs"):
-        TextConditionedPool(16, norm_inputs=True, norm_qkv=True)
-    with pytest.raises(ValueError, match=r"queries: expected \(M, D\), got shape \(2, 6, 8\)"):
-        TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(2, 6, 8))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"images": torch.zeros(6, 2)}, r"images: expected integers of shape \(6, J\), got torch.float32 \(6, 2\)"),
-        ({"images": torch.zeros(6).long()}, r"images: expected integers of shape \(6, J\), got torch.int64 \(6,\)"),
-        ({"images": torch.zeros(5, 2).long()}, r"images: expected integers of shape \(6, J\), got .* \(5, 2\)"),
-        ({"images": torch.full((6, 2), 2)}, "images: expected numbers from 0 to 1, got 2 to 2"),
-        ({"images": torch.arange(-1, 5)[:, None]}, "images: expected numbers from 0 to 1, got -1 to 4"),
-        (
-            {"query_mask": torch.ones(2, 6) > 0},
-            r"query_mask: expected bool of shape \(6,\), .* got torch.bool \(2, 6\)",
-        ),
-        ({"texts": torch.zeros(2, 3)}, r"texts: expected integers of shape \(2, Q\), got torch.float32 \(2, 3\)"),
-        ({"texts": torch.zeros(6, 3).long()}, r"texts: expected integers of shape \(2, Q\), got torch.int64 \(6, 3\)"),
-        ({"texts": torch.full((2, 3), 6)}, "texts: expected numbers up to 5, or below 0 for none, got 6"),
-        ({"texts": torch.zeros(2, 3, device="meta").long()}, "texts: expected device cpu as for patches, got meta"),
-        ({"texts": torch.zeros(2, 3).long(), "images": torch.zeros(6, 2).long()}, "texts: expected None with images"),
-        ({"query_mask": torch.ones(6)}, r"query_mask: expected bool of shape \(6,\), True = valid, got torch.float32"),
-        ({"query_mask": (torch.ones(6) > 0).to("meta")}, "query_mask: expected device cpu as for queries, got meta"),
-    ],
-)
-def test_score_rejects(options, message):
-    with pytest.raises(ValueError, match=message):
-        TextConditionedPool(8, 2).score(torch.ones(2, 5, 8), torch.ones(6, 8), **options)
 
 
 def test_is_a_module_like_others():

@@ -1,75 +1,21 @@
-"""β-CAL and CLIP's loss: against the published values and the docstrings' formulas."""
+"""β-CAL: values and gradients against the dense formula, ragged and masked batches, compilation."""
 
 import copy
 import json
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.beta_cal_batches import DEVICE, FORMS, LOSSES, Recorder, batch, dense, gradients, require
 from support.paths import GOLDEN
-from support.precision import HALF, usual
+from support.precision import usual
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.memory import forget
-from betaclip.kernels.similarity.blockwise import Blockwise
-from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.operators import BACKENDS
 
 CASES = json.loads((GOLDEN / "beta_cal.json").read_text())
-FORMS = ["ce", "bce"]
-LOSSES = {"ce": beta_cal_ce_loss, "bce": beta_cal_bce_loss}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def require(backend: str, dtype: torch.dtype) -> None:
-    probe = torch.zeros(1, 8, dtype=dtype, device=DEVICE)
-    if reasons := BACKENDS[backend](probe, probe):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
-
-
-def batch(images: int = 6, texts: int = 5, dim: int = 24, dtype: torch.dtype = torch.float64) -> SimpleNamespace:
-    """Unnormalised embeddings, a ragged mask that leaves the second image without any text, and a scale."""
-    image, text = (torch.randn(images, texts, dim, dtype=torch.float64).to(DEVICE, dtype) for _ in range(2))
-    mask = torch.arange(texts) < torch.tensor([(3 * i + 4) % (texts + 1) for i in range(images)])[:, None]
-    mask[0], mask[1:2] = True, False
-    scale = torch.tensor(9.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
-    return SimpleNamespace(image=image, text=text, mask=mask.to(DEVICE), scale=scale)
-
-
-def dense(form, image, text, scale, *, bias=0.0, weights=None, beta=0.5, alpha=1.0, mask=None) -> Tensor:
-    """β-CAL on the whole matrix with padded texts left out: the docstrings' formulas, for any mask and weights."""
-    images, texts, _ = image.shape
-    if weights is None:
-        weights = beta + (alpha - beta) * torch.eye(texts, dtype=image.dtype, device=image.device)
-    weights = torch.block_diag(*weights.expand(images, texts, texts))
-    same = torch.block_diag(*torch.ones(images, texts, texts, device=image.device)).bool()
-    rows = torch.ones(images * texts, dtype=torch.bool, device=image.device) if mask is None else mask.flatten()
-    v, t = (F.normalize(e.flatten(0, 1)[rows], dim=-1) for e in (image, text))
-    s, w, same = scale * v @ t.T + bias, weights[rows][:, rows], same[rows][:, rows]
-    if form == "bce":
-        return torch.where(same, w * F.softplus(-s), F.softplus(s)).sum() / len(s) ** 2
-    return (F.cross_entropy(s, w / w.sum(1, keepdim=True)) + F.cross_entropy(s.T, w.T / w.T.sum(1, keepdim=True))) / 2
-
-
-class Recorder:
-    """The blockwise backend; keeps which functions were called, and the dtypes of their products."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, torch.dtype]] = []
-
-    def __getattr__(self, name: str):
-        def call(x: Operand, *rest):
-            self.calls.append((name, x.dtype))
-            return getattr(Blockwise(), name)(x, *rest)
-
-        return call
-
-
-def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -173,22 +119,6 @@ def test_divisor_counts_rows_as_padding_says(padding):
     torch.testing.assert_close(rows, pairs * count)
 
 
-@pytest.mark.parametrize("divisor", ["pairs", "rows"])
-@pytest.mark.parametrize("backend", ["triton", "blockwise", "reference"])
-def test_small_gradients_are_lost_by_nothing_but_their_dtype(backend, divisor):
-    """A gradient scaler brings float16's back, whatever divides the loss: nothing underflows on the way."""
-    b = batch(dtype=torch.float16)
-    leaves = [t.clone().requires_grad_() for t in (b.image, b.text)]
-    options = {"logit_bias": -8.0, "divisor": divisor}
-    loss = beta_cal_bce_loss(*leaves, b.scale, backend=backend, **options) * 2.0**-20
-    ours = torch.autograd.grad(loss * 2.0**24, leaves)
-    plain = [t.detach().double().requires_grad_() for t in leaves]
-    truth = torch.autograd.grad(beta_cal_bce_loss(*plain, b.scale.double(), **options) * 16, plain)
-    for a, t in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.double(), t, rtol=2e-3, atol=2e-3 * float(t.abs().max()))
-    assert not torch.autograd.grad(beta_cal_bce_loss(*leaves, b.scale, **options) * 2.0**-30, leaves)[0].any()
-
-
 @pytest.mark.parametrize("padding", ["ignore", "published"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -237,143 +167,6 @@ def test_anything_may_stand_in_padded_slots(backend, form):
             assert (gradient[~b.mask] == 0).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_zero_vector_has_no_direction(form):
-    b = batch(dtype=torch.float16)
-    b.image[2, 1] = 0
-    b.image.requires_grad_()
-    loss = LOSSES[form](b.image, b.text, b.scale)
-    (gradient,) = torch.autograd.grad(loss, b.image)
-    assert loss.isfinite() and gradient.isfinite().all() and (gradient[2, 1] == 0).all() and (gradient[2, 0] != 0).any()
-
-
-@pytest.mark.parametrize(
-    "dtype, norm", [(torch.float32, n) for n in (1e-10, 1e18, 1e20, 1e37)] + [(torch.float64, 1e200)]
-)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_norm(backend, form, dtype, norm):
-    """Also norms whose squares overflow or vanish, on either side."""
-    require(backend, dtype)
-    b = batch(dtype=dtype)
-    unit = [F.normalize(t.double(), dim=-1) for t in (b.image, b.text)]
-    leaves = [(t * factor).to(dtype).requires_grad_() for t, factor in zip(unit, (norm, 1.0), strict=True)]
-    ours = gradients(LOSSES[form](*leaves, b.scale, mask=b.mask, backend=backend), *leaves)
-    plain = [t.detach().double().div(factor).requires_grad_() for t, factor in zip(leaves, (norm, 1.0), strict=True)]
-    truth = gradients(dense(form, *plain, b.scale.double(), mask=b.mask), *plain)
-    for name, a, t, factor in zip(("loss", "image", "text"), ours, truth, (1.0, norm, 1.0), strict=True):
-        error = (a.double() * factor - t).abs().max() / t.abs().max()
-        assert error < 1e-5, f"{name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_similarities_at_the_limit(backend, form, sign):
-    """Every logit +100 or -100: the loss is log N (or known in closed form), the gradients finite."""
-    # Rows have length 2: normalising is exact in every precision.
-    image = torch.ones(5, 3, 4, dtype=usual(backend), device=DEVICE, requires_grad=True)
-    text = (sign * image.detach()).requires_grad_()
-    scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
-    loss = LOSSES[form](image, text, scale, backend=backend)
-    if form == "ce":
-        expected = torch.tensor(15.0).log()
-    else:  # per row: 12 negatives, one positive, two of weight 1/2
-        negative, positive = F.softplus(torch.tensor([sign, -sign], dtype=torch.float64) * 100)
-        expected = (12 * negative + 2 * positive) / 15
-    torch.testing.assert_close(loss.double().cpu(), expected.double(), rtol=1e-5, atol=1e-12)
-    for gradient in torch.autograd.grad(loss, (image, text, scale)):
-        assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("logit", [-19.0, -21.0, -30.0])
-def test_positives_of_low_logits_in_float64(logit):
-    """A lone positive costs log(1 + e^-S) to the last digits, on either side of the threshold of F.softplus."""
-    image = torch.full((1, 1, 4), 0.5, dtype=torch.float64, device=DEVICE)
-    scale = torch.tensor(-logit, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    loss = beta_cal_bce_loss(image, -image, scale)
-    assert loss.item() == pytest.approx(-logit + math.log1p(math.exp(logit)), rel=1e-15, abs=0)
-    (dscale,) = torch.autograd.grad(loss, scale)
-    assert dscale.item() == pytest.approx(1 / (1 + math.exp(logit)), rel=1e-15, abs=0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_near_the_optimum_in_bfloat16(form):
-    """Within-image gradients are a small difference of numbers near 1: they are formed in float32.
-
-    The bfloat16 embeddings are exact inputs, so the truth is the dense form in float64 on the same numbers.
-    """
-    image = F.normalize(torch.randn(8, 1, 64, dtype=torch.float64), dim=-1).repeat(1, 4, 1)
-    text = (image + 0.02 * torch.randn(8, 4, 64, dtype=torch.float64)).to(DEVICE, torch.bfloat16).requires_grad_()
-    image = image.to(DEVICE, torch.bfloat16).requires_grad_()
-    ours = gradients(LOSSES[form](image, text, torch.tensor(50.0, device=DEVICE)), image, text)
-    exact = [t.detach().double().requires_grad_() for t in (image, text)]
-    truth = gradients(dense(form, *exact, 50.0), *exact)
-    for a, t in zip(ours, truth, strict=True):
-        assert (a.double() - t).norm() <= 0.02 * t.norm()
-
-
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_cuda_matches_dense_formula(form, masked, dtype, cuda):
-    """On the embeddings as they were rounded; what is normalised is rounded once more."""
-    b = batch(images=12, dim=72, dtype=dtype)
-    leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    mask = b.mask if masked else None
-    ours = gradients(LOSSES[form](*leaves, mask=mask, backend="cuda"), *leaves)
-    for a, t in zip(ours, gradients(dense(form, *exact, mask=mask), *exact), strict=True):
-        assert (a.double() - t).norm() <= 0.02 * t.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_casts_once(form, dtype):
-    """Under autocast the products run in its dtype, statistics and loss in float32, gradients as the inputs."""
-    backend = Recorder()
-    b = batch(dtype=torch.float32)
-    b.image.requires_grad_(), b.text.requires_grad_()
-    options = {"weights": 1e5 * torch.rand(b.text.shape[:2], device=DEVICE)}  # half precision holds no sum of these
-    options |= {"label_smoothing": 0.1} if form == "ce" else {}
-    exact = LOSSES[form](b.image, b.text, b.scale, backend=backend, **options)
-    assert {seen for _, seen in backend.calls} == {torch.float32}
-    backend.calls.clear()
-    with torch.autocast(DEVICE, dtype):
-        loss = LOSSES[form](b.image, b.text, b.scale, backend=backend, **options)
-        loss.backward()  # within autocast, as some loops do
-    assert {seen for _, seen in backend.calls} == {dtype}
-    assert loss.dtype == b.image.grad.dtype == torch.float32
-    assert abs(loss - exact) < 0.02 * exact
-    truth = torch.autograd.grad(exact, b.image)[0]
-    assert (b.image.grad - truth).norm() < 0.03 * truth.norm()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_keeps_float64(form):
-    b = batch()
-    with torch.autocast(DEVICE, torch.bfloat16):
-        loss = LOSSES[form](b.image, b.text, b.scale)
-    assert loss.dtype == torch.float64 and torch.equal(loss, LOSSES[form](b.image, b.text, b.scale))
-
-
-def test_within_image_ignores_reduced_precision():
-    """torch.set_float32_matmul_precision("medium") rounds float32 products; not those whose differences matter."""
-    image = F.normalize(torch.randn(24, 1, 128, device=DEVICE), dim=-1).repeat(1, 4, 1)
-    text = (image + 0.005 * torch.randn(24, 4, 128, device=DEVICE)).requires_grad_()
-    exact = [t.detach().double() for t in (image, text)]
-    exact[1].requires_grad_()
-    truth = torch.autograd.grad(dense("ce", *exact, 100.0), exact[1])[0]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        gradient = torch.autograd.grad(beta_cal_ce_loss(image, text, 100.0), text)[0]
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert (gradient.double() - truth).norm() <= 1e-3 * truth.norm()
-
-
 def test_rows_without_target_do_not_count():
     b = batch()
     weights = torch.eye(5, dtype=torch.float64, device=DEVICE)
@@ -385,20 +178,6 @@ def test_rows_without_target_do_not_count():
         torch.testing.assert_close(
             beta_cal_ce_loss(b.image, b.text, b.scale, pair_weights=weights, mask=mask), expected
         )
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_mixed_dtypes(form):
-    b = batch(dtype=torch.float32)
-    swapped = LOSSES[form](b.image, b.text.bfloat16(), b.scale)
-    torch.testing.assert_close(swapped, LOSSES[form](b.image, b.text.bfloat16().float(), b.scale))
-    image, text = b.image.bfloat16().requires_grad_(), b.text.requires_grad_()
-    ours = gradients(LOSSES[form](image, text, b.scale), image, text)
-    leaves = [image.detach().float().requires_grad_(), text]
-    theirs = gradients(LOSSES[form](*leaves, b.scale), *leaves)
-    assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.float32]
-    torch.testing.assert_close(ours[0], theirs[0])
-    torch.testing.assert_close(ours[1].float(), theirs[1], rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -482,23 +261,6 @@ def test_double_backward_raises(form, by):
     (gradient,) = torch.autograd.grad(loss, leaves[by], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once, not twice"):
         torch.autograd.grad(gradient.sum(), b.image)
-
-
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_diverged_embeddings_show(backend, form, poison):
-    """NaN or infinity in a valid row must reach the loss, where a gradient scaler or a guard looks for it."""
-    b = batch(dtype=usual(backend))
-    b.text[2, 1, 3] = poison
-    assert LOSSES[form](b.image, b.text, b.scale, backend=backend).isnan()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_nan_weights_show(form):
-    b = batch()
-    weights = torch.full((5, 5), torch.nan, dtype=torch.float64, device=DEVICE)
-    assert BetaCALLoss(form)(b.image, b.text, b.scale, pair_weights=weights).isnan()
 
 
 @pytest.mark.parametrize("form", FORMS)
