@@ -154,6 +154,15 @@ def keys(cls: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + f.name
 
 
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a result of :func:`to_dict`, each with its name: "table.key"."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """A line "key: old -> new" for each value that differs between two results of :func:`to_dict`."""
     for key in sorted(old.keys() | new.keys()):

@@ -79,7 +79,7 @@ def main(config: TrainConfig) -> None:
         check(config, process_group.size)
         check_backend(config.loss, device)
         if config.run.precision == "fp16" and device.type == "cpu" and process_group.is_first:
-            _log.warning("run.precision: fp16 is about ten times slower than fp32 on a CPU; take fp32 or bf16")
+            _log.warning("run.precision: fp16 is much slower than fp32 on a CPU; take fp32 or bf16")
         if config.run.name is None:
             name = process_group.gather_objects(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
             config = replace(config, run=replace(config.run, name=name))

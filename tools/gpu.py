@@ -208,6 +208,7 @@ class BringUp:
         status = run(step.command, log, 60 * step.minutes)
         outcome = {0: PASSED, None: TIMED_OUT, CONTINUE: UNFINISHED}.get(status, FAILED)
         reasons = {
+            PASSED: gpu_report.left_out(log),
             TIMED_OUT: f"stopped after {step.minutes:g} minutes",
             FAILED: f"exit status {status}",
             UNFINISHED: gpu_report.tail(log, 1),

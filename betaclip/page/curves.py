@@ -156,12 +156,14 @@ def _lines(metrics: Mapping[str, Rows], wants: Callable[[str], bool], factor: fl
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most MAX_POINTS: of each few points in a row the lowest and the highest, so that no spike is lost."""
+    """At most MAX_POINTS: the first and the last, and of each few points in a row the lowest and the highest, so that
+    no spike is lost."""
     if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(2 * len(points) / MAX_POINTS)
+    size = math.ceil(2 * len(points) / (MAX_POINTS - 2))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [p for group in groups for p in sorted({min(group, key=_value), max(group, key=_value)})]
+    ends = {points[0], points[-1]}
+    return sorted(ends.union(*({min(group, key=_value), max(group, key=_value)} for group in groups)))
 
 
 def _value(point: Point) -> float:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from betaclip.page.images import RAMP
 from betaclip.page.mistakes import mistakes
 from betaclip.page.pictures import shown_pictures
 from betaclip.page.results import by_set, measures
-from betaclip.settings import to_dict, to_toml
+from betaclip.settings import flat, to_dict, to_toml
 from betaclip.training.config import TrainingConfig
 from betaclip.training.log import read_metrics
 
@@ -90,7 +90,7 @@ def _facts(config: TrainingConfig, rows: list[dict[str, float]], model: BetaCLIP
     """The name and value of each thing that the head of the page says."""
     facts = []
     if model is not None:
-        name = "custom" if config.model.name.lstrip().startswith("{") else config.model.name
+        name = "from JSON" if config.model.name.startswith("{") else config.model.name
         count = sum(parameter.numel() for parameter in model.parameters())
         side = model.image_size
         facts.append(("model", f"{name}, {count / 1e6:.1f} M parameters, pictures of {side} × {side} pixels"))
@@ -111,17 +111,9 @@ def _facts(config: TrainingConfig, rows: list[dict[str, float]], model: BetaCLIP
 
 def _changed(config: TrainingConfig) -> list[tuple[str, str, str]]:
     """The settings that are not the default ones: name, value and default."""
-    values, defaults = (dict(_flat(to_dict(one))) for one in (config, type(config)()))
+    values, defaults = (dict(flat(to_dict(one))) for one in (config, type(config)()))
     names = [name for name in values if values[name] != defaults.get(name) and name not in ("run.name", "run.folder")]
     return [(name, _plain(values[name]), _plain(defaults.get(name))) for name in names]
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,6 @@
 "use strict";
 
-// Pictures: the text that is pointed at is shown; else the one that was clicked, and else the one with keyboard focus.
+// Pictures: the text that is pointed at is shown; else the one with keyboard focus, and else the one that was clicked.
 for (const picture of document.querySelectorAll(".picture")) {
   const stage = picture.querySelector(".stage");
   const layers = [...picture.querySelectorAll(".layer")];

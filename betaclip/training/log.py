@@ -7,7 +7,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from betaclip.errors import NonFiniteError
 from betaclip.files import reporting, write_atomically
-from betaclip.settings import to_dict, to_toml
+from betaclip.settings import flat, to_dict, to_toml
 from betaclip.training.config import TrainingConfig
 
 LOG_FILE = "log.txt"
@@ -227,17 +227,9 @@ def write_final(folder: Path, config: TrainingConfig, results: Mapping[str, floa
     from torch.utils.tensorboard import SummaryWriter
 
     settings = {name: value if isinstance(value, bool | int | float) else str(value)
-                for name, value in _flat(to_dict(config))}  # fmt: skip
+                for name, value in flat(to_dict(config))}  # fmt: skip
     with reporting(folder), SummaryWriter(str(folder)) as writer:
         writer.add_hparams(settings, {f"final/{name}": value for name, value in results.items()}, run_name=".")
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def tensorboard_name(name: str) -> str:

@@ -79,3 +79,4 @@ def test_long_runs_keep_their_spikes():
     points = panels({"a": rows})[0].lines[0].points
     assert len(points) <= MAX_POINTS and points == sorted(points)
     assert (1234, 99) in points and (4321, -99) in points
+    assert points[0] == (0, 1) and points[-1] == (4999, 1)
