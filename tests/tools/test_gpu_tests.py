@@ -181,5 +181,5 @@ def test_device_fault(monkeypatch, error):
 
 def test_files_with_tests_for_a_gpu():
     files = gpu_tests.marked_files()
-    assert {"tests/kernels/attention_pool/test_operators.py", "tests/model/test_text_tower.py"} <= set(files)
+    assert {"tests/kernels/attention_pool/test_numerics.py", "tests/model/test_text_tower.py"} <= set(files)
     assert "tests/tools/test_gpu_tests.py" not in files
