@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Whether GPUs have products of 16-bit matrices in float32. In ROCm builds before torch 2.10 they are wrong (PyTorch's
+# pull request 162600). The CPU, where the interpreter runs, has none.
+WIDENING_PRODUCTS = not torch.version.hip or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,9 +35,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         add.out(total, a, b, beta=beta, out=total)
-    elif total.is_cuda and not torch.version.hip:
+    elif total.is_cuda and WIDENING_PRODUCTS:
         add.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    else:  # neither the CPU, where the interpreter runs, nor every ROCm build has a product with another output dtype
+    else:
         add.out(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 

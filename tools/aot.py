@@ -93,8 +93,8 @@ class CompileOnly:
 
 
 def compile_launches(architecture: str) -> list[tuple[Any, dict[str, Any]]]:
-    """Make launchers and compiler take ``architecture``; return the list to which compiled kernels will be added, with
-    the constants that they were launched with."""
+    """Make launchers and compiler take ``architecture``; return the list to which compiled kernels will be added if
+    they multiply, with the constants that they were launched with."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     driver.set_active(CompileOnly(target))
@@ -104,8 +104,10 @@ def compile_launches(architecture: str) -> list[tuple[Any, dict[str, Any]]]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append((run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
-        return compiled[-1][0]
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if "PRECISION" in kwargs:  # of products
+            compiled.append((kernel, kwargs))
+        return kernel
 
     JITFunction.run = compile_only
     return compiled
@@ -156,7 +158,7 @@ def launch_attention_pool(dtype: torch.dtype) -> None:
         Fused().backward(x, zg, lse, lse.view(images, queries, heads, 1), weights, no_tiles)
 
 
-def nvidia_code(cubin: bytes) -> tuple[machine_code.Code, int, int]:
+def nvidia_code(cubin: bytes, tensor_flop: int) -> tuple[machine_code.Code, int, int]:
     """The code, its registers per thread, and its bytes of stack and local memory per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -168,7 +170,7 @@ def nvidia_code(cubin: bytes) -> tuple[machine_code.Code, int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump: unexpected output: {usage}")
-    return machine_code.nvidia(sass), int(found[1]), int(found[2]) + int(found[3])
+    return machine_code.nvidia(sass, tensor_flop), int(found[1]), int(found[2]) + int(found[3])
 
 
 def amd_code(text: str) -> tuple[machine_code.Code, int, int]:
@@ -185,16 +187,19 @@ def amd_code(text: str) -> tuple[machine_code.Code, int, int]:
 def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize: int) -> dict[str, Any]:
     amd = "amdgcn" in kernel.asm
     text = kernel.asm["amdgcn" if amd else "ptx"]
-    code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"])
+    rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
+    tensor_flop = 2 * rows * cols * (32 // itemsize) // constants["num_warps"]  # 32 bytes of depth at a time
+    code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"], tensor_flop)
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
     products = 1 + ("attention_pool" in kernel.metadata.name)
-    rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
     step_flop, steps = 2 * rows * cols * block * products, -(-depth // block)
     read = (rows * products + cols) * depth * itemsize
     passes = 3 if constants["PRECISION"] == "tf32x3" else 1
-    in_steps, rest = code.per_tile(passes * step_flop // constants["num_warps"], steps)
+    flop = passes * step_flop // constants["num_warps"]
+    in_steps, rest = code.per_tile(flop, steps)
+    _, least = code.per_tile(flop, steps, shortest=True)
     share = machine_code.MACHINES[architecture].matrix_share(
-        itemsize, step_flop * steps, read, constants["num_warps"], in_steps, rest
+        itemsize, step_flop * steps, read, constants["num_warps"], in_steps, least
     )
     return {
         "kernel": kernel.metadata.name,
@@ -204,9 +209,11 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
         "registers": registers,
         "store_bytes": code.widest_store(),
         "instructions": {pipe: in_steps[pipe] + rest[pipe] for pipe in machine_code.PIPES},
+        "least": in_steps.total() + least.total(),
         "matrix_share": round(share, 2),
         "tma": "cp.async.bulk.tensor" in text,
         "wgmma": "wgmma.mma_async" in text,
+        "tcgen05": "tcgen05.mma" in text,
         "mma": "mma.sync" in text,
         "mfma": "v_mfma" in text,
     }
@@ -258,6 +265,7 @@ def report_rows(architecture: str) -> list[dict[str, Any]]:
             **{name: kernel[name] for name in ("kernel", "launch", "registers", "shared", "spilled", "store_bytes")},
             **kernel["instructions"],
             "total": sum(kernel["instructions"].values()),
+            "least": kernel["least"],
             "matrix_share": kernel["matrix_share"],
         }
         for name, dtype in TARGETS
@@ -292,8 +300,9 @@ def regressions(architecture: str) -> list[str]:
         if before is None:
             found.append(f"{name}: not in the report")
             continue
-        if row["total"] > GROWTH * int(before["total"]):
-            found.append(f"{name}: {row['total']} instructions per tile, accepted were {before['total']}")
+        for column, tiles in (("total", "per tile"), ("least", "in most tiles")):
+            if row[column] > GROWTH * int(before[column]):
+                found.append(f"{name}: {row[column]} instructions {tiles}, accepted were {before[column]}")
         if row["store_bytes"] < int(before["store_bytes"]):
             found.append(f"{name}: stores {row['store_bytes']} bytes at a time, accepted were {before['store_bytes']}")
     return found + [f"{architecture} {' '.join(key)}: in the report, but not compiled" for key in accepted]

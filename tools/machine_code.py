@@ -2,7 +2,8 @@
 
 NVIDIA's machine code comes from cuobjdump (SASS), AMD's from the compiler (assembly). A step is an innermost loop that
 multiplies matrices, a tile the loop around it, or all where there is none. How often a tile takes a step follows from
-its FLOP; where the compiler has unrolled the steps, once. Both sides of a branch within a tile are counted.
+its FLOP; where the compiler has unrolled the steps, once. Both sides of a branch within a tile are counted, or the
+shorter ones alone, which are those of most tiles: no ids to compare, one exponential for both directions.
 """
 
 import math
@@ -40,26 +41,32 @@ _AMD_BYTES |= {"dwordx3": 12, "b96": 12, "dwordx4": 16, "b128": 16}
 
 
 class Code(NamedTuple):
-    """Opcodes in order, and the loops that they make, each as the places of its instructions."""
+    """Opcodes in order, the graph of what may follow each, and its loops, each as the places of its instructions.
+
+    tensor_flop: of one warp's share in an instruction of Blackwell's tensor cores, whose name does not tell its size.
+    """
 
     opcodes: list[str]
+    graph: networkx.DiGraph
     loops: list[frozenset[int]]
     pipe: Callable[[str], str]
+    tensor_flop: int = 0
 
     def widest_store(self) -> int:
         """Bytes that one thread stores to global memory by one instruction, at most."""
         return max((_store_bytes(opcode) for opcode in self.opcodes), default=0)
 
-    def per_tile(self, step_flop: int, steps: int) -> tuple[Counter[str], Counter[str]]:
+    def per_tile(self, step_flop: int, steps: int, shortest: bool = False) -> tuple[Counter[str], Counter[str]]:
         """Instructions of one warp by pipe, in the steps of a tile and beside them.
 
         ``step_flop``: of a warp in a step, of which a tile takes ``steps``. The compiler may unroll the loop over steps
-        or peel some off, and may let two warps form some of their products twice.
+        or peel some off, and may let two warps form some of their products twice. ``shortest``: of branches beside the
+        steps, count the side with fewer instructions; where no loop over tiles is left, all are counted.
 
         Raises:
             ValueError: no number of turns of the loop gives so many steps.
         """
-        flops = [_matrix_flop(opcode) for opcode in self.opcodes]
+        flops = [_matrix_flop(opcode, self.tensor_flop) for opcode in self.opcodes]
         products = {place for place, count in enumerate(flops) if count}
         multiplying = [loop for loop in self.loops if loop & products]
         inner = {loop for loop in multiplying if not any(other < loop for other in multiplying)}
@@ -78,10 +85,25 @@ class Code(NamedTuple):
         outer = [loop for loop in self.loops if loop not in inner and products <= loop]
         in_steps: Counter[str] = Counter()
         rest: Counter[str] = Counter()
-        for place in min(outer, key=len, default=frozenset(range(len(flops)))):
+        tile = min(outer, key=len, default=frozenset(range(len(flops))))
+        if shortest and outer:
+            tile = self._shortest_turn(tile, repeated) | (tile & repeated)
+        for place in tile:
             counts, times = (in_steps, turns) if place in repeated else (rest, 1)
             counts[self.pipe(self.opcodes[place])] += times
         return in_steps, rest
+
+    def _shortest_turn(self, loop: frozenset[int], free: frozenset[int]) -> frozenset[int]:
+        """The instructions of the turn of ``loop`` that takes the fewest, not counting those in ``free``."""
+        head = min(place for place in loop if any(before not in loop for before in self.graph.predecessors(place)))
+        tails = [place for place in loop if self.graph.has_edge(place, head)]
+
+        def weight(_: int, place: int, __: object) -> int:
+            return place not in free
+
+        within = self.graph.subgraph(loop)
+        paths = [networkx.dijkstra_path(within, head, tail, weight) for tail in tails]
+        return frozenset(min(paths, key=lambda path: len(set(path) - free)))
 
 
 def _classify(patterns: list[tuple[str, str]]) -> Callable[[str], str]:
@@ -89,8 +111,10 @@ def _classify(patterns: list[tuple[str, str]]) -> Callable[[str], str]:
     return lambda opcode: next(pipe for pipe, pattern in compiled if pattern.match(opcode))
 
 
-def _matrix_flop(opcode: str) -> int:
+def _matrix_flop(opcode: str, tensor_flop: int) -> int:
     """FLOP of one warp in an instruction of the matrix unit, 0 for any other."""
+    if re.match(r"UTC\w*MMA", opcode):
+        return tensor_flop
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):  # of four warps
         return 2 * math.prod(map(int, found.groups())) // 4
     if found := re.match(r"HMMA\.16(8)(16|8|4)\b", opcode):
@@ -108,26 +132,32 @@ def _store_bytes(opcode: str) -> int:
     return _AMD_BYTES[found[1]] if found else 0
 
 
-def _loops(count: int, jumps: dict[int, int], ends: set[int]) -> list[frozenset[int]]:
-    """The natural loops of ``count`` instructions, of which some jump to another, and those in ``ends`` do not go on to
-    the next. Each jump back makes one, since compilers let a loop and the loop around it begin at one place."""
+def _flow(count: int, jumps: dict[int, int], ends: set[int]) -> tuple[networkx.DiGraph, list[frozenset[int]]]:
+    """What may follow each of ``count`` instructions, of which some jump to another, and those in ``ends`` do not go on
+    to the next; and the natural loops. Each way back makes one, since compilers let a loop and the loop around it
+    begin at one place."""
     graph = networkx.DiGraph([(place, place + 1) for place in range(count - 1) if place not in ends])
     graph.add_edges_from(jumps.items())
     dominators = networkx.immediate_dominators(graph, 0)
 
     def dominates(place: int, other: int) -> bool:
-        while other > place and other in dominators:
+        while other not in (place, 0):
             other = dominators[other]
         return other == place
 
-    return [
+    # Compilers also place a loop's last instructions before its first.
+    jumps_and_falls = {
+        *jumps.items(),
+        *((place - 1, place) for place in jumps.values() if graph.has_edge(place - 1, place)),
+    }
+    return graph, [
         frozenset(networkx.ancestors(graph.subgraph(dominators.keys() - {head}), tail) | {head, tail})
-        for tail, head in jumps.items()
+        for tail, head in jumps_and_falls
         if tail in dominators and dominates(head, tail)
     ]
 
 
-def nvidia(sass: str) -> Code:
+def nvidia(sass: str, tensor_flop: int = 0) -> Code:
     """The code in the output of ``cuobjdump -sass``."""
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
     place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
@@ -139,7 +169,8 @@ def nvidia(sass: str) -> Code:
         always = not predicate and "," not in operands
         if always and opcode.startswith(("BRA", "EXIT", "RET")):
             ends.add(i)
-    return Code([opcode for _, _, opcode, _ in lines], _loops(len(lines), jumps, ends), _classify(_SASS))
+    opcodes = [opcode for _, _, opcode, _ in lines]
+    return Code(opcodes, *_flow(len(lines), jumps, ends), _classify(_SASS), tensor_flop)
 
 
 def amd(assembly: str) -> Code:
@@ -156,7 +187,7 @@ def amd(assembly: str) -> Code:
             opcodes.append(found[1])
     jumps = {place: labels[label] for place, label in branches.items()}
     ends = {place for place, opcode in enumerate(opcodes) if opcode in ("s_branch", "s_endpgm")}
-    return Code(opcodes, _loops(len(opcodes), jumps, ends), _classify(_GCN))
+    return Code(opcodes, *_flow(len(opcodes), jumps, ends), _classify(_GCN))
 
 
 @dataclass(frozen=True)
@@ -194,6 +225,10 @@ MACHINES = {
     "sm_90": Machine({2: 4096, 4: 2048 / 3}, 27, _NVIDIA_CLOCKS),
     # A100: 312 TFLOP/s at 108 x 1.41 GHz; 4.5 TB/s. Float32 has half of a scheduler's lanes.
     "sm_80": Machine({2: 2048, 4: 1024 / 3}, 30, _NVIDIA_CLOCKS | {"fma": 2}),
+    # B200: 2250 TFLOP/s at 148 x 1.85 GHz; of L2, as much per multiprocessor as an H100's.
+    "sm_100": Machine({2: 8192, 4: 4096 / 3}, 27, _NVIDIA_CLOCKS),
+    # RTX 5090: 209 TFLOP/s at 170 x 2.41 GHz where sums are in float32; L2 likewise.
+    "sm_120": Machine({2: 512, 4: 256 / 3}, 27, _NVIDIA_CLOCKS),
     # MI300X: 1307 and 163 TFLOP/s at 304 x 2.1 GHz; two thirds of 54 bytes. A wave has 64 threads, a SIMD 16 lanes.
     "gfx942": Machine({2: 2048, 4: 256}, 36, {"fma": 4, "alu": 4, "special": 16, "shared": 8, "global": 8}),
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip.kernels.precision import accumulation_dtype, add_product
@@ -41,9 +42,14 @@ class LogsumexpVectors(NamedTuple):
 
 
 def logsumexp_vectors(
-    lse_x: Tensor, lse_y: Tensor, dlse_x: Tensor, dlse_y: Tensor, dtype: torch.dtype
+    lse_x: Tensor, lse_y: Tensor, dlse_x: Tensor, dlse_y: Tensor, dtype: torch.dtype, multiple: int = 1
 ) -> tuple[Tensor, LogsumexpVectors]:
-    """The common factor of the incoming gradients, (), and the vectors without it."""
+    """The common factor of the incoming gradients, (), and the vectors without it.
+
+    Vectors are filled up to a ``multiple`` with rows without any pair, of weight 0.
+    """
+    lse_x, lse_y = (_filled(lse, multiple, -torch.inf) for lse in (lse_x, lse_y))
+    dlse_x, dlse_y = (_filled(dlse, multiple, 0.0) for dlse in (dlse_x, dlse_y))
     factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max()) / amplification(dtype)
     weight_x, weight_y = (torch.where(factor > 0, dlse / factor, 0) for dlse in (dlse_x, dlse_y))
     stat_x, stat_y = (torch.where(lse == -torch.inf, torch.inf, lse) for lse in (lse_x, lse_y))
@@ -53,6 +59,11 @@ def logsumexp_vectors(
     factor_x = torch.where(stat_x == torch.inf, 0, torch.exp(stat_x - min_lse))
     factor_y = torch.where(stat_y == torch.inf, 0, torch.exp(min_lse - stat_y)) * weight_y
     return factor, LogsumexpVectors(stat_x, stat_y, weight_x, weight_y, single_exp_ok, factor_x, factor_y)
+
+
+def _filled(vector: Tensor, multiple: int, value: float) -> Tensor:
+    missing = -vector.shape[0] % multiple
+    return F.pad(vector, (0, missing), value=value) if missing else vector
 
 
 class Accumulators:

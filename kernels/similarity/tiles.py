@@ -34,8 +34,8 @@ CHUNK_ROWS: dict[tuple[str, int], int] = {
     ("sm_80", 4): 2048,
     ("gfx942", 2): 4096,
     ("gfx942", 4): 2048,
-    ("interpreter", 2): 48,
-    ("interpreter", 4): 48,
+    ("interpreter", 2): 64,
+    ("interpreter", 4): 64,
 }
 
 

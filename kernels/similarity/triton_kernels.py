@@ -5,14 +5,18 @@ Differences are taken in nats, where they are nearly exact, before an exponentia
 
 * forward: one rectangle of tiles per program. e = exp(S - lse_shift), one exponential for both directions; sums over
   rows stay in registers along a row of tiles, sums over columns go to the strip's own row of ``col_sum``. One shift for
-  the whole launch makes all partial sums merge by addition: no atomics.
+  the whole launch makes all partial sums merge by addition.
 * merge: adds the partial sums. Blocks with a row so far below the shift that terms may be lost are done again with true
   maxima: tiles of the same products, at most once more for rows and once for columns, whatever the norms.
 * backward: one square chunk of dS at a time in a workspace, made by one kernel, for two library products.
 
 Logits of rows whose image id is negative, and of pairs of the same image or text, are replaced and not multiplied
-away: what padded rows hold, NaN included, reaches nothing. Row offsets are 64-bit, except within the chunk of dS.
-Scale, bias and incoming gradients are read on the device; nothing here waits for it.
+away: what padded rows hold, NaN included, reaches nothing. A tile reads ids only if their ranges, formed once per
+operation, leave open whether all of its pairs take part: next to the diagonal, as a rule. Row offsets are 64-bit,
+except within the chunk of dS. Scale, bias and incoming gradients are read on the device; nothing here waits for it.
+
+Sums in memory grow by atomic additions that one thread of one program makes, in order: results are deterministic, and
+no other thread needs to see a sum before the kernel ends, for which AMD's barrier would not be enough.
 
 Legend: N rows of x, M rows of y, D depth. m, n: rows and columns of S within a tile. S (N, M) logits, of which
 ``s`` is a tile. ``m_i``, ``l_i``: running maximum and sum of exponentials of a row. x_ptr and y_ptr are tensor
@@ -21,7 +25,7 @@ descriptors where TMA is set.
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,15 +87,92 @@ def _text_id(text_id_ptr, rows, N, ABSENT: tl.constexpr, HAS_TEXT_ID: tl.constex
 
 @triton.jit
 def _included(
-    x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr
+    x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr, offs_m, offs_n, N, M,
+    HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) pairs that take part."""
+    x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
+    y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
+    x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
+    y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
     included = (x_image_id >= 0)[:, None] & (y_image_id >= 0)[None, :]
     if HAS_IMAGE_ID:
         included = included & (x_image_id[:, None] != y_image_id[None, :])
     if HAS_TEXT_ID:
         included = included & (x_text_id[:, None] != y_text_id[None, :])
     return included
+
+
+@triton.jit
+def _store_id_range(
+    range_ptr, image_id_ptr, text_id_ptr, block, N,
+    BLOCK: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
+):  # fmt: skip
+    """Smallest and largest image id of a block of rows, -1 for rows beyond N, and of the text ids that equal others."""
+    range_ptr += 4 * block
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    if HAS_IMAGE_ID:
+        image_id = _image_id(image_id_ptr, rows, N, HAS_IMAGE_ID)
+        tl.store(range_ptr, tl.min(image_id, 0))
+        tl.store(range_ptr + 1, tl.max(image_id, 0))
+    if HAS_TEXT_ID:
+        text_id = _text_id(text_id_ptr, rows, N, -1, HAS_TEXT_ID)
+        tl.store(range_ptr + 2, tl.min(tl.where(text_id >= 0, text_id, 2147483647), 0))
+        tl.store(range_ptr + 3, tl.max(text_id, 0))
+
+
+@triton.jit(do_not_specialize=["N", "M", "x_blocks"])
+def _similarity_id_ranges_kernel(
+    x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
+    x_range_ptr, y_range_ptr,  # (x_blocks, 4), (y_blocks, 4)
+    N, M, x_blocks,
+    HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < x_blocks:
+        _store_id_range(x_range_ptr, x_image_id_ptr, x_text_id_ptr, pid, N, BLOCK_M, HAS_IMAGE_ID, HAS_TEXT_ID)
+    else:
+        block = pid - x_blocks
+        _store_id_range(y_range_ptr, y_image_id_ptr, y_text_id_ptr, block, M, BLOCK_N, HAS_IMAGE_ID, HAS_TEXT_ID)
+
+
+@triton.jit
+def _all_included(
+    x_range_ptr, y_range_ptr, start_m, start_n, N, M,
+    HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether ranges of ids suffice to see that all pairs of a tile take part."""
+    included = (start_m + BLOCK_M <= N) & (start_n + BLOCK_N <= M)
+    x_offset, y_offset = start_m // BLOCK_M * 4, start_n // BLOCK_N * 4
+    if HAS_IMAGE_ID:
+        x_first, x_last = _id_range(x_range_ptr, x_offset)
+        y_first, y_last = _id_range(y_range_ptr, y_offset)
+        included = included & (x_first >= 0) & (y_first >= 0) & ((x_last < y_first) | (y_last < x_first))
+    if HAS_TEXT_ID:
+        x_first, x_last = _id_range(x_range_ptr, x_offset + 2)
+        y_first, y_last = _id_range(y_range_ptr, y_offset + 2)
+        included = included & ((x_last < y_first) | (y_last < x_first))
+    return included
+
+
+@triton.jit
+def _id_range(range_ptr, offset):
+    return tl.load(range_ptr + offset), tl.load(range_ptr + offset + 1)
+
+
+@triton.jit
+def _masked(
+    s, all_included, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr, offs_m, offs_n, N, M,
+    HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
+):  # fmt: skip
+    """Logits, -inf where a pair takes no part."""
+    if not all_included:
+        included = _included(
+            x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr, offs_m, offs_n, N, M,
+            HAS_IMAGE_ID, HAS_TEXT_ID,
+        )  # fmt: skip
+        s = tl.where(included, s, -float("inf"))
+    return s
 
 
 @triton.jit
@@ -115,7 +196,7 @@ def _store_ds(ds_ptr, ds, top, left, stride_ds, rows, cols, BLOCK_M: tl.constexp
 @triton.jit(do_not_specialize=["N", "M", "strip_tiles", "range_tiles", "ranges"])
 def _similarity_logsumexp_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, lse_shift_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
-    row_sum_ptr, col_sum_ptr,  # (ranges, N), (strips, M), zero
+    x_range_ptr, y_range_ptr, row_sum_ptr, col_sum_ptr,  # (ranges, N), (strips, M), zero
     N, M, stride_x, stride_y, strip_tiles, range_tiles, ranges,
     D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -130,26 +211,24 @@ def _similarity_logsumexp_fwd_kernel(
     end_n = tl.minimum((pid_range + 1) * range_tiles * BLOCK_N, M)
     for start_m in range(pid_strip * strip_tiles * BLOCK_M, end_m, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
         row_sum = tl.zeros((BLOCK_M,), dtype=ACC)
         for start_n in range(pid_range * range_tiles * BLOCK_N, end_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
+            all_included = _all_included(
+                x_range_ptr, y_range_ptr, start_m, start_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID, BLOCK_M, BLOCK_N
+            )
             s = _dot(
                 x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
             )  # fmt: skip
-            y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
-            # Not before the product, across which Triton 3.8 would spill 24 bytes on sm_80.
-            x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
-            y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
-            included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
-            # Not _exp, with which Triton 3.8 spills 48 bytes on sm_80.
-            e = tl.where(included, tl.exp(s * scale - lse_shift), 0.0)
+            s = _masked(
+                s * scale, all_included, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
+                offs_m, offs_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID,
+            )  # fmt: skip
+            e = _exp(s - lse_shift, ACC)
             row_sum += tl.sum(e, 1)
-            # This program alone touches these sums; the barrier orders its threads from one row of tiles to the next.
-            col_sum = tl.load(col_sum_ptr + offs_n, mask=offs_n < M, other=0.0) + tl.sum(e, 0)
-            tl.store(col_sum_ptr + offs_n, col_sum, mask=offs_n < M)
-            tl.debug_barrier()
+            # This program alone adds to these sums, and in each row of tiles the same thread to the same sum: in order.
+            tl.atomic_add(col_sum_ptr + offs_n, tl.sum(e, 0), mask=offs_n < M, sem="relaxed", scope="cta")
         tl.store(row_sum_ptr + offs_m, row_sum, mask=offs_m < N)
 
 
@@ -176,17 +255,15 @@ def _similarity_logsumexp_merge_kernel(
         scale = tl.load(scale_ptr)
         m_i = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
         l_i = tl.zeros((BLOCK_M,), dtype=ACC)
-        x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
         for start_n in range(0, M, BLOCK_N):
             s = _dot(
                 x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
             )  # fmt: skip
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
-            y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
-            included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
-            s = tl.where(included, s * scale, -float("inf"))
+            s = _masked(
+                s * scale, False, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
+                offs_m, start_n + tl.arange(0, BLOCK_N), N, M, HAS_IMAGE_ID, HAS_TEXT_ID,
+            )  # fmt: skip
             m_new = tl.maximum(m_i, tl.max(s, 1))
             finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
             l_i = l_i * _exp(m_i - finite, ACC) + tl.sum(_exp(s - finite[:, None], ACC), 1)
@@ -197,8 +274,8 @@ def _similarity_logsumexp_merge_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_logsumexp_bwd_kernel(
-    x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
-    # chunks.LogsumexpVectors: (N,) or (M,), single_exp_ok ()
+    x_ptr, y_ptr, scale_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr, x_range_ptr, y_range_ptr,
+    # chunks.LogsumexpVectors: (N,) or (M,), filled up to whole tiles, which 16-byte loads may read; single_exp_ok ()
     stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
     ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
@@ -213,26 +290,24 @@ def _similarity_logsumexp_bwd_kernel(
         top, left = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N  # within the chunk
         start_m, start_n = chunk_m + top, chunk_n + left
         offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+        all_included = _all_included(
+            x_range_ptr, y_range_ptr, start_m, start_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID, BLOCK_M, BLOCK_N
+        )
         s = _dot(
             x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
             D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
         )  # fmt: skip
-        x_image_id = _image_id(x_image_id_ptr, offs_m, N, HAS_IMAGE_ID)
-        y_image_id = _image_id(y_image_id_ptr, offs_n, M, HAS_IMAGE_ID)
-        x_text_id = _text_id(x_text_id_ptr, offs_m, N, -1, HAS_TEXT_ID)
-        y_text_id = _text_id(y_text_id_ptr, offs_n, M, -2, HAS_TEXT_ID)
-        included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
-        s = tl.where(included, s * scale, -float("inf"))
-        stat_x = tl.load(stat_x_ptr + offs_m, mask=offs_m < end_m, other=float("inf"))
-        weight_x = tl.load(weight_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
-        ds = _exp(s - stat_x[:, None], ACC)
+        s = _masked(
+            s * scale, all_included, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
+            offs_m, offs_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID,
+        )  # fmt: skip
+        ds = _exp(s - tl.load(stat_x_ptr + offs_m)[:, None], ACC)
+        weight_x = tl.load(weight_x_ptr + offs_m)
         if single_exp_ok:
-            factor_x = tl.load(factor_x_ptr + offs_m, mask=offs_m < end_m, other=0.0)
-            factor_y = tl.load(factor_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
+            factor_x, factor_y = tl.load(factor_x_ptr + offs_m), tl.load(factor_y_ptr + offs_n)
             ds *= weight_x[:, None] + factor_x[:, None] * factor_y[None, :]
         else:
-            stat_y = tl.load(stat_y_ptr + offs_n, mask=offs_n < end_n, other=float("inf"))
-            weight_y = tl.load(weight_y_ptr + offs_n, mask=offs_n < end_n, other=0.0)
+            stat_y, weight_y = tl.load(stat_y_ptr + offs_n), tl.load(weight_y_ptr + offs_n)
             ds = weight_x[:, None] * ds + weight_y[None, :] * _exp(s - stat_y[None, :], ACC)
         _store_ds(ds_ptr, ds, top, left, stride_ds, end_m - chunk_m, end_n - chunk_n, BLOCK_M, BLOCK_N)
 
@@ -257,8 +332,8 @@ def _log1p(e, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "M", "chunk_m", "chunk_n", "end_m", "end_n"])
 def _similarity_softplus_kernel(
     x_ptr, y_ptr, scale_ptr, bias_ptr, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
-    weight_ptr,  # (N,) incoming gradients
-    softplus_ptr, sigmoid_ptr,  # (column tiles, end_m - chunk_m): sums of each tile's rows
+    x_range_ptr, y_range_ptr, weight_ptr,  # (N,) incoming gradients
+    softplus_ptr, sigmoid_ptr,  # (column tiles of a chunk, N): sums of rows, to which each chunk adds
     ds_ptr,  # (end_m - chunk_m, end_n - chunk_n), rows with room for a multiple of 16
     N, M, stride_x, stride_y, stride_ds, chunk_m, chunk_n, end_m, end_n,
     D: tl.constexpr, HAS_IMAGE_ID: tl.constexpr, HAS_TEXT_ID: tl.constexpr,
@@ -273,6 +348,9 @@ def _similarity_softplus_kernel(
         top, left = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N  # within the chunk
         start_m, start_n = chunk_m + top, chunk_n + left
         offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+        all_included = _all_included(
+            x_range_ptr, y_range_ptr, start_m, start_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID, BLOCK_M, BLOCK_N
+        )
         s = _dot(
             x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
             D, BLOCK_M, BLOCK_N, BLOCK_D, TMA, PRECISION, ACC,
@@ -280,22 +358,21 @@ def _similarity_softplus_kernel(
         s *= scale
         if HAS_BIAS:
             s += tl.load(bias_ptr)
-        # Rows and columns beyond the chunk belong to another one, and are masked like those beyond N and M.
-        x_image_id = _image_id(x_image_id_ptr, offs_m, end_m, HAS_IMAGE_ID)
-        y_image_id = _image_id(y_image_id_ptr, offs_n, end_n, HAS_IMAGE_ID)
-        x_text_id = _text_id(x_text_id_ptr, offs_m, end_m, -1, HAS_TEXT_ID)
-        y_text_id = _text_id(y_text_id_ptr, offs_n, end_n, -2, HAS_TEXT_ID)
-        included = _included(x_image_id, y_image_id, x_text_id, y_text_id, HAS_IMAGE_ID, HAS_TEXT_ID)
-        s = tl.where(included, s, -float("inf"))
+        s = _masked(
+            s, all_included, x_image_id_ptr, y_image_id_ptr, x_text_id_ptr, y_text_id_ptr,
+            offs_m, offs_n, N, M, HAS_IMAGE_ID, HAS_TEXT_ID,
+        )  # fmt: skip
         e = _exp(-tl.abs(s), ACC)
         softplus = tl.maximum(s, 0.0) + _log1p(e, ACC)
-        sum_offsets = tile % tiles_n * (end_m - chunk_m) + top + tl.arange(0, BLOCK_M)
-        tl.store(softplus_ptr + sum_offsets, tl.sum(softplus, 1), mask=offs_m < end_m)
+        # One tile adds to each of these sums, and the next chunk after this one: in order.
+        sum_offsets = (tile % tiles_n).to(tl.int64) * N + offs_m
+        tl.atomic_add(softplus_ptr + sum_offsets, tl.sum(softplus, 1), mask=offs_m < N, sem="relaxed", scope="cta")
         if HAS_GRADIENT:
             sigmoid = tl.where(s >= 0, 1.0, e) / (1.0 + e)
             if HAS_BIAS:
-                tl.store(sigmoid_ptr + sum_offsets, tl.sum(sigmoid, 1), mask=offs_m < end_m)
-            weight = tl.load(weight_ptr + offs_m, mask=offs_m < end_m, other=0.0)
+                row_sum = tl.sum(sigmoid, 1)
+                tl.atomic_add(sigmoid_ptr + sum_offsets, row_sum, mask=offs_m < N, sem="relaxed", scope="cta")
+            weight = tl.load(weight_ptr + offs_m, mask=offs_m < N, other=0.0)
             ds = sigmoid * weight[:, None]
             _store_ds(ds_ptr, ds, top, left, stride_ds, end_m - chunk_m, end_n - chunk_n, BLOCK_M, BLOCK_N)
 
@@ -318,7 +395,7 @@ class Triton:
         lse_shift = (bound - MAX_ABOVE_SHIFT[launch.dtype]).clamp(0, torch.finfo(launch.dtype).max)
         launch(
             _similarity_logsumexp_fwd_kernel, strips * ranges,
-            lse_shift, *launch.ids, row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
+            lse_shift, *launch.ids, *launch.id_ranges(), row_sum, col_sum, n, m, launch.x.stride(0), launch.y.stride(0),
             -(-tiles_m // strips), -(-tiles_n // ranges), ranges,
         )  # fmt: skip
         statistics = []
@@ -348,25 +425,25 @@ class Triton:
     ) -> tuple[Tensor, Tensor, Tensor]:
         launch = _Launch(self, x, y, scale)
         sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
-        factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype)
+        factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype, launch.side)
+        ids = *launch.ids, *launch.id_ranges()
         for row, col, row_end, col_end, ds in sums.chunks():
             tiles = math.prod(launch.tiles(row_end - row, col_end - col))
             launch(
                 _similarity_logsumexp_bwd_kernel, min(tiles, launch.programs),
-                *launch.ids, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
+                *ids, *vectors, ds, launch.x.shape[0], launch.y.shape[0],
                 launch.x.stride(0), launch.y.stride(0), ds.stride(0), row, col, row_end, col_end,
             )  # fmt: skip
         return sums.finish(scale, factor)
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         launch = _Launch(self, x, y, scale)
-        n, m, step = launch.x.shape[0], launch.y.shape[0], launch.chunk_rows
-        rows = launch.new(n).zero_()
-        for row in range(0, n, step):
-            for col in range(0, m, step):
-                bounds = row, col, min(row + step, n), min(col + step, m)
-                rows[bounds[0] : bounds[2]] += _softplus_chunk(launch, bias, None, None, bounds)[0]
-        return rows
+        n, m = launch.x.shape[0], launch.y.shape[0]
+        sums, ids = launch.row_sums(), (*launch.ids, *launch.id_ranges())
+        for col in range(0, m, launch.chunk_rows):
+            bounds = 0, col, n, min(col + launch.chunk_rows, m)
+            _softplus_chunk(launch, ids, bias, None, sums, None, None, bounds)
+        return sums.sum(0)
 
     def similarity_softplus_fwd_bwd(
         self,
@@ -380,15 +457,14 @@ class Triton:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         launch = _Launch(self, x, y, scale)
         sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
-        rows, dbias = launch.new(launch.x.shape[0]).zero_(), launch.new().zero_()
+        rows, ids = launch.row_sums(), (*launch.ids, *launch.id_ranges())
+        sigmoid = None if bias is None else torch.zeros_like(rows)
         factor = drows.abs().max() / amplification(x.dtype)
         weight = torch.where(factor > 0, drows / factor, 0)
         for row, col, row_end, col_end, ds in sums.chunks():
-            softplus, sigmoid = _softplus_chunk(launch, bias, weight, ds, (row, col, row_end, col_end))
-            rows[row:row_end] += softplus
-            if sigmoid is not None:
-                dbias += (sigmoid * drows[row:row_end]).sum()
-        return rows, *sums.finish(scale, factor), dbias
+            _softplus_chunk(launch, ids, bias, weight, rows, sigmoid, ds, (row, col, row_end, col_end))
+        dbias = scale.new_zeros(()) if sigmoid is None else (sigmoid.sum(0) * drows).sum()
+        return rows.sum(0), *sums.finish(scale, factor), dbias
 
 
 class _Launch:
@@ -401,7 +477,10 @@ class _Launch:
         self.ids = x.image_id, y.image_id, x.text_id, y.text_id
         target = architecture.architecture(self.x.device)
         self.tile = backend.tile or choose(TILES, target, self.x.element_size())
-        self.chunk_rows = backend.chunk_rows or choose(CHUNK_ROWS, target, self.x.element_size())
+        self.side = max(self.tile.block_m, self.tile.block_n)
+        chunk_rows = backend.chunk_rows or choose(CHUNK_ROWS, target, self.x.element_size())
+        # Whole tiles, of which those of rows and of columns begin at multiples of their sizes.
+        self.chunk_rows = -(-chunk_rows // self.side) * self.side
         self.programs = self.tile.programs * architecture.multiprocessors(self.x.device)
         self.constants = {
             "D": self.x.shape[1],
@@ -427,13 +506,36 @@ class _Launch:
         tile, x, y = self.tile, self.x, self.y
         if tile.tma:
             x, y = _descriptor(x, tile.block_m, tile.block_d), _descriptor(y, tile.block_n, tile.block_d)
-        guard = torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
-        with guard:  # a kernel starts on the current device, wherever its tensors are
+        with self._guard():
             kernel[(programs,)](
                 x, y, self.scale, *args, **self.constants, **constants, TMA=tile.tma,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
+
+    def _guard(self) -> AbstractContextManager[Any]:
+        """A kernel starts on the current device, wherever its tensors are."""
+        return torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
+
+    def id_ranges(self) -> tuple[Tensor | None, Tensor | None]:
+        """Ranges of the ids in each tile's rows and columns, (tiles, 4) each; None if there are no ids."""
+        if self.ids[0] is None and self.ids[2] is None:
+            return None, None
+        n, m = self.x.shape[0], self.y.shape[0]
+        x_ranges, y_ranges = (self.x.new_empty(blocks, 4, dtype=torch.int32) for blocks in self.tiles(n, m))
+        x_blocks = x_ranges.shape[0]
+        flags = {name: self.constants[name] for name in ("HAS_IMAGE_ID", "HAS_TEXT_ID")}
+        with self._guard():
+            _similarity_id_ranges_kernel[(x_blocks + y_ranges.shape[0],)](
+                *self.ids, x_ranges, y_ranges, n, m, x_blocks,
+                BLOCK_M=self.tile.block_m, BLOCK_N=self.tile.block_n, **flags,
+            )  # fmt: skip
+        return x_ranges, y_ranges
+
+    def row_sums(self) -> Tensor:
+        """(column tiles of a chunk, N) zeros."""
+        n, m = self.x.shape[0], self.y.shape[0]
+        return self.new(self.tiles(n, min(m, self.chunk_rows))[1], n).zero_()
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.x.device)
@@ -450,17 +552,21 @@ def _max_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _softplus_chunk(
-    launch: _Launch, bias: Tensor | None, weight: Tensor | None, ds: Tensor | None, bounds: tuple[int, int, int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Row sums of softplus over a chunk, and of sigmoid if there is a bias to differentiate; writes dS into ``ds``."""
+    launch: _Launch,
+    ids: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    weight: Tensor | None,
+    rows: Tensor,
+    sigmoid: Tensor | None,
+    ds: Tensor | None,
+    bounds: tuple[int, int, int, int],
+) -> None:
+    """Add a chunk's sums over rows of softplus, and of sigmoid if there is a bias to differentiate, to ``rows`` and
+    ``sigmoid``; write dS into ``ds`` if it is given."""
     row, col, row_end, col_end = bounds
-    tiles_m, tiles_n = launch.tiles(row_end - row, col_end - col)
-    softplus = launch.new(tiles_n, row_end - row)
-    sigmoid = None if bias is None or ds is None else torch.empty_like(softplus)
     launch(
-        _similarity_softplus_kernel, min(tiles_m * tiles_n, launch.programs),
-        bias, *launch.ids, weight, softplus, sigmoid, ds,
+        _similarity_softplus_kernel, min(math.prod(launch.tiles(row_end - row, col_end - col)), launch.programs),
+        bias, *ids, weight, rows, sigmoid, ds,
         launch.x.shape[0], launch.y.shape[0], launch.x.stride(0), launch.y.stride(0), 0 if ds is None else ds.stride(0),
         row, col, row_end, col_end, HAS_BIAS=bias is not None, HAS_GRADIENT=ds is not None,
     )  # fmt: skip
-    return softplus.sum(0), None if sigmoid is None else sigmoid.sum(0)

@@ -58,7 +58,7 @@ def accepted(tmp_path, monkeypatch):
     """A function that changes a kernel's description after its report was written."""
     kernel = {
         **{"kernel": "_kernel", "launch": "D=64", "registers": 200, "shared": 1024, "spilled": 0, "store_bytes": 16},
-        **{"instructions": {"matrix": 100, "other": 100}, "matrix_share": 0.5},
+        **{"instructions": {"matrix": 100, "other": 100}, "least": 150, "matrix_share": 0.5},
     }
     kernels = [kernel]
     monkeypatch.setattr(aot, "RESULTS", tmp_path)
@@ -82,6 +82,7 @@ def test_the_report_accepts_what_it_was_written_from(accepted):
     "change, message",
     [
         ({"instructions": {"matrix": 100, "other": 111}}, "211 instructions per tile, accepted were 200"),
+        ({"least": 158}, "158 instructions in most tiles, accepted were 150"),
         ({"store_bytes": 2}, "stores 2 bytes at a time, accepted were 16"),
         ({"launch": "D=128"}, "D=128: not in the report"),
         ({"launch": "D=128"}, "D=64: in the report, but not compiled"),

@@ -258,8 +258,8 @@ def test_backend_from_the_environment(monkeypatch):
 
 
 @CHECKS
-def test_chunks_that_end_within_a_tile(check):
-    """Rows and columns of the next chunk must count once."""
+def test_chunks_of_whole_tiles(check):
+    """Chunks of 40 rows would end within a tile, whose other rows and columns must count once."""
     require("triton", torch.bfloat16)
     from betaclip.kernels.similarity.triton_kernels import Triton
 

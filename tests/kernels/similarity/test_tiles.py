@@ -21,5 +21,4 @@ def test_rectangles_cover_the_matrix(row_tiles, col_tiles, programs):
 def test_a_chunk_is_whole_tiles():
     for architecture, itemsize in TILES:
         tile = choose(TILES, architecture, itemsize)
-        if architecture != "interpreter":  # there a chunk is to end within a tile
-            assert choose(CHUNK_ROWS, architecture, itemsize) % max(tile.block_m, tile.block_n) == 0
+        assert choose(CHUNK_ROWS, architecture, itemsize) % max(tile.block_m, tile.block_n) == 0

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from support.similarity import DEVICE, dense_logsumexp, require
 
 from betaclip.kernels.architecture import Tile
+from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.functional import similarity_logsumexp
 
 TILE = Tile(16, 16, 16, 4, 1)
@@ -50,3 +51,76 @@ def test_passes_over_rows_of_any_norms(norms, scale, with_ids, passes, monkeypat
     all_tiles = -(-n // 16) * -(-m // 16)
     assert all_tiles <= len(tiles) <= passes * all_tiles
     assert (len(tiles) > all_tiles) == (passes > 1)
+
+
+def sorted_ids(rows: int) -> torch.Tensor:
+    return torch.arange(rows) // 4
+
+
+def shuffled_ids(rows: int) -> torch.Tensor:
+    return sorted_ids(rows)[torch.randperm(rows)]
+
+
+def padded_ids(rows: int) -> torch.Tensor:
+    """Sorted, but for one row in the second block that takes no part."""
+    return sorted_ids(rows).index_fill(0, torch.tensor(20), -1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts tiles in Triton's interpreter")
+@pytest.mark.parametrize(
+    "image_ids, text_ids, tested",
+    [
+        (None, None, {(3, 0), (3, 1), (3, 2)}),  # where rows end within a tile
+        (sorted_ids, None, {(0, 0), (1, 1), (2, 2), (3, 0), (3, 1), (3, 2)}),
+        (padded_ids, None, {(0, 0), (2, 2), (3, 0), (3, 1), (3, 2), (1, 0), (1, 1), (1, 2), (0, 1), (2, 1)}),
+        (shuffled_ids, None, {(m, n) for m in range(4) for n in range(3)}),
+        # One text in the first and last rows of x, and in the second block of y.
+        (sorted_ids, "texts", {(0, 0), (1, 1), (2, 2), (3, 0), (3, 1), (3, 2), (0, 1)}),
+    ],
+)
+def test_only_tiles_with_meeting_ids_compare_them(image_ids, text_ids, tested, monkeypatch):
+    require("triton", torch.float32)
+    from betaclip.kernels.similarity import triton_kernels
+
+    n, m = 52, 48
+    x, y = (F.normalize(torch.randn(rows, 16), dim=1) for rows in (n, m))
+    ids = [image_ids(rows) if image_ids else None for rows in (n, m)]
+    text = [torch.full((rows,), -1) for rows in (n, m)] if text_ids else [None, None]
+    pairs = torch.ones(n, m, dtype=torch.bool)
+    if image_ids:
+        pairs = (ids[0][:, None] != ids[1]) & (ids[0][:, None] >= 0) & (ids[1] >= 0)
+    if text_ids:
+        text[0][[3, 50]], text[1][17] = 5, 5
+        pairs[[3, 50], 17] = False
+    seen, included = set(), triton_kernels._included
+
+    def recorded(*args):
+        offs_m, offs_n = args[4:6]
+        seen.add((int(offs_m.handle.data[0]) // 16, int(offs_n.handle.data[0]) // 16))
+        return included(*args)
+
+    monkeypatch.setattr(triton_kernels, "_included", recorded)
+    sides = [
+        Operand(rows, None if i is None else i.int(), None, rows.dtype, None if t is None else t.int())
+        for rows, i, t in zip((x, y), ids, text, strict=True)
+    ]
+    backend, scale = triton_kernels.Triton(tile=TILE, chunk_rows=32), torch.tensor(5.0)
+    s = (5 * x.double() @ y.double().T).masked_fill(~pairs, -torch.inf)
+    truth = s.exp().log1p().sum(1)
+    for function in (
+        lambda: backend.similarity_softplus_fwd(*sides, scale, None),
+        lambda: backend.similarity_softplus_fwd_bwd(*sides, scale, None, torch.ones(n), True, True)[0],
+    ):
+        seen.clear()
+        torch.testing.assert_close(function().double(), truth, rtol=1e-5, atol=1e-5)
+        assert seen == tested
+    seen.clear()
+    lse = backend.similarity_logsumexp_fwd(*sides, scale)
+    torch.testing.assert_close(
+        torch.cat(lse).double(), torch.cat([s.logsumexp(1), s.logsumexp(0)]), rtol=1e-5, atol=1e-5
+    )
+    if not (lse[0] == -torch.inf).any():  # otherwise the second pass compares ids everywhere
+        assert seen == tested
+    seen.clear()
+    backend.similarity_logsumexp_bwd(*sides, scale, *lse, *map(torch.ones_like, lse), True, True)
+    assert seen == tested
