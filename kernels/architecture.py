@@ -48,11 +48,13 @@ class Tile:
 def choose(table: Mapping[tuple[str, int], _Entry], architecture: str, itemsize: int) -> _Entry:
     """The entry for an architecture such as ``"sm_90"`` and elements of ``itemsize`` bytes (8 counts as 4).
 
-    An architecture without an entry takes that of its vendor's oldest one, gfx942 or sm_80.
+    An architecture without an entry takes that of its family's first, as sm_103 that of sm_100, or of its vendor's
+    oldest, gfx942 or sm_80.
     """
     itemsize = min(itemsize, 4)
     oldest = "gfx942" if architecture.startswith("gfx") else "sm_80"
-    return table.get((architecture, itemsize), table[oldest, itemsize])
+    names = (architecture, f"{architecture[:-1]}0", oldest)
+    return next(table[name, itemsize] for name in names if (name, itemsize) in table)
 
 
 def _reasons_on_every_device() -> list[str]:

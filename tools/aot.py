@@ -188,10 +188,11 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     amd = "amdgcn" in kernel.asm
     text = kernel.asm["amdgcn" if amd else "ptx"]
     rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
-    tensor_flop = 2 * rows * cols * (32 // itemsize) // constants["num_warps"]  # 32 bytes of depth at a time
-    code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"], tensor_flop)
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
     products = 1 + ("attention_pool" in kernel.metadata.name)
+    # 32 bytes of depth at a time; the two products have different sizes.
+    tensor_flop = 2 * rows * cols * (32 // itemsize) // constants["num_warps"] if products == 1 else 0
+    code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"], tensor_flop)
     step_flop, steps = 2 * rows * cols * block * products, -(-depth // block)
     read = (rows * products + cols) * depth * itemsize
     passes = 3 if constants["PRECISION"] == "tf32x3" else 1
@@ -210,7 +211,8 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
         "store_bytes": code.widest_store(),
         "instructions": {pipe: in_steps[pipe] + rest[pipe] for pipe in machine_code.PIPES},
         "least": in_steps.total() + least.total(),
-        "matrix_share": round(share, 2),
+        "matrix_share": None if "tcgen05.mma" in text and products > 1 else round(share, 2),
+        "swaps": "cmpswap" in text or ".cas." in text,  # a sum in memory by a loop of compare-and-swap
         "tma": "cp.async.bulk.tensor" in text,
         "wgmma": "wgmma.mma_async" in text,
         "tcgen05": "tcgen05.mma" in text,

@@ -43,7 +43,8 @@ _AMD_BYTES |= {"dwordx3": 12, "b96": 12, "dwordx4": 16, "b128": 16}
 class Code(NamedTuple):
     """Opcodes in order, the graph of what may follow each, and its loops, each as the places of its instructions.
 
-    tensor_flop: of one warp's share in an instruction of Blackwell's tensor cores, whose name does not tell its size.
+    tensor_flop: of one warp's share in an instruction of Blackwell's tensor cores, whose name does not tell its size; 0
+    where sizes differ: then all code counts once.
     """
 
     opcodes: list[str]
@@ -75,6 +76,8 @@ class Code(NamedTuple):
         turns = 0
         if looped:
             beside = sum(flops) - looped
+            if looped == step_flop * steps:  # a whole tile, with those of the first one before the loop
+                products, beside = products & repeated, 0
             shared = not beside and step_flop < looped < 2 * step_flop
             # A loop that the compiler has given an exit in its middle counts in full.
             turns = steps if shared else -((beside - step_flop * steps) // looped)
@@ -82,7 +85,7 @@ class Code(NamedTuple):
                 raise ValueError(f"expected {steps} steps of {step_flop} FLOP, got turns of {looped} beside {beside}")
         if turns == 1:
             inner, repeated = set(), frozenset()
-        outer = [loop for loop in self.loops if loop not in inner and products <= loop]
+        outer = [loop for loop in self.loops if loop not in inner and loop >= products > set()]
         in_steps: Counter[str] = Counter()
         rest: Counter[str] = Counter()
         tile = min(outer, key=len, default=frozenset(range(len(flops))))

@@ -3,6 +3,7 @@
 One square chunk of dS exists at a time. A backend's kernel writes it, and dS y and dS^T x are added to accumulators.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from betaclip.kernels.precision import accumulation_dtype, add_product
 from betaclip.kernels.similarity.exponent_range import MAX_SINGLE_EXP_SPREAD
+
+# Rows of a chunk below which running out of memory is an error: 2 MiB of dS in 16 bits.
+LEAST_CHUNK_ROWS = 1024
+# Elements of dscale's products that exist at a time: 128 MiB in float32.
+PRODUCT_ELEMENTS = 2**25
 
 
 def amplification(dtype: torch.dtype) -> float:
@@ -69,39 +75,65 @@ def _filled(vector: Tensor, multiple: int, value: float) -> Tensor:
 class Accumulators:
     """dS y and dS^T x of chunks of dS, added up in accumulation dtype; dx and dy up to a common factor.
 
-    x: (N, D) and y: (M, D), aligned. depth: D without the padding. chunk_rows: rows and columns of a chunk.
+    x: (N, D) and y: (M, D), aligned. depth: D without the padding. chunk_rows: rows and columns of a chunk, a multiple
+    of ``multiple``; fewer if memory does not suffice.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, depth: int, chunk_rows: int, need_dx: bool, need_dy: bool) -> None:
-        self.x, self.y, self.depth, self.chunk_rows = x, y, depth, chunk_rows
+    def __init__(
+        self, x: Tensor, y: Tensor, depth: int, chunk_rows: int, need_dx: bool, need_dy: bool, multiple: int = 1
+    ) -> None:
+        self.x, self.y, self.depth = x, y, depth
         # dscale = sum(x * (dS y)) = sum(y * (dS^T x)) takes one of the two.
         self.use_dx, self.need_dx, self.need_dy = need_dx or not need_dy, need_dx, need_dy
         dtype = accumulation_dtype(x.dtype)
         self.dx = x.new_empty(x.shape if self.use_dx else (0,), dtype=dtype)
         self.dy = y.new_empty(y.shape if need_dy else (0,), dtype=dtype)
-        rows, cols = (min(chunk_rows, t.shape[0]) for t in (x, y))
-        self.workspace = x.new_empty(rows, -(-cols // 16) * 16)
+        self.workspace, self.chunk_rows = _workspace(x, y, chunk_rows, multiple)
 
     def chunks(self) -> Iterator[tuple[int, int, int, int, Tensor]]:
         """Bounds of each chunk and room for its dS; the dS written there is added before the next chunk."""
-        for row in range(0, self.x.shape[0], self.chunk_rows):
-            row_end = min(row + self.chunk_rows, self.x.shape[0])
-            for col in range(0, self.y.shape[0], self.chunk_rows):
-                col_end = min(col + self.chunk_rows, self.y.shape[0])
-                ds = self.workspace[: row_end - row, : col_end - col]
-                yield row, col, row_end, col_end, ds
+
+        @functools.cache  # few shapes, each of which would otherwise cost three calls per chunk
+        def room(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+            ds = self.workspace[:rows, :cols]
+            return ds, ds.T
+
+        xs, ys, dxs, dys = (t.split(self.chunk_rows) for t in (self.x, self.y, self.dx, self.dy))
+        for i, x in enumerate(xs):
+            for j, y in enumerate(ys):
+                row, col, rows, cols = i * self.chunk_rows, j * self.chunk_rows, x.shape[0], y.shape[0]
+                ds, ds_transposed = room(rows, cols)
+                yield row, col, row + rows, col + cols, ds
                 if self.use_dx:
-                    add_product(self.dx[row:row_end], ds, self.y[col:col_end], first=col == 0)
+                    add_product(dxs[i], ds, y, first=j == 0)
                 if self.need_dy:
-                    add_product(self.dy[col:col_end], ds.T, self.x[row:row_end], first=row == 0)
+                    add_product(dys[j], ds_transposed, x, first=i == 0)
 
     def finish(self, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dx, dy and dscale, for dS times ``factor``; a gradient not needed is empty."""
         operand, gradient = (self.x, self.dx) if self.use_dx else (self.y, self.dy)
-        dscale = gradient.new_zeros(())
-        for row in range(0, operand.shape[0], self.chunk_rows):
-            dscale += (operand[row : row + self.chunk_rows] * gradient[row : row + self.chunk_rows]).sum()
-        for gradient in (self.dx, self.dy):
-            gradient.mul_(scale * factor)
-        dx, dy = (t[..., : self.depth].contiguous() for t in (self.dx, self.dy))
-        return dx if self.need_dx else dx.new_empty(0), dy if self.need_dy else dy.new_empty(0), dscale * factor
+        rows = max(1, PRODUCT_ELEMENTS // operand.shape[1])
+        parts = zip(operand.split(rows), gradient.split(rows), strict=True)
+        dscale = functools.reduce(torch.add, [(values * gradients).sum() for values, gradients in parts])
+        gain = scale * factor
+        dx, dy = (
+            self._scaled(t, gain) if needed else t.new_empty(0)
+            for t, needed in ((self.dx, self.need_dx), (self.dy, self.need_dy))
+        )
+        return dx, dy, dscale * factor
+
+    def _scaled(self, gradient: Tensor, gain: Tensor) -> Tensor:
+        gradient.mul_(gain)
+        return gradient if gradient.shape[1] == self.depth else gradient[:, : self.depth].contiguous()
+
+
+def _workspace(x: Tensor, y: Tensor, chunk_rows: int, multiple: int) -> tuple[Tensor, int]:
+    """Room for a chunk of dS, rows filled up to a multiple of 16, and the rows and columns of a chunk."""
+    while True:
+        rows, cols = (min(chunk_rows, t.shape[0]) for t in (x, y))
+        try:
+            return x.new_empty(rows, -(-cols // 16) * 16), chunk_rows
+        except torch.OutOfMemoryError:
+            if chunk_rows <= max(LEAST_CHUNK_ROWS, multiple):
+                raise
+            chunk_rows = -(-chunk_rows // (2 * multiple)) * multiple

@@ -5,6 +5,7 @@ and dS^T x to accumulators by two library products. Scale, bias and incoming gra
 here waits for it, and a CUDA graph can capture it.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def not_supported_reasons(x: Tensor, y: Tensor) -> list[str]:
 class Cuda:
     """The ``SimilarityBackend`` of csrc/; ``chunk_rows`` are the rows and columns of dS that it holds at a time."""
 
-    chunk_rows: int = CHUNK_ROWS["sm_80", 2]
+    chunk_rows: int = CHUNK_ROWS["sm_90", 2]
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         launch = _Launch(x, y, scale)
@@ -89,9 +90,10 @@ class Cuda:
         sigmoid = None if bias is None else torch.zeros_like(rows)
         factor = drows.abs().max() / amplification(x.dtype)
         weight = torch.where(factor > 0, drows / factor, 0)
+        workspace_of = functools.cache(functools.partial(launch.workspace, "betaclip_softplus_workspace_bytes"))
         for row, col, row_end, col_end, ds in sums.chunks():
             part = cuda.Chunk(ds.data_ptr(), ds.stride(0), row, row_end, col, col_end)
-            workspace = launch.workspace("betaclip_softplus_workspace_bytes", row_end - row, col_end - col)
+            workspace = workspace_of(row_end - row, col_end - col)
             launch("betaclip_softplus_ds", bias, weight, part, rows, sigmoid, workspace, workspace.numel())
         dbias = scale.new_zeros(()) if sigmoid is None else (sigmoid * drows).sum()
         return rows, *sums.finish(scale, factor), dbias

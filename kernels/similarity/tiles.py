@@ -6,8 +6,10 @@ Reasons. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128
 matrix units run at full rate, smaller tiles for more, and 128 x 256 spills in the backward. BLOCK_D * itemsize
 = 128 bytes is the widest swizzle of TMA. Float32 runs as TF32x3, three products, so it waits less for memory; on
 sm_80, whose operands pass through registers, 32 columns at a time leave no register (Triton 3.8 spills), 16 leave 75.
-AMD's 64 KB of LDS hold two stages. Tests compile every entry ahead of time and read the machine code (no spill,
-wgmma on sm_90); none has been timed on a GPU yet.
+AMD's 64 KB of LDS hold two stages. sm_100 (B200; sm_103 takes the same) multiplies by tcgen05 from tensor memory; in
+float32, 128 columns would spill in the merge. sm_120 (RTX 50) has TMA, but the matrix instructions of sm_80, and
+99 KB of shared memory. Tests compile every entry ahead of time and read the machine code (no spill, the architecture's
+matrix unit); none has been timed on a GPU yet.
 """
 
 from betaclip.kernels.architecture import Tile
@@ -16,6 +18,10 @@ from betaclip.kernels.architecture import Tile
 _INTERPRETER = Tile(32, 16, 32, 4, 1)
 
 TILES: dict[tuple[str, int], Tile] = {
+    ("sm_120", 2): Tile(128, 128, 64, 8, 3, tma=True),
+    ("sm_120", 4): Tile(128, 64, 32, 8, 3, tma=True),
+    ("sm_100", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("sm_100", 4): Tile(128, 64, 32, 8, 4, tma=True),
     ("sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
     ("sm_90", 4): Tile(128, 128, 32, 8, 3, tma=True),
     ("sm_80", 2): Tile(128, 128, 32, 8, 4),
@@ -26,10 +32,17 @@ TILES: dict[tuple[str, int], Tile] = {
     ("interpreter", 4): _INTERPRETER,
 }
 
-# Rows and columns of the square of dS that the backward holds at a time: large enough that the two products over it run
-# at full rate, small enough to stay in the L2 cache between its making and its two uses. 4096 x 4096 in 16 bits is
-# 32 MiB of the 50 MiB of an H100 or H200.
+# Rows and columns of the square of dS that the backward holds at a time, if memory allows. The two products over it
+# should run at full rate: results of 4096 x 512 in tiles of 128 x 256 occupy 64 of an H100's 132 multiprocessors, those
+# of 8192 x 512 fill 97 %. 8192 x 8192 in 16 bits (128 MiB) leave L2, but an H100 writes them at 0.6 TB/s and reads them
+# at 1.0 TB/s, of memory's 3.0; an RTX 5090 at 0.4 of 1.8 TB/s. On an A100, 4096 x 4096 stay within 40 MiB of L2.
 CHUNK_ROWS: dict[tuple[str, int], int] = {
+    ("sm_120", 2): 8192,
+    ("sm_120", 4): 4096,
+    ("sm_100", 2): 8192,
+    ("sm_100", 4): 4096,
+    ("sm_90", 2): 8192,
+    ("sm_90", 4): 4096,
     ("sm_80", 2): 4096,
     ("sm_80", 4): 2048,
     ("gfx942", 2): 4096,

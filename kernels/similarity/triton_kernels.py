@@ -424,7 +424,7 @@ class Triton:
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         launch = _Launch(self, x, y, scale)
-        sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
+        sums = launch.accumulators(need_dx, need_dy)
         factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype, launch.side)
         ids = *launch.ids, *launch.id_ranges()
         for row, col, row_end, col_end, ds in sums.chunks():
@@ -456,7 +456,7 @@ class Triton:
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         launch = _Launch(self, x, y, scale)
-        sums = Accumulators(launch.x, launch.y, launch.depth, launch.chunk_rows, need_dx, need_dy)
+        sums = launch.accumulators(need_dx, need_dy)
         rows, ids = launch.row_sums(), (*launch.ids, *launch.id_ranges())
         sigmoid = None if bias is None else torch.zeros_like(rows)
         factor = drows.abs().max() / amplification(x.dtype)
@@ -531,6 +531,9 @@ class _Launch:
                 BLOCK_M=self.tile.block_m, BLOCK_N=self.tile.block_n, **flags,
             )  # fmt: skip
         return x_ranges, y_ranges
+
+    def accumulators(self, need_dx: bool, need_dy: bool) -> Accumulators:
+        return Accumulators(self.x, self.y, self.depth, self.chunk_rows, need_dx, need_dy, self.side)
 
     def row_sums(self) -> Tensor:
         """(column tiles of a chunk, N) zeros."""

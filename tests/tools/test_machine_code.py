@@ -95,8 +95,44 @@ def test_an_exit_in_the_middle_of_a_loop_counts_the_last_turn_in_full():
 
 
 def test_rejects_more_products_than_the_steps_have():
-    with pytest.raises(ValueError, match="expected 1 steps of 16384 FLOP, got turns of 16384 beside 16384"):
-        machine_code.amd(GCN).per_tile(2 * 32 * 32 * 8, 1)
+    with pytest.raises(ValueError, match="expected 1 steps of 8192 FLOP, got turns of 16384 beside 16384"):
+        machine_code.amd(GCN).per_tile(32 * 32 * 8, 1)
+
+
+def test_a_tile_whose_only_step_comes_before_the_loop():
+    """The compiler forms the next tile's products at the end of a turn, and the first tile's before all turns."""
+    in_steps, rest = machine_code.nvidia(SASS.replace("FADD R4, R2, R3", "HGMMA.64x128x16.F32")).per_tile(STEP_FLOP, 1)
+    assert not in_steps and rest == counted(**{"global": 1, "matrix": 2, "other": 1})
+
+
+def test_the_shorter_side_of_a_branch():
+    code = machine_code.nvidia(SASS)
+    both, shorter = code.per_tile(STEP_FLOP, 5), code.per_tile(STEP_FLOP, 5, shortest=True)
+    assert shorter[0] == both[0] and both[1] - shorter[1] == counted(special=1, fma=1)
+
+
+def test_tensor_cores_of_blackwell():
+    """Their instructions do not name their size."""
+    code = machine_code.nvidia(SASS.replace("HGMMA.64x128x16.F32.BF16", "UTCHMMA"), tensor_flop=STEP_FLOP // 2)
+    assert code.per_tile(STEP_FLOP, 3)[0]["matrix"] == 2 * 3
+
+
+def test_a_loop_whose_end_comes_first():
+    """Its way back is no jump: the instructions that end a turn fall through to those that begin one."""
+    code = machine_code.amd(
+        """
+	s_branch .LBB0_2
+.LBB0_1:
+	v_exp_f32_e32 v0, v0
+	s_cbranch_scc0 .LBB0_3
+.LBB0_2:
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], 0
+	s_branch .LBB0_1
+.LBB0_3:
+	s_endpgm
+"""
+    )
+    assert code.per_tile(2 * 32 * 32 * 8, 1)[1] == counted(special=1, matrix=1, other=2)
 
 
 @pytest.mark.parametrize(

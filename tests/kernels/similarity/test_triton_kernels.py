@@ -1,13 +1,19 @@
 """The work of Triton's similarity kernels. test_operators.py tests their results in general."""
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.calls import CountedCalls
 from support.similarity import DEVICE, dense_logsumexp, require
 
+from betaclip import BetaCALLoss
 from betaclip.kernels.architecture import Tile
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.functional import similarity_logsumexp
+from betaclip.kernels.similarity.tiles import CHUNK_ROWS, TILES
 
 TILE = Tile(16, 16, 16, 4, 1)
 
@@ -124,3 +130,37 @@ def test_only_tiles_with_meeting_ids_compare_them(image_ids, text_ids, tested, m
     seen.clear()
     backend.similarity_logsumexp_bwd(*sides, scale, *lse, *map(torch.ones_like, lse), True, True)
     assert seen == tested
+
+
+@pytest.mark.parametrize(
+    "form, launches, most_calls",
+    [
+        ("ce", {"fwd": 1, "merge": 2, "bwd": 25, "id_ranges": 2}, 840),
+        ("bce", {"softplus": 25, "id_ranges": 1}, 660),
+    ],
+)
+def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypatch):
+    """36 864 texts, forward and backward, on meta tensors, with the tile and chunk of sm_90: 25 chunks of dS."""
+    triton_kernels = pytest.importorskip("betaclip.kernels.similarity.triton_kernels")
+    counts = Counter()
+
+    def launched(kernel):
+        counts[re.sub("_kernel|_?similarity_|logsumexp_", "", kernel.fn.__name__)] += 1
+
+    class Ranges:
+        fn = triton_kernels._similarity_id_ranges_kernel.fn
+
+        def __getitem__(self, programs):
+            return lambda *args, **options: launched(self)
+
+    monkeypatch.setattr(triton_kernels, "_similarity_id_ranges_kernel", Ranges())
+    monkeypatch.setattr(triton_kernels._Launch, "__call__", lambda self, kernel, *args, **options: launched(kernel))
+    monkeypatch.setattr(triton_kernels, "aligned", lambda t, multiple: t)  # meta tensors have no addresses
+    image, text = (torch.empty(1024, 36, 512, device="meta", requires_grad=True) for _ in range(2))
+    backend = triton_kernels.Triton(TILES["sm_90", 2], CHUNK_ROWS["sm_90", 2])
+    loss = BetaCALLoss(form, backend=backend, gather=False)
+    with CountedCalls() as calls:
+        loss(image, text, torch.empty((), device="meta", requires_grad=True)).backward()
+    assert counts == launches
+    assert calls.names["aten.addmm.out"] == 50 and calls.names["aten.zero_.default"] <= 2
+    assert calls.names.total() <= most_calls
