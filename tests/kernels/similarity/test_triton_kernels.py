@@ -69,73 +69,101 @@ def far_ids(rows: int) -> torch.Tensor:
     return torch.arange(rows) // 4
 
 
+def padded_ids(rows: int) -> torch.Tensor:
+    """As far ids, but for one row that takes no part."""
+    return far_ids(rows).index_fill(0, torch.tensor(20), -1)
+
+
 def shuffled_ids(rows: int) -> torch.Tensor:
     return sorted_ids(rows)[torch.randperm(rows)]
 
 
-def padded_ids(rows: int) -> torch.Tensor:
-    """As far ids, but for one row in the second block that takes no part."""
-    return far_ids(rows).index_fill(0, torch.tensor(20), -1)
+def meeting_tiles(image: list, text: list, rows: list[int], sides: tuple[int, int]) -> set[tuple[int, int]]:
+    """Tiles that end beyond the rows, hold a row that takes no part, or whose ranges of ids meet."""
 
+    def meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a[0] <= a[1] and b[0] <= b[1] and a[0] <= b[1] and b[0] <= a[1]
 
-ALL_TILES = {(m, n) for m in range(4) for n in range(3)}
+    def equal_texts(part: torch.Tensor) -> tuple[int, int]:
+        part = part[part >= 0]
+        return (int(part.min()), int(part.max())) if len(part) else (1, 0)
+
+    found = set()
+    for m in range(-(-rows[0] // sides[0])):
+        for n in range(-(-rows[1] // sides[1])):
+            tile = (m, n)
+            ragged = any((i + 1) * side > count for i, side, count in zip(tile, sides, rows, strict=True))
+            spans = [slice(i * side, (i + 1) * side) for i, side in zip(tile, sides, strict=True)]
+            images = [ids[span] for ids, span in zip(image, spans, strict=True)] if image[0] is not None else []
+            texts = [ids[span] for ids, span in zip(text, spans, strict=True)] if text[0] is not None else []
+            if (
+                ragged
+                or any(int(part.min()) < 0 for part in images)
+                or (images and meet(*((int(part.min()), int(part.max())) for part in images)))
+                or (texts and meet(*map(equal_texts, texts)))
+            ):
+                found.add(tile)
+    return found
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts tiles in Triton's interpreter")
 @pytest.mark.parametrize(
-    "image_ids, text_ids, tested",
-    [
-        (None, None, {(3, 0), (3, 1), (3, 2)}),  # where rows end within a tile
-        (sorted_ids, None, ALL_TILES - {(0, 2), (2, 0)}),
-        (padded_ids, None, ALL_TILES - {(0, 2), (2, 0)}),
-        (far_ids, None, {(0, 0), (1, 1), (2, 2), (3, 0), (3, 1), (3, 2)}),
-        (shuffled_ids, None, ALL_TILES),
-        # One text in the first and last rows of x, and in the last block of y.
-        (far_ids, "texts", {(0, 0), (1, 1), (2, 2), (3, 0), (3, 1), (3, 2), (0, 2)}),
-    ],
+    "image_ids, with_texts, skipped",
+    [(None, False, 4), (sorted_ids, False, 1), (far_ids, False, 2), (padded_ids, False, 1), (far_ids, True, 1)],
 )
-def test_only_tiles_with_meeting_ids_compare_them(image_ids, text_ids, tested, monkeypatch):
+def test_only_tiles_with_meeting_ids_compare_them(image_ids, with_texts, skipped, monkeypatch):
     require("triton", torch.float32)
     from betaclip.kernels.similarity import triton_kernels
 
-    n, m = 52, 48
-    x, y = (F.normalize(torch.randn(rows, 16), dim=1) for rows in (n, m))
-    ids = [image_ids(rows) if image_ids else None for rows in (n, m)]
-    text = [torch.full((rows,), -1) for rows in (n, m)] if text_ids else [None, None]
+    n, m = rows = [84, 45]
+    x, y = (F.normalize(torch.randn(count, 16), dim=1) for count in rows)
+    image, text = [image_ids(count) if image_ids else None for count in rows], [None, None]
     pairs = torch.ones(n, m, dtype=torch.bool)
     if image_ids:
-        pairs = (ids[0][:, None] != ids[1]) & (ids[0][:, None] >= 0) & (ids[1] >= 0)
-    if text_ids:
-        text[0][[3, 50]], text[1][40] = 5, 5
-        pairs[[3, 50], 40] = False
+        pairs = (image[0][:, None] != image[1]) & (image[0][:, None] >= 0) & (image[1] >= 0)
+    if with_texts:
+        text = [torch.full((count,), -1) for count in rows]
+        text[0][[40, 83]], text[1][3] = 5, 5
+        pairs[[40, 83], 3] = False
     seen, included = set(), triton_kernels._included
 
     def recorded(*args):
         offs_m, offs_n = args[4:6]
-        seen.add((int(offs_m.handle.data[0]) // 16, int(offs_n.handle.data[0]) // 16))
+        seen.add((int(offs_m.handle.data[0]) // 32, int(offs_n.handle.data[0]) // 16))
         return included(*args)
 
     monkeypatch.setattr(triton_kernels, "_included", recorded)
     sides = [
-        Operand(rows, None if i is None else i.int(), None, rows.dtype, None if t is None else t.int())
-        for rows, i, t in zip((x, y), ids, text, strict=True)
+        Operand(values, None if i is None else i.int(), None, values.dtype, None if t is None else t.int())
+        for values, i, t in zip((x, y), image, text, strict=True)
     ]
-    backend, scale = triton_kernels.Triton(tile=TILE, chunk_rows=32), torch.tensor(5.0)
+    backend, scale = triton_kernels.Triton(tile=Tile(32, 16, 16, 4, 1), chunk_rows=32), torch.tensor(5.0)
     s = (5 * x.double() @ y.double().T).masked_fill(~pairs, -torch.inf)
-    truth = s.exp().log1p().sum(1)
+    meeting = meeting_tiles(image, text, rows, (32, 16))
+    assert len(meeting) == 9 - skipped
     sums = backend.similarity_softplus_fwd_bwd(*sides, scale, None, torch.ones(n), True, True)[0]
-    torch.testing.assert_close(sums.double(), truth, rtol=1e-5, atol=1e-5)
-    assert seen == tested
+    torch.testing.assert_close(sums.double(), s.exp().log1p().sum(1), rtol=1e-5, atol=1e-5)
+    assert seen == meeting
     seen.clear()
-    lse = backend.similarity_logsumexp_fwd(*sides, scale)
-    torch.testing.assert_close(
-        torch.cat(lse).double(), torch.cat([s.logsumexp(1), s.logsumexp(0)]), rtol=1e-5, atol=1e-5
-    )
-    if not (lse[0] == -torch.inf).any():  # otherwise the second pass compares ids everywhere
-        assert seen == tested
+    lse, truth = backend.similarity_logsumexp_fwd(*sides, scale), [s.logsumexp(1), s.logsumexp(0)]
+    torch.testing.assert_close(torch.cat(lse).double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+    if image_ids != padded_ids:  # the second pass, for the row without any pair, compares ids everywhere
+        assert seen == meeting
     seen.clear()
     backend.similarity_logsumexp_bwd(*sides, scale, *lse, *map(torch.ones_like, lse), True, True)
-    assert seen == tested
+    assert seen == meeting
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs in Triton's interpreter")
+def test_ids_in_any_order():
+    require("triton", torch.float32)
+    from betaclip.kernels.similarity.triton_kernels import Triton
+
+    x, y = (F.normalize(torch.randn(rows, 16), dim=1) for rows in (40, 37))
+    ids = [shuffled_ids(len(rows)) for rows in (x, y)]
+    ours = similarity_logsumexp(x, y, torch.tensor(5.0), *ids, backend=Triton(tile=Tile(32, 16, 16, 4, 1)))
+    truth = dense_logsumexp(x.double(), y.double(), 5.0, *ids)
+    torch.testing.assert_close(torch.cat(ours).double(), truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
