@@ -28,11 +28,13 @@ class BetaCALLoss(nn.Module):
         label_smoothing: of the softmax form, the part of each row's target that all texts share, from 0 to 1;
             0 with ``text_ids``.
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
+        keep: bytes of exponentials that the softmax form may keep from forward to backward, for 6·N²·D FLOP instead of
+            8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps none.
 
     Raises:
-        ValueError: ``form``, ``padding``, ``backend``, ``gather``, ``divisor`` or ``reduction`` is unknown; ``divisor``
-            is given for the softmax form or ``label_smoothing`` for the sigmoid form; a weight is negative or not
-            finite.
+        ValueError: ``form``, ``padding``, ``backend``, ``gather``, ``divisor``, ``reduction`` or ``keep`` is unknown;
+            ``divisor`` is given for the softmax form or ``label_smoothing`` for the sigmoid form; a weight is negative
+            or not finite.
 
     Example:
         >>> import torch
@@ -61,12 +63,13 @@ class BetaCALLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         strict: bool = False,
+        keep: int | str = "auto",
     ) -> None:
         super().__init__()
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
         self.gather, self.process_group, self.divisor = gather, process_group, divisor
         self.conditioned_weight, self.reduction, self.label_smoothing = conditioned_weight, reduction, label_smoothing
-        self.strict = strict
+        self.strict, self.keep = strict, keep
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:

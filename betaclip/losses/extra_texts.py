@@ -11,7 +11,7 @@ from torch import Tensor
 
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, unit_rows
-from betaclip.kernels.similarity.operators import Backend, LogSumExp, RowLayout, SoftplusSums
+from betaclip.kernels.similarity.operators import Backend, RowLayout, SoftplusSums, two_sided_logsumexp
 from betaclip.losses.inputs import Batch, check_tensor
 
 
@@ -27,11 +27,10 @@ class ExtraTexts(NamedTuple):
     valid: Tensor
     text_id: Tensor | None
 
-    def logsumexp(self, batch: Batch, layout: RowLayout, backend: Backend) -> Tensor:
+    def logsumexp(self, batch: Batch, layout: RowLayout, backend: Backend, keep: int | str) -> Tensor:
         """(N,) the log-sum-exp of each image embedding's logits with the extra texts; -inf if there is none."""
         image, text, ids = self._operands(batch, layout)
-        lse: Tensor = LogSumExp.apply(image, text, batch.scale, *ids, 0, 0, batch.dtype, backend)[0]
-        return lse
+        return two_sided_logsumexp(image, text, batch.scale, *ids, 0, 0, batch.dtype, backend, keep=keep)[0]
 
     def softplus(
         self, batch: Batch, bias: Tensor | None, total: bool, row_weights: Tensor | None, backend: Backend

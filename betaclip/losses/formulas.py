@@ -19,6 +19,7 @@ from betaclip.kernels.similarity.operators import (
     RowLayout,
     contrast_logsumexp,
     contrast_softplus,
+    keep_bytes,
     resolve_backend,
 )
 from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, over_ranks, sum_over_ranks
@@ -60,6 +61,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     label_smoothing: float = 0.0
     strict: bool = False
+    keep: int | str = "auto"
 
     def check(self, form: str) -> "Options":
         """These options.
@@ -73,6 +75,7 @@ class Options(NamedTuple):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_backend(self.backend)
         check_gather(self.gather)
+        keep_bytes(self.keep, torch.device("cpu"))
         for name, weight in (
             ("alpha", self.alpha),
             ("beta", self.beta),
@@ -151,7 +154,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     )  # fmt: skip
     backend = partial(_backend, options, group, batch, call)
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text)
+        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text), options.keep
     )
     logits = batch.scale * cosines
     contrasted = logits
@@ -169,7 +172,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     for dim, between, own, total in zip((2, 1), (between_x, between_y), of_target, totals, strict=True):
         lse = torch.logaddexp(layout.to_slots(between, -torch.inf), contrasted.logsumexp(dim))
         if extra is not None and dim == 2:
-            of_extra = extra.logsumexp(batch, layout, backend(extra.text))
+            of_extra = extra.logsumexp(batch, layout, backend(extra.text), options.keep)
             lse = torch.logaddexp(layout.to_slots(of_extra, -torch.inf), lse)
         rows.append(torch.where(total != 0, lse - own, 0))
         count_rows.append(total != 0)

@@ -39,6 +39,7 @@ def beta_cal_ce_loss(
     extra_mask: Tensor | None = None,
     text_ids: Tensor | None = None,
     extra_text_ids: Tensor | None = None,
+    keep: int | str = "auto",
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -51,7 +52,8 @@ def beta_cal_ce_loss(
         loss = (F.cross_entropy(s, w / w.sum(1, keepdim=True))
               + F.cross_entropy(s.T, w.T / w.T.sum(1, keepdim=True))) / 2
 
-    in O(N·D + B·K²) memory, accumulated in float32 (float64 for float64 inputs); deterministic.
+    in O(N·D + B·K²) memory and what ``keep`` allows, accumulated in float32 (float64 for float64 inputs);
+    deterministic.
 
     ``conditioned_negatives`` c, the cosines of a text with what it pools from other pictures, add
     ``conditioned_weight`` times the mean, over the texts that have one, of
@@ -124,6 +126,10 @@ def beta_cal_ce_loss(
         text_ids: (B, K), or (N,) with ``image_index``: any integers, equal for equal texts, also on different ranks,
             such as hashes of their words; negative for a text that equals no other.
         extra_text_ids: (E,) the same for the extra texts; without them these equal no other.
+        keep: bytes of exponentials that may be kept from forward to backward, for 6·N²·D FLOP instead of 8; all take
+            4·N² bytes (8 in float64), and of fewer as many blocks as fit. Gradients have the same bits whatever is
+            kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere; only the backend ``"blockwise"`` on a single rank keeps
+            any. ``extra_texts`` have as much room again.
 
     Returns:
         () in accumulation dtype, nats: the (weighted) mean over valid rows of each direction, then of both directions.
@@ -164,7 +170,7 @@ def beta_cal_ce_loss(
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
         conditioned_weight=conditioned_weight, reduction=reduction, label_smoothing=label_smoothing,
-        strict=strict,
+        strict=strict, keep=keep,
     )  # fmt: skip
     return softmax_loss(inputs, options)
 

@@ -1,7 +1,7 @@
 """Similarity operations by blocks of rows: plain PyTorch, two reused tiles of scratch, any device.
 
-A tile of S = scale * x y^T (+ bias) is one matrix product into scratch; it serves both directions, and the
-backward recomputes it instead of keeping it. Nothing of size N * M ever exists.
+A tile of S = scale * x y^T (+ bias) is one matrix product into scratch, and it serves both directions. Nothing of size
+N * M ever exists: the backward forms tiles again, except those whose exponentials the forward was given room to keep.
 
 One exponential per element serves both directions. With a single shift c for the whole launch, e = exp(S - c) has
 plain sums over rows and over columns, so partial sums of tiles merge by addition: lse = c + log(sum e). c follows from
@@ -10,15 +10,18 @@ be lost are found afterwards (``exponent_range`` has the limits). The tiles that
 with true maxima for both directions: at most a second forward, whatever the norms. These tiles have the same shape
 again, and so the same roundings, as in the backward: statistics and gradients agree even where logits are so large that
 their rounding errors matter. The backward uses the same e: a_i exp(S - lse_x_i) + b_j exp(S - lse_y_j) = e (A_i + B_j).
+A kept e and one formed again have the same bits. Where statistics lie outside the range of c, kept ones are not used.
 
 Padded rows are left out by gathering the others: they cost nothing and may hold anything. bfloat16 and float16 inputs
 are widened to float32 a block at a time; products of float32 follow the settings of the process. Devices other than the
 CPU work too, but a few numbers are read back to the host.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,22 +38,25 @@ class Blockwise:
 
     The default tile is large enough for the matrix product's full rate, and small enough for the cache. Pairs of the
     same image are looked for among ``search_rows`` rows at a time.
+
+    kept: flat room in accumulation dtype for exponentials, which the forward of the log-sum-exp fills and its backward
+    reads: those of as many tiles as fit, in order. None: nothing is kept.
     """
 
     rows: int = 768
     cols: int = 2304
     search_rows: int = 192
+    kept: Tensor | None = None
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         row_sum, col_sum = rows.zeros(), cols.zeros()
         with self._tiles(rows, cols, scale) as tiles:
-            lse_shift = max(0.0, tiles.bound() - MAX_ABOVE_SHIFT[rows.dtype])
-            for begin, end, right in tiles.columns():
-                for lo, hi, _, tile in tiles.down(begin, end, right, lse_shift):
-                    tile.exp_()
-                    row_sum[lo:hi] += tile.sum(1)
-                    col_sum[begin:end] += tile.sum(0)
+            lse_shift = tiles.lse_shift()
+            for block in tiles.blocks():
+                tile = tiles.logits(block, lse_shift, block.place_in(self.kept)).exp_()
+                row_sum[block.rows] += tile.sum(1)
+                col_sum[block.cols] += tile.sum(0)
             lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
             lowest = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
             lost_x, lost_y = ((lse < lowest) | (lse == torch.inf) for lse in (lse_x, lse_y))
@@ -75,35 +81,40 @@ class Blockwise:
         lse_x, lse_y = rows.gather(lse_x), cols.gather(lse_y)
         dlse_x, dlse_y = rows.gather(dlse_x), cols.gather(dlse_y)
         highest = float(lse_x.max()) if rows.count else 0.0  # no logit exceeds its row's statistic
-        lse_shift = max(0.0, highest - MAX_ABOVE_SHIFT[rows.dtype])
         # A row without any pair has the statistic -inf; +inf gives it the weight exp(-inf) = 0.
         lse_x, lse_y = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (lse_x, lse_y))
         lowest = min((float(lse.min()) for lse in (lse_x, lse_y) if lse.numel()), default=0.0)
-
-        def single_exp(lo: int, hi: int, begin: int, end: int, tile: Tensor, scratch_tile: Tensor) -> Tensor:
-            """e * (A_i + B_j), from S - lse_shift."""
-            weight_x = dlse_x[lo:hi, None] * (lse_shift - lse_x[lo:hi, None]).exp()
-            weight_y = dlse_y[begin:end] * (lse_shift - lse_y[begin:end]).exp()
-            return tile.exp_().mul_(torch.add(weight_x, weight_y, out=scratch_tile))
-
-        def two_exps(lo: int, hi: int, begin: int, end: int, tile: Tensor, scratch_tile: Tensor) -> Tensor:
-            """dlse_x exp(S - lse_x) + dlse_y exp(S - lse_y), from S."""
-            to_y = torch.sub(tile, lse_x[lo:hi, None], out=scratch_tile).exp_().mul_(dlse_x[lo:hi, None])
-            return tile.sub_(lse_y[begin:end]).exp_().mul_(dlse_y[begin:end]).add_(to_y)
-
+        above, below = MAX_ABOVE_SHIFT[rows.dtype], MAX_BELOW_SHIFT[rows.dtype]
         with self._tiles(rows, cols, scale) as tiles:
-            if lowest >= lse_shift - MAX_BELOW_SHIFT[rows.dtype]:
-                return _gradients(tiles, lse_shift, single_exp, need_dx, need_dy)
-            return _gradients(tiles, 0.0, two_exps, need_dx, need_dy)
+            lse_shift, kept = tiles.lse_shift(), self.kept
+            if not (lse_shift - below <= lowest and highest <= lse_shift + above):  # the forward's shift will not do
+                lse_shift, kept = max(0.0, highest - above), None
+
+            def single_exp(block: _Block) -> Tensor:
+                """e * (A_i + B_j) with e = exp(S - lse_shift)."""
+                weights = torch.add(weight_x[block.rows, None], weight_y[block.cols], out=tiles.scratch_tile(block))
+                e = block.place_in(kept)
+                return weights.mul_(tiles.logits(block, lse_shift).exp_() if e is None else e)
+
+            def two_exps(block: _Block) -> Tensor:
+                """dlse_x exp(S - lse_x) + dlse_y exp(S - lse_y)."""
+                tile = tiles.logits(block, 0.0)
+                to_y = torch.sub(tile, lse_x[block.rows, None], out=tiles.scratch_tile(block))
+                to_y.exp_().mul_(dlse_x[block.rows, None])
+                return tile.sub_(lse_y[block.cols]).exp_().mul_(dlse_y[block.cols]).add_(to_y)
+
+            if lowest >= lse_shift - below:
+                weight_x, weight_y = dlse_x * (lse_shift - lse_x).exp(), dlse_y * (lse_shift - lse_y).exp()
+                return _gradients(tiles, single_exp, need_dx, need_dy)
+            return _gradients(tiles, two_exps, need_dx, need_dy)
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         total = rows.zeros()
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
-            for begin, end, right in tiles.columns():
-                for lo, hi, _, tile in tiles.down(begin, end, right):
-                    total[lo:hi] += _softplus_sums(tile, tiles.scratch_tile(tile), bound)
+            for block in tiles.blocks():
+                total[block.rows] += _softplus_sums(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
         return rows.scatter(total, 0.0)
 
     def similarity_softplus_fwd_bwd(
@@ -120,16 +131,18 @@ class Blockwise:
         total, dbias_of_row = rows.zeros(), rows.zeros()
         drows = rows.gather(drows)
 
-        def sigmoid_gradient(lo: int, hi: int, begin: int, end: int, tile: Tensor, scratch_tile: Tensor) -> Tensor:
-            total[lo:hi] += _softplus_sums(tile, scratch_tile, bound)
-            tile.sigmoid_().mul_(drows[lo:hi, None])
-            if bias is not None:
-                dbias_of_row[lo:hi] += tile.sum(1)
-            return tile
-
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
-            dx, dy, dscale = _gradients(tiles, 0.0, sigmoid_gradient, need_dx, need_dy)
+
+            def sigmoid_gradient(block: _Block) -> Tensor:
+                tile = tiles.logits(block, 0.0)
+                total[block.rows] += _softplus_sums(tile, tiles.scratch_tile(block), bound)
+                tile.sigmoid_().mul_(drows[block.rows, None])
+                if bias is not None:
+                    dbias_of_row[block.rows] += tile.sum(1)
+                return tile
+
+            dx, dy, dscale = _gradients(tiles, sigmoid_gradient, need_dx, need_dy)
         return rows.scatter(total, 0.0), dx, dy, dscale, dbias_of_row.sum()
 
     @contextmanager
@@ -203,12 +216,34 @@ class _ValidRows:
         """(0,)"""
         return self.rows.new_empty(0, dtype=self.dtype)
 
-    def add_product(self, gradient: Tensor, lo: int, hi: int, a: Tensor, b: Tensor, first: bool) -> None:
-        """gradient[lo:hi] += a @ b, or = if this is the first product there."""
+    def add_product(self, gradient: Tensor, rows: slice, a: Tensor, b: Tensor, first: bool) -> None:
+        """gradient[rows] += a @ b, or = if this is the first product there."""
         if self.index is None:
-            gradient[lo:hi].addmm_(a, b, beta=0 if first else 1)
+            gradient[rows].addmm_(a, b, beta=0 if first else 1)
         else:
-            gradient.index_add_(0, self.index[lo:hi], a @ b)
+            gradient.index_add_(0, self.index[rows], a @ b)
+
+
+class _Block(NamedTuple):
+    """One tile's rows of x times the scale, (r, D), and rows of y, (c, D), in scratch.
+
+    before: how many elements the tiles before it have.
+    """
+
+    rows: slice
+    cols: slice
+    left: Tensor
+    right: Tensor
+    before: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[0]
+
+    def place_in(self, kept: Tensor | None) -> Tensor | None:
+        """(r, c) of the flat ``kept``; None if the tile does not fit."""
+        end = self.before + math.prod(self.shape)
+        return None if kept is None or end > kept.numel() else kept[self.before : end].view(self.shape)
 
 
 class _Tiles:
@@ -233,44 +268,45 @@ class _Tiles:
         self._search_rows = search_rows
         self._same_image = _same_image_ranges(x.image_id, y.image_id, search_rows)
 
-    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Column ranges with their rows of y, (c, D)."""
+    def blocks(self, wanted_x: Tensor | None = None, wanted_y: Tensor | None = None) -> Iterator[_Block]:
+        """All blocks; or those with a wanted row or column, of which there is a bool for each."""
         for begin, end in _ranges(self.y.count, self.block[1]):
-            yield begin, end, self.y.block(begin, end, 1.0, self.right)
+            right = self.y.block(begin, end, 1.0, self.right)
+            wanted = wanted_x if wanted_y is None or not bool(wanted_y[begin:end].any()) else None
+            for lo, hi in _ranges(self.x.count, self.block[0]):
+                if wanted is None or bool(wanted[lo:hi].any()):
+                    left = self.x.block(lo, hi, self.scale, self.left)
+                    before = begin * self.x.count + lo * (end - begin)
+                    yield _Block(slice(lo, hi), slice(begin, end), left, right, before)
 
-    def down(
-        self, begin: int, end: int, right: Tensor, shift: float = 0.0, wanted: Tensor | None = None
-    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Row ranges of these columns with their rows of x times the scale, (r, D), and the tile S - shift, (r, c).
+    def logits(self, block: _Block, shift: float, out: Tensor | None = None) -> Tensor:
+        """The tile S - shift, (r, c), in ``out``, or in scratch until the next one."""
+        tile = self._tile[: math.prod(block.shape)].view(block.shape) if out is None else out
+        torch.mm(block.left, block.right.T, out=tile)
+        if shift != self.bias:
+            tile.sub_(shift - self.bias)
+        self._exclude_same_image(tile, block.rows, block.cols)
+        self._exclude_same_text(tile, block.rows, block.cols)
+        return tile
 
-        Ranges without a row that is ``wanted`` (a bool for each) are left out.
-        """
-        shift -= self.bias
-        for lo, hi in _ranges(self.x.count, self.block[0]):
-            if wanted is not None and not bool(wanted[lo:hi].any()):
-                continue
-            left = self.x.block(lo, hi, self.scale, self.left)
-            tile = self._tile[: (hi - lo) * (end - begin)].view(hi - lo, end - begin)
-            torch.mm(left, right.T, out=tile)
-            if shift:
-                tile.sub_(shift)
-            self._exclude_same_image(tile, lo, hi, begin, end)
-            self._exclude_same_text(tile, lo, hi, begin, end)
-            yield lo, hi, left, tile
+    def lse_shift(self) -> float:
+        """The shift with which no exponential overflows."""
+        return max(0.0, self.bound() - MAX_ABOVE_SHIFT[self.x.dtype])
 
     def bound(self) -> float:
         """The largest possible |S|, or the largest finite number."""
         bound = abs(self.scale) * self.x.max_norm() * self.y.max_norm() + abs(self.bias)
         return min(bound, torch.finfo(self.x.dtype).max)
 
-    def scratch_tile(self, tile: Tensor) -> Tensor:
-        """Scratch of the tile's shape."""
-        return self._scratch_tile[: tile.numel()].view(tile.shape)
+    def scratch_tile(self, block: _Block) -> Tensor:
+        """(r, c) further scratch."""
+        return self._scratch_tile[: math.prod(block.shape)].view(block.shape)
 
-    def _exclude_same_image(self, tile: Tensor, lo: int, hi: int, begin: int, end: int) -> None:
+    def _exclude_same_image(self, tile: Tensor, rows: slice, cols: slice) -> None:
         x_image_id, y_image_id, step = self.x.image_id, self.y.image_id, self._search_rows
         if x_image_id is None or y_image_id is None:
             return
+        lo, hi, begin, end = rows.start, rows.stop, cols.start, cols.stop
         for i in range(lo // step, -(-hi // step)):
             first, last = max(self._same_image[i][0], begin), min(self._same_image[i][1], end)
             top, bottom = max(lo, i * step), min(hi, (i + 1) * step)
@@ -278,12 +314,12 @@ class _Tiles:
                 equal = x_image_id[top:bottom, None] == y_image_id[first:last]
                 tile[top - lo : bottom - lo, first - begin : last - begin].masked_fill_(equal, -torch.inf)
 
-    def _exclude_same_text(self, tile: Tensor, lo: int, hi: int, begin: int, end: int) -> None:
+    def _exclude_same_text(self, tile: Tensor, rows: slice, cols: slice) -> None:
         """Equal texts may be anywhere, so that all pairs of the tile are compared."""
         if self.x.text_id is not None and self.y.text_id is not None:
-            y_text_id = self.y.text_id[begin:end]
+            y_text_id = self.y.text_id[cols]
             y_text_id = y_text_id.masked_fill(y_text_id < 0, -2)  # unlike those of x that equal no other
-            tile.masked_fill_(self.x.text_id[lo:hi, None].clamp_min(-1) == y_text_id, -torch.inf)
+            tile.masked_fill_(self.x.text_id[rows, None].clamp_min(-1) == y_text_id, -torch.inf)
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
@@ -294,11 +330,10 @@ def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
 def _exact_logsumexp(tiles: _Tiles, wanted_x: Tensor, wanted_y: Tensor) -> tuple[Tensor, Tensor]:
     """The statistics of the wanted rows and columns, from their true maxima; those of the others are partial."""
     rows, cols = _RunningLogSumExp(tiles.x.zeros()), _RunningLogSumExp(tiles.y.zeros())
-    for begin, end, right in tiles.columns():
-        wanted = None if bool(wanted_y[begin:end].any()) else wanted_x
-        for lo, hi, _, tile in tiles.down(begin, end, right, wanted=wanted):
-            rows.add(lo, hi, tile, 1, tiles.scratch_tile(tile))
-            cols.add(begin, end, tile, 0, tiles.scratch_tile(tile))
+    for block in tiles.blocks(wanted_x, wanted_y):
+        tile = tiles.logits(block, 0.0)
+        rows.add(block.rows, tile, 1, tiles.scratch_tile(block))
+        cols.add(block.cols, tile, 0, tiles.scratch_tile(block))
     return rows.value(), cols.value()
 
 
@@ -308,13 +343,13 @@ class _RunningLogSumExp:
     def __init__(self, zeros: Tensor) -> None:
         self.top, self.total = zeros - torch.inf, zeros
 
-    def add(self, lo: int, hi: int, tile: Tensor, dim: int, scratch_tile: Tensor) -> None:
-        """Rows lo to hi, whose logits the tile has along ``dim``."""
-        top = torch.maximum(self.top[lo:hi], tile.amax(dim))
+    def add(self, rows: slice, tile: Tensor, dim: int, scratch_tile: Tensor) -> None:
+        """The logits of ``rows``, which the tile has along ``dim``."""
+        top = torch.maximum(self.top[rows], tile.amax(dim))
         base = top.masked_fill(top.isinf(), 0)  # inf - inf would make NaN of -inf, no pair, and of inf
         shares = torch.sub(tile, base.unsqueeze(dim), out=scratch_tile).exp_().sum(dim)
-        self.total[lo:hi] = self.total[lo:hi] * (self.top[lo:hi] - base).exp() + shares
-        self.top[lo:hi] = top
+        self.total[rows] = self.total[rows] * (self.top[rows] - base).exp() + shares
+        self.top[rows] = top
 
     def value(self) -> Tensor:
         return self.total.log_().add_(self.top.masked_fill_(self.top.isinf(), 0))
@@ -336,12 +371,9 @@ def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, sea
 
 
 def _gradients(
-    tiles: _Tiles, shift: float, tile_gradient: Callable[..., Tensor], need_dx: bool, need_dy: bool
+    tiles: _Tiles, tile_gradient: Callable[[_Block], Tensor], need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy and dscale.
-
-    ``tile_gradient(lo, hi, begin, end, tile of S - shift, scratch tile)`` returns the tile of dS.
-    """
+    """dx, dy and dscale, from the function that forms a tile of dS."""
     x, y = tiles.x, tiles.y
     # dscale = sum(x * (dS @ y)) = sum(y * (dS.T @ x)) takes one of the two; the second one comes times the scale.
     use_dx = need_dx or not need_dy or tiles.scale == 0
@@ -349,13 +381,12 @@ def _gradients(
     dscale = x.rows.new_zeros((), dtype=x.dtype)
     if 0 in (x.count, y.count):  # all of one side is padding
         return dx.zero_() if need_dx else x.no_gradient(), dy.zero_(), dscale
-    for begin, end, right in tiles.columns():
-        for lo, hi, left, tile in tiles.down(begin, end, right, shift):
-            ds = tile_gradient(lo, hi, begin, end, tile, tiles.scratch_tile(tile))
-            if use_dx:
-                x.add_product(dx, lo, hi, ds, right, first=begin == 0)
-            if need_dy:
-                y.add_product(dy, begin, end, ds.T, left, first=lo == 0)
+    for block in tiles.blocks():
+        ds = tile_gradient(block)
+        if use_dx:
+            x.add_product(dx, block.rows, ds, block.right, first=block.cols.start == 0)
+        if need_dy:
+            y.add_product(dy, block.cols, ds.T, block.left, first=block.rows.start == 0)
     side, gradient, factor = (x, dx, 1.0) if use_dx else (y, dy, 1 / tiles.scale)
     for lo, hi in _ranges(side.count, tiles.block[0]):
         part = gradient[lo:hi] if side.index is None else gradient[side.index[lo:hi]]

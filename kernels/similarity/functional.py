@@ -7,7 +7,7 @@ from torch import Tensor
 
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype
-from betaclip.kernels.similarity.operators import Backend, LogSumExp, SoftplusSums, resolve_backend
+from betaclip.kernels.similarity.operators import Backend, SoftplusSums, resolve_backend, two_sided_logsumexp
 
 
 def similarity_logsumexp(
@@ -21,6 +21,7 @@ def similarity_logsumexp(
     y_text: Tensor | None = None,
     backend: Backend = "auto",
     strict: bool = False,
+    keep: int | str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Row-wise and column-wise log-sum-exp of ``scale * x @ y.T`` over pairs of different images.
 
@@ -31,8 +32,9 @@ def similarity_logsumexp(
         s = s.masked_fill(excluded, -torch.inf)
         return s.logsumexp(1), s.logsumexp(0)
 
-    in O((N + M) * D) memory, from one product per tile (2*N*M*D FLOP forward, 6*N*M*D backward), accumulated
-    in float32 (float64 for float64 inputs); deterministic. Differentiable once in ``x``, ``y`` and ``scale``.
+    in O((N + M) * D) memory, from one product per tile (2*N*M*D FLOP forward, 6*N*M*D backward, 4*N*M*D where ``keep``
+    has room for all exponentials), accumulated in float32 (float64 for float64 inputs); deterministic. Differentiable
+    once in ``x``, ``y`` and ``scale``.
 
     Args:
         x: (N, D) image embeddings, any norm.
@@ -46,12 +48,16 @@ def similarity_logsumexp(
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
             ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
         strict: on a GPU, refuse what ``"auto"`` would leave to a slower backend than the fused one.
+        keep: bytes of exponentials that may be kept from forward to backward, which then need not form them again: all
+            take 4*N*M bytes (8 in float64); of fewer bytes, as many blocks as fit. Gradients have the same bits
+            whatever is kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere. Nothing is kept if no gradient is wanted;
+            only ``"blockwise"`` keeps any, and for other backends the number has no effect.
 
     Returns:
         lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree; ``keep`` is neither ``"auto"`` nor a number of bytes.
         NotImplementedError: the backend cannot serve these tensors; the message says why.
 
     Example:
@@ -67,7 +73,7 @@ def similarity_logsumexp(
     """
     x, y, scale, _, *ids = _prepare(x, y, scale, None, x_group, y_group, x_text, y_text)
     backend = resolve_backend("similarity_logsumexp", backend, x, y, x.dtype, strict)
-    lse_x, lse_y, _ = LogSumExp.apply(x, y, scale, *ids, None, 0, 0, x.dtype, backend)
+    lse_x, lse_y, _ = two_sided_logsumexp(x, y, scale, *ids, None, 0, 0, x.dtype, backend, keep=keep)
     return lse_x, lse_y
 
 

@@ -13,6 +13,7 @@ same function directly.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import nvtx
@@ -44,6 +45,10 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {
 }
 Backend = str | SimilarityBackend
 
+# The bytes of exponentials that ``keep="auto"`` lets a softmax form keep from forward to backward, by type of device.
+# On the CPU 256 MiB hold all of them up to N = 8192. No GPU backend keeps any.
+KEEP_BYTES = {"cpu": 256 * 2**20}
+
 
 def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
     """The object behind a backend's resolved name, which is about to run ``operation``. Backends of an architecture's
@@ -63,6 +68,19 @@ def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> S
         "reference": Reference,
     }
     return backends[backend]()
+
+
+def keep_bytes(keep: int | str, device: torch.device) -> int:
+    """The number of bytes that ``keep`` stands for where tensors are on ``device``.
+
+    Raises:
+        ValueError: it is neither "auto" nor a number of bytes.
+    """
+    if keep == "auto":
+        return KEEP_BYTES.get(device.type, 0)
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        raise ValueError(f"keep: expected 'auto' or a number of bytes of at least 0, got {keep!r}")
+    return keep
 
 
 class RowLayout(NamedTuple):
@@ -96,7 +114,13 @@ class RowLayout(NamedTuple):
 
 
 def contrast_logsumexp(
-    image: Tensor, text: Tensor, scale: Tensor, layout: RowLayout, dtype: torch.dtype, backend: Backend
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    layout: RowLayout,
+    dtype: torch.dtype,
+    backend: Backend,
+    keep: int | str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
 
@@ -107,16 +131,23 @@ def contrast_logsumexp(
         scale: () in accumulation dtype.
         layout: which image each row belongs to.
         dtype: of the normalised rows in the matrix products.
-        backend: as for ``similarity_logsumexp``.
+        backend, keep: as for ``similarity_logsumexp``.
 
     Returns:
         (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
     """
     backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
-    return LogSumExp.apply(
+    return two_sided_logsumexp(
         image, text, scale, layout.image_id, None, layout.text_id, None, layout.slots,
-        layout.images, layout.texts_per_image, dtype, backend,
+        layout.images, layout.texts_per_image, dtype, backend, keep=keep,
     )  # fmt: skip
+
+
+def two_sided_logsumexp(x: Tensor, *arguments: Any, keep: int | str) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator with its gradients, from its other arguments. Exponentials are kept only where a backward may
+    follow."""
+    budget = keep_bytes(keep, x.device)
+    return LogSumExp.apply(x, *arguments, budget if torch.is_grad_enabled() else 0)
 
 
 def contrast_softplus(
@@ -163,26 +194,28 @@ _OPTIONS = "SymInt images, SymInt texts_per_image, ScalarType dtype, str backend
 
 @without_autocast
 def _logsumexp(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, images, texts_per_image, dtype, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps (N,) and (M,), and cosines."""
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    keep, images, texts_per_image, dtype, backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-sum-exps (N,) and (M,), cosines, and up to ``keep`` bytes of exponentials for the backward."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
+    kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
     with nvtx.annotate("between images", domain="betaclip"):
-        lse_x, lse_y = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_fwd(
-            *operands, scale
-        )
-    return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots))
+        chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
+        lse_x, lse_y = chosen.similarity_logsumexp_fwd(*operands, scale)
+    return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots)), kept
 
 
 @without_autocast
 def _logsumexp_backward(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-    lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
+    lse_x, lse_y, kept, dlse_x, dlse_y, dcosines, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
-        dx, dy, dscale = local_backend("similarity_logsumexp", backend, *operands).similarity_logsumexp_bwd(
+        chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
+        dx, dy, dscale = chosen.similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
     return *_finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots)), dscale
@@ -229,6 +262,18 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
     return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
 
 
+def _kept_elements(x: Tensor, y: Tensor, scale: Tensor, keep: int, backend: Backend) -> int | torch.SymInt:
+    """How many exponentials there is room for: none but ``Blockwise`` keeps any. This depends on shapes alone, for
+    graphs of any size; where rows are padded, what is left over is never touched."""
+    if backend != "blockwise" and not isinstance(backend, Blockwise):
+        return 0
+    return torch.sym_min(x.shape[0] * y.shape[0], keep // scale.dtype.itemsize)
+
+
+def _with_kept(backend: SimilarityBackend, kept: Tensor) -> SimilarityBackend:
+    return replace(backend, kept=kept) if isinstance(backend, Blockwise) else backend
+
+
 def _operands(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype
 ) -> tuple[Operand, Operand]:
@@ -267,13 +312,13 @@ def _finish(
 
 
 logsumexp = define_operator(
-    "similarity_logsumexp", _logsumexp, f"Tensor x, Tensor y, Tensor scale, {_IDS}, {_OPTIONS}", 3
+    "similarity_logsumexp", _logsumexp, f"Tensor x, Tensor y, Tensor scale, {_IDS}, SymInt keep, {_OPTIONS}", 4
 )
 logsumexp_backward = define_operator(
     "similarity_logsumexp_backward",
     _logsumexp_backward,
-    f"Tensor x, Tensor y, Tensor scale, {_IDS}, Tensor lse_x, Tensor lse_y, Tensor dlse_x, Tensor dlse_y, "
-    f"Tensor dcosines, bool need_dx, bool need_dy, {_OPTIONS}",
+    f"Tensor x, Tensor y, Tensor scale, {_IDS}, Tensor lse_x, Tensor lse_y, Tensor kept, "
+    f"Tensor dlse_x, Tensor dlse_y, Tensor dcosines, bool need_dx, bool need_dy, {_OPTIONS}",
     3,
 )
 softplus = define_operator(
@@ -295,14 +340,18 @@ softplus_backward.register_autograd(refuse_second_derivative)
 
 
 @logsumexp.register_fake
-def _(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, images, texts_per_image, dtype, backend):  # type: ignore[no-untyped-def]
-    return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), _fake_cosines(scale, images, texts_per_image)
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, keep, images, texts_per_image, dtype, backend
+):
+    lse_x, lse_y = scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0])
+    kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
+    return lse_x, lse_y, _fake_cosines(scale, images, texts_per_image), kept
 
 
 @logsumexp_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-    lse_x, lse_y, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options,
+    lse_x, lse_y, kept, dlse_x, dlse_y, dcosines, need_dx, need_dy, *options,
 ):  # fmt: skip
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale)
 
@@ -335,10 +384,15 @@ def _fake_gradient(x: Tensor, needed: bool, dtype: torch.dtype | None = None) ->
 
 class LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, *options):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+        images, texts_per_image, dtype, backend, keep,
+    ):  # fmt: skip
+        options = images, texts_per_image, dtype, backend
         rows = x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots
-        lse_x, lse_y, cosines_ = run_operator(logsumexp, _logsumexp, *rows, *options)
-        ctx.save_for_backward(*rows, lse_x, lse_y)
+        keep = keep if any(ctx.needs_input_grad) else 0
+        lse_x, lse_y, cosines_, kept = run_operator(logsumexp, _logsumexp, *rows, keep, *options)
+        ctx.save_for_backward(*rows, lse_x, lse_y, kept)
         ctx.options = options
         return lse_x, lse_y, cosines_
 

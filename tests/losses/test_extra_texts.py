@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.beta_cal import DEVICE, FORMS, B, D, K, assert_equal, batch, dense_rows, gradients, ragged
 from support.largest import LargestTensor
+from support.similarity import product_flop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,15 +126,11 @@ def test_gradcheck(form):
     )
 
 
-def product_flop(total, a, b, **_) -> int:
-    """FLOP of a product that is added in place, which torch does not count."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-@pytest.mark.parametrize("form, flop", [("ce", 8), ("bce", 6)])
-def test_costs_as_many_products_as_columns(form, flop):
-    """8 N E D FLOP in the softmax form and 6 in the sigmoid form; 2 less if the extra texts want no gradient."""
-    b, loss = batch(), BetaCALLoss(form, backend=Blockwise())
+@pytest.mark.parametrize("form, keep, flop", [("ce", 0, 8), ("ce", 10**6, 6), ("bce", "auto", 6)])
+def test_costs_as_many_products_as_columns(form, keep, flop):
+    """8 N E D FLOP in the softmax form, 6 with kept exponentials and in the sigmoid form; 2 less if the extra texts
+    want no gradient."""
+    b, loss = batch(), BetaCALLoss(form, backend=Blockwise(), keep=keep)
     counted = {}
     for name, extra in (("none", None), ("learned", extra_texts()), ("bank", extra_texts().detach())):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flop}) as counter:
@@ -147,7 +144,7 @@ def test_costs_as_many_products_as_columns(form, flop):
 def test_memory_is_linear():
     image, text, extra = (torch.randn(n, 4) for n in (1100, 1100, 2000))
     with LargestTensor() as seen:
-        ClipLoss(backend=Blockwise(64, 64))(image.requires_grad_(), text, 10.0, extra_texts=extra).backward()
+        ClipLoss(backend=Blockwise(64, 64), keep=0)(image.requires_grad_(), text, 10.0, extra_texts=extra).backward()
     assert seen.numel <= 5 * extra.numel() < image.shape[0] * extra.shape[0] / 50
 
 

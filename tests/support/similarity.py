@@ -30,6 +30,11 @@ def require(backend: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
+def product_flop(total, a, b, **_) -> int:
+    """FLOP of a product that is added in place, which torch does not count."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 def operands(n: int, m: int, d: int, dtype: torch.dtype = torch.float64, *, groups: bool = True) -> list[Tensor | None]:
     """x, y of unequal row norms around 1, sorted image ids with padding (or None)."""
     x = F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1) * (0.8 + 0.4 * torch.rand(n, 1))

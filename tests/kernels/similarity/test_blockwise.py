@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.precision import HALF
-from support.similarity import dense_logsumexp, dense_softplus, value_and_gradients
+from support.similarity import dense_logsumexp, dense_softplus, product_flop, value_and_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,6 +92,70 @@ def test_work_at_any_norm(norm, scale, spread, passes):
     assert flop.get_total_flops() <= passes * 2 * n * m * d
     truth = dense_logsumexp(x.double(), y.double(), scale, None, None)
     torch.testing.assert_close(torch.cat((lse_x, lse_y)), truth.float(), rtol=1e-5, atol=1e-4)
+
+
+def _plain(n: int, m: int) -> dict[str, Tensor | None]:
+    return {}
+
+
+def _padded_groups_and_texts(n: int, m: int) -> dict[str, Tensor | None]:
+    ids = {f"{side}_group": torch.arange(rows) // 7 - 1 for side, rows in (("x", n), ("y", m))}
+    return ids | {f"{side}_text": torch.randint(-1, 20, (rows,)) for side, rows in (("x", n), ("y", m))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ids", [_plain, _padded_groups_and_texts])
+@pytest.mark.parametrize(
+    "norm, scale, used",
+    [
+        (1, 14, True),
+        (1, 100, True),  # with a shift
+        (30, 1, False),  # every statistic lies below what the shift allows
+    ],
+)
+def test_kept_exponentials_have_the_same_bits(norm, scale, used, ids, dtype):
+    """Gradients are those of exponentials formed again, at the FLOP that the tiles kept leave."""
+    n, m, d = 99, 150, 256
+    x, y = (F.normalize(torch.randn(rows, d), dim=1).mul(norm).to(dtype).requires_grad_() for rows in (n, m))
+    weight_x, weight_y, of_rows = torch.rand(n), torch.rand(m), ids(n, m)
+    itemsize = accumulation_dtype(dtype).itemsize
+    flops, gradients = [], []
+    rows, pairs = (n - 7, (n - 7) * (m - 7)) if of_rows else (n, n * m)  # without padding
+    for keep in (
+        0,
+        (rows * 56 - 1) * itemsize,
+        n * m * itemsize,
+    ):  # two of three tiles down the first columns
+        lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(float(scale)), **of_rows, backend=BACKEND, keep=keep)
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flop}) as flop:
+            gradients.append(torch.autograd.grad(_total(lse_x, weight_x) + _total(lse_y, weight_y), (x, y)))
+        flops.append(flop.get_total_flops())
+    for some in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(some, gradients[0], strict=True))
+    if dtype == torch.float64 or used:
+        assert flops == [6 * pairs * d, 6 * pairs * d - 2 * 2 * 40 * 56 * d, 4 * pairs * d]
+    else:
+        assert flops[0] == flops[1] == flops[2]
+
+
+def _total(lse: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(lse.isfinite(), lse, 0) @ weight.to(lse.dtype)
+
+
+@pytest.mark.parametrize("norm", [-0.875, 1e3])
+def test_kept_exponentials_beside_a_row_done_again(norm):
+    """A row whose terms the forward's shift has lost, or whose logits exceed those of all others."""
+    x, y = (torch.randn(90, 16, dtype=torch.float64) for _ in range(2))
+    x, y = (F.normalize(t.index_fill(1, torch.tensor([0]), 4), dim=1) for t in (x, y))
+    x[7] = norm * y[3]
+    inputs = [t.float().requires_grad_() for t in (x, y)], [t.requires_grad_() for t in (x, y)]
+    ours = similarity_logsumexp(*inputs[0], torch.tensor(100.0), backend=BACKEND, keep=10**6)
+    truth = dense_logsumexp(*inputs[1], 100.0, None, None)
+    torch.testing.assert_close(torch.cat(ours).double(), truth, rtol=1e-5, atol=1e-3)
+    for a, b in zip(
+        torch.autograd.grad(torch.cat(ours).sum(), inputs[0]), torch.autograd.grad(truth.sum(), inputs[1]), strict=True
+    ):
+        assert (a.double() - b).norm() <= 1e-3 * b.norm()
 
 
 def test_one_row_is_done_again_alone():

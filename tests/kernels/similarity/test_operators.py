@@ -12,6 +12,7 @@ from support.similarity import (
     require,
     small,
 )
+from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.architecture import Tile
 from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
@@ -118,12 +119,15 @@ def opcheck(operator, *arguments):
 def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend):
     """The four operators, the backward ones for any gradients that are needed."""
     options = (images, texts_per_image, dtype, backend)
-    opcheck(logsumexp, x, y, scale, *ids, *options)
+    pairs = x.shape[0] * y.shape[0]
+    for elements in (0, pairs, 2 * pairs):  # of which the operator makes an output no larger than the matrix
+        opcheck(logsumexp, x, y, scale, *ids, elements * scale.itemsize, *options)
     opcheck(softplus, x, y, scale, None, *ids, None, False, False, False, *options)
-    lse_x, lse_y, cosines = logsumexp(x, y, scale, *ids, *options)
+    lse_x, lse_y, cosines, kept = logsumexp(x, y, scale, *ids, pairs * scale.itemsize, *options)
+    assert kept.shape == (pairs if backend == "blockwise" else 0,)
     incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
     for need in ((True, True), (True, False), (False, True), (False, False)):
-        opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, *incoming, cosines, *need, *options)
+        opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, kept, *incoming, cosines, *need, *options)
         forward = (x, y, scale, bias, *ids, incoming[0], True, *need, *options)
         opcheck(softplus, *forward)
         rows, _, *formed = softplus(*forward)
@@ -241,6 +245,55 @@ def test_rejects(operation, change, message):
     arguments = {"x": torch.ones(2, 4), "y": torch.ones(3, 4), "scale": torch.tensor(1.0)} | change
     with pytest.raises(ValueError, match=message):
         operation(**arguments)
+
+
+@pytest.mark.parametrize("keep", [-1, True, 1.5, "all"])
+def test_rejects_keep(keep):
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=f"keep: expected 'auto' or a number of bytes of at least 0, got {keep!r}"):
+        similarity_logsumexp(x, x, torch.tensor(1.0), keep=keep)
+
+
+def saved_bytes(x: torch.Tensor, y: torch.Tensor, **options) -> int:
+    """What autograd keeps between forward and backward, beside the operands."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        similarity_logsumexp(x, y, torch.tensor(2.0, device=DEVICE), **options)
+    return sum(t.nbytes for t in saved.values() if t.shape not in (x.shape, y.shape))
+
+
+def test_keeps_what_is_allowed_and_only_for_a_backward():
+    n, m = 300, 200
+    x, y = (torch.randn(rows, 8, device=DEVICE) for rows in (n, m))
+    assert saved_bytes(x, y, backend="blockwise") == 0
+    x.requires_grad_()
+    few, everything = 4 * (n + m + 1), 4 * n * m
+    for keep, most in ((0, few), (5000, few + 5000), (10**9, few + everything)):
+        assert most - few <= saved_bytes(x, y, backend="blockwise", keep=keep) <= most
+    assert saved_bytes(x, y, backend="reference", keep=10**9) <= few
+    by_default = saved_bytes(x, y, backend="blockwise")
+    assert by_default >= everything if DEVICE == "cpu" else by_default <= few
+    with torch.no_grad():
+        assert saved_bytes(x, y, backend="blockwise") == 0
+
+
+def test_kept_exponentials_serve_a_backward_again():
+    """The backward reads them and writes elsewhere; a checkpoint forms them in its second forward."""
+    x, y, x_group, y_group = operands(75, 64, 8, torch.float32)
+    x.requires_grad_()
+
+    def loss(x, keep):
+        lse_x, lse_y = similarity_logsumexp(
+            x, y, torch.tensor(9.0, device=DEVICE), x_group, y_group, backend=small("blockwise"), keep=keep
+        )
+        return lse_x.clamp_min(-9).sum() + lse_y.clamp_min(-9).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x, 0), x)
+    kept = loss(x, 10**6)
+    for retain_graph in (True, False):
+        assert torch.equal(torch.autograd.grad(kept, x, retain_graph=retain_graph)[0], expected)
+    checkpointed = checkpoint(loss, x, 10**6, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(checkpointed, x)[0], expected)
 
 
 def test_named_backend_that_cannot_serve_says_why(interpreter_as_it_is):
