@@ -64,15 +64,20 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(norm.isfinite() | largest.isinf(), norm, largest * scaled)
 
 
-def inverse_row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / |x| along the last dimension, in ``dtype``: also where |x| overflows; NaN for rows that are not finite."""
+def inverse_row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """1 / |x| along the last dimension, in ``dtype``: also where |x| overflows; NaN for rows that are not finite. And
+    whether all rows are seen to be finite and to have a direction: on the CPU, where looking costs little."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    if norm.device.type == "cpu" and norm.numel():
+        lowest, highest = map(float, norm.aminmax())
+        if 2 * norm_eps(dtype) < lowest and highest < torch.inf:
+            return norm.reciprocal_(), True
     if _squares_fit(x, norm):
         otherwise: Tensor | float = torch.nan
     else:
         largest, scaled = _largest_and_scaled_norm(x, dtype)
         otherwise = largest.reciprocal() / scaled
-    return torch.where(norm.isfinite(), norm.reciprocal(), otherwise)
+    return torch.where(norm.isfinite(), norm.reciprocal(), otherwise), False
 
 
 def _squares_fit(x: Tensor, norm: Tensor) -> bool:

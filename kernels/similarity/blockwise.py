@@ -26,10 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from betaclip.kernels.memory import scratch
+from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.precision import row_norms
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
+
+_FEW_PAIRS = 2**17
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class Blockwise:
             lse_shift = tiles.lse_shift()
             for block in tiles.blocks():
                 tile = tiles.logits(block, lse_shift, block.place_in(self.kept)).exp_()
-                row_sum[block.rows] += tile.sum(1)
-                col_sum[block.cols] += tile.sum(0)
+                row_sum[block.rows].add_(tile.sum(1))
+                col_sum[block.cols].add_(tile.sum(0))
             lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
-            lowest = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
-            lost_x, lost_y = ((lse < lowest) | (lse == torch.inf) for lse in (lse_x, lse_y))
-            if bool(lost_x.any()) or bool(lost_y.any()):
+            least = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
+            lowest, highest = zip(_extremes(lse_x), _extremes(lse_y), strict=True)
+            if not (least <= min(lowest) and max(highest) < torch.inf):
+                lost_x, lost_y = ((lse < least) | (lse == torch.inf) for lse in (lse_x, lse_y))
                 exact_x, exact_y = _exact_logsumexp(tiles, lost_x, lost_y)
                 lse_x, lse_y = torch.where(lost_x, exact_x, lse_x), torch.where(lost_y, exact_y, lse_y)
         return rows.scatter(lse_x, -torch.inf), cols.scatter(lse_y, -torch.inf)
@@ -80,13 +83,15 @@ class Blockwise:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         lse_x, lse_y = rows.gather(lse_x), cols.gather(lse_y)
         dlse_x, dlse_y = rows.gather(dlse_x), cols.gather(dlse_y)
-        highest = float(lse_x.max()) if rows.count else 0.0  # no logit exceeds its row's statistic
-        # A row without any pair has the statistic -inf; +inf gives it the weight exp(-inf) = 0.
-        lse_x, lse_y = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (lse_x, lse_y))
-        lowest = min((float(lse.min()) for lse in (lse_x, lse_y) if lse.numel()), default=0.0)
+        (lowest, highest), (lowest_y, _) = _extremes(lse_x), _extremes(lse_y)
+        lowest = min(lowest, lowest_y)
+        if lowest == -torch.inf:  # a row without any pair; +inf gives it the weight exp(-inf) = 0
+            lse_x, lse_y = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (lse_x, lse_y))
+            lowest = min(_extremes(lse_x)[0], _extremes(lse_y)[0])
         above, below = MAX_ABOVE_SHIFT[rows.dtype], MAX_BELOW_SHIFT[rows.dtype]
         with self._tiles(rows, cols, scale) as tiles:
             lse_shift, kept = tiles.lse_shift(), self.kept
+            # No logit exceeds its row's statistic.
             if not (lse_shift - below <= lowest and highest <= lse_shift + above):  # the forward's shift will not do
                 lse_shift, kept = max(0.0, highest - above), None
 
@@ -114,7 +119,8 @@ class Blockwise:
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             for block in tiles.blocks():
-                total[block.rows] += _softplus_sums(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
+                exponentials = _exponentials(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
+                total[block.rows].add_(exponentials.softplus_sums())
         return rows.scatter(total, 0.0)
 
     def similarity_softplus_fwd_bwd(
@@ -130,17 +136,20 @@ class Blockwise:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
         total, dbias_of_row = rows.zeros(), rows.zeros()
         drows = rows.gather(drows)
+        uniform = _extremes(drows) == (1.0, 1.0)
 
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
 
             def sigmoid_gradient(block: _Block) -> Tensor:
-                tile = tiles.logits(block, 0.0)
-                total[block.rows] += _softplus_sums(tile, tiles.scratch_tile(block), bound)
-                tile.sigmoid_().mul_(drows[block.rows, None])
+                exponentials = _exponentials(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
+                total[block.rows].add_(exponentials.softplus_sums())
+                ds = exponentials.sigmoid_()
+                if not uniform:
+                    ds.mul_(drows[block.rows, None])
                 if bias is not None:
-                    dbias_of_row[block.rows] += tile.sum(1)
-                return tile
+                    dbias_of_row[block.rows].add_(ds.sum(1))
+                return ds
 
             dx, dy, dscale = _gradients(tiles, sigmoid_gradient, need_dx, need_dy)
         return rows.scatter(total, 0.0), dx, dy, dscale, dbias_of_row.sum()
@@ -169,9 +178,10 @@ class _ValidRows:
 
     @classmethod
     def of(cls, operand: Operand) -> "_ValidRows":
-        if operand.image_id is None or not bool((operand.image_id < 0).any()):
+        image_id = operand.image_id
+        if image_id is None or operand.complete or _extremes(image_id)[0] >= 0:
             return cls(operand)
-        return cls(operand, (operand.image_id >= 0).nonzero().squeeze(1))
+        return cls(operand, (image_id >= 0).nonzero().squeeze(1))
 
     def block(self, lo: int, hi: int, factor: float, buffer: Tensor) -> Tensor:
         """(hi - lo, D) rows times ``factor``, in ``buffer`` unless they can be used as they are."""
@@ -179,7 +189,8 @@ class _ValidRows:
         rows, inverse = self.rows[part], self.operand.inverse_norm
         out = buffer[: rows.numel()].view(rows.shape)
         if inverse is not None:
-            return torch.mul(rows, (inverse[part] * factor)[:, None], out=out)
+            scaled = inverse[part] if factor == 1 else inverse[part] * factor
+            return torch.mul(rows, scaled[:, None], out=out)
         if factor == 1 and rows.dtype == self.dtype:
             return rows
         return out.copy_(rows).mul_(factor)  # torch.mul(rows, factor) would round to the dtype of the rows
@@ -209,7 +220,7 @@ class _ValidRows:
     def new_gradient(self) -> Tensor:
         """(all rows, D); rows that receive a first product are not initialised."""
         if self.index is None:
-            return self.rows.new_empty(self.rows.shape, dtype=self.dtype)
+            return on_huge_pages(self.rows.new_empty(self.rows.shape, dtype=self.dtype))
         return self.rows.new_zeros(self.rows.shape, dtype=self.dtype)
 
     def no_gradient(self) -> Tensor:
@@ -265,8 +276,10 @@ class _Tiles:
         self.x, self.y, self.block = x, y, block
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self._tile, self._scratch_tile, self.left, self.right = buffers
-        self._search_rows = search_rows
-        self._same_image = _same_image_ranges(x.image_id, y.image_id, search_rows)
+        # Of few pairs, all are compared: that costs less than to look for ranges that hold those of the same image.
+        all_pairs = x.count * y.count <= _FEW_PAIRS
+        self._search_rows = max(x.count, 1) if all_pairs else search_rows
+        self._same_image = [(0, y.count)] if all_pairs else _same_image_ranges(x.image_id, y.image_id, search_rows)
 
     def blocks(self, wanted_x: Tensor | None = None, wanted_y: Tensor | None = None) -> Iterator[_Block]:
         """All blocks; or those with a wanted row or column, of which there is a bool for each."""
@@ -355,7 +368,15 @@ class _RunningLogSumExp:
         return self.total.log_().add_(self.top.masked_fill_(self.top.isinf(), 0))
 
 
-def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, search_rows: int) -> list[list[int]]:
+def _extremes(vector: Tensor) -> tuple[float, float]:
+    """The smallest and the largest element, NaN if there is a NaN; 0 and 0 of an empty vector."""
+    if vector.numel() == 0:
+        return 0.0, 0.0
+    lowest, highest = vector.aminmax()
+    return float(lowest), float(highest)
+
+
+def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, search_rows: int) -> list[tuple[int, int]]:
     """For each ``search_rows`` rows of x, a range of columns that holds every pair of the same image.
 
     The range is small where y's image ids are sorted, as the texts of one image are neighbours; else it is all columns.
@@ -364,10 +385,10 @@ def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, sea
         return []
     chunks = x_image_id.split(search_rows)
     if bool((y_image_id[1:] < y_image_id[:-1]).any()):
-        return [[0, y_image_id.numel()]] * len(chunks)
+        return [(0, y_image_id.numel())] * len(chunks)
     lowest, highest = (torch.stack(ends) for ends in zip(*(chunk.aminmax() for chunk in chunks), strict=True))
     first, last = torch.searchsorted(y_image_id, lowest), torch.searchsorted(y_image_id, highest, right=True)
-    return torch.stack((first, last), 1).tolist()
+    return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
 def _gradients(
@@ -394,10 +415,36 @@ def _gradients(
     return dx.mul_(tiles.scale) if need_dx else x.no_gradient(), dy, dscale
 
 
-def _softplus_sums(tile: Tensor, scratch_tile: Tensor, bound: float) -> Tensor:
-    """(r,) row sums of softplus, exact relative to their value in both tails, for |S| <= bound."""
-    if bound <= MAX_ABOVE_SHIFT[tile.dtype]:
-        return torch.exp(tile, out=scratch_tile).log1p_().sum(1)
-    # softplus(S) = max(S, 0) + log1p(exp(-|S|)), which nothing overflows
-    rows = torch.clamp_min(tile, 0, out=scratch_tile).sum(1)
-    return rows.add_(torch.abs(tile, out=scratch_tile).neg_().exp_().log1p_().sum(1))
+class _Exponentials(NamedTuple):
+    """e = exp(S), or exp(-|S|) where that might overflow: one exponential serves softplus and sigmoid, exactly in both
+    tails.
+
+    e: (r, c), in the tile's place. room: (r, c) scratch. positive: where S > 0, if e is exp(-|S|). above: (r,) the sums
+    of max(S, 0), or None for 0.
+    """
+
+    e: Tensor
+    room: Tensor
+    positive: Tensor | None
+    above: Tensor | None
+
+    def softplus_sums(self) -> Tensor:
+        """(r,) log1p(exp(S)) = max(S, 0) + log1p(exp(-|S|))."""
+        sums = torch.log1p(self.e, out=self.room).sum(1)
+        return sums if self.above is None else sums.add_(self.above)
+
+    def sigmoid_(self) -> Tensor:
+        """(r, c) in place of e: e / (1 + e), or 1 / (1 + e) where e is exp(-|S|) and S > 0."""
+        one_more = torch.add(self.e, 1, out=self.room)
+        if self.positive is not None:
+            self.e.masked_fill_(self.positive, 1)
+        return self.e.div_(one_more)
+
+
+def _exponentials(tile: Tensor, room: Tensor, bound: float) -> _Exponentials:
+    """Of the logits of a tile, |S| <= bound. Only a tile that does hold a large one takes more than one pass."""
+    limit = MAX_ABOVE_SHIFT[tile.dtype]
+    if bound <= limit or float(tile.max()) <= limit:
+        return _Exponentials(tile.exp_(), room, None, None)
+    positive, above = tile > 0, torch.clamp_min(tile, 0, out=room).sum(1)
+    return _Exponentials(tile.abs_().neg_().exp_(), room, positive, above)

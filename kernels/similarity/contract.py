@@ -20,6 +20,7 @@ class Operand:
     inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None to use the rows as they are.
     dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
     text_id: (N,) contiguous int32, < 0 for rows whose text equals no other; None on both sides, or neither.
+    complete: whether every row is known to take part and to have a direction. Only on the CPU does anybody look.
     """
 
     rows: Tensor
@@ -27,6 +28,7 @@ class Operand:
     inverse_norm: Tensor | None
     dtype: torch.dtype
     text_id: Tensor | None = None
+    complete: bool = False
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -37,15 +39,12 @@ class Operand:
         if self.inverse_norm is None:
             return self.rows.to(dtype)
         unit = torch.mul(self.rows, self.inverse_norm[:, None], out=self.rows.new_empty(self.rows.shape, dtype=dtype))
-        return zero_rows(unit, self.inverse_norm)
+        return unit if self.complete else zero_rows(unit, self.inverse_norm)
 
 
 def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
     """Set ``rows`` (..., D) to zero in place where ``inverse_norm`` (...) is 0, whatever they hold."""
-    zero = inverse_norm == 0
-    if rows.device.type == "cpu" and not bool(zero.any()):  # elsewhere looking would cost more than doing it
-        return rows
-    return rows.masked_fill_(zero.unsqueeze(-1), 0)
+    return rows.masked_fill_((inverse_norm == 0).unsqueeze(-1), 0)
 
 
 class SimilarityBackend(Protocol):

@@ -31,11 +31,12 @@ from betaclip.kernels.backends import (
     run_operator,
     without_autocast,
 )
+from betaclip.kernels.memory import on_huge_pages
 from betaclip.kernels.similarity import cuda_backend
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
 from betaclip.kernels.similarity.reference import Reference
-from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, raw_gradients
+from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, may_be_padded, raw_gradients
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], list[str]]] = {
     "triton": triton_not_supported_reasons,
@@ -199,7 +200,7 @@ def _logsumexp(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-sum-exps (N,) and (M,), cosines, and up to ``keep`` bytes of exponentials for the backward."""
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
-    kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
+    kept = on_huge_pages(scale.new_empty(_kept_elements(x, y, scale, keep, backend)))
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
         lse_x, lse_y = chosen.similarity_logsumexp_fwd(*operands, scale)
@@ -281,18 +282,22 @@ def _operands(  # type: ignore[no-untyped-def]
         y_image_id = x_image_id
     if y_text_id is None:
         y_text_id = x_text_id
-    inverse_x, inverse_y = (
-        inverse_norms(rows, image_id, scale.dtype) if images else None
-        for rows, image_id in ((x, x_image_id), (y, y_image_id))
+    if not images:
+        return Operand(x, x_image_id, None, dtype, x_text_id), Operand(y, y_image_id, None, dtype, y_text_id)
+    padded_x = may_be_padded(x_image_id)
+    padded_y = padded_x if y_image_id is x_image_id else may_be_padded(y_image_id)
+    inverse_x, complete_x = inverse_norms(x, x_image_id, scale.dtype, padded_x)
+    inverse_y, complete_y = inverse_norms(y, y_image_id, scale.dtype, padded_y)
+    return (
+        Operand(x, x_image_id, inverse_x, dtype, x_text_id, complete_x),
+        Operand(y, y_image_id, inverse_y, dtype, y_text_id, complete_y),
     )
-    return Operand(x, x_image_id, inverse_x, dtype, x_text_id), Operand(y, y_image_id, inverse_y, dtype, y_text_id)
 
 
 def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:
-    x, y = operands
-    if x.inverse_norm is None or y.inverse_norm is None:
+    if operands[0].inverse_norm is None:
         return scale.new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
-    return cosines(x.rows, y.rows, (x.inverse_norm, y.inverse_norm), images)
+    return cosines(*operands, images)
 
 
 def _finish(
@@ -304,11 +309,12 @@ def _finish(
     gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and y themselves, from those of the rows that a backend multiplied, times ``gain``."""
-    x, y = operands
-    if x.inverse_norm is None or y.inverse_norm is None:
-        dx, dy = ((g if gain is None else g * gain).to(side.rows.dtype) for g, side in ((dx, x), (dy, y)))
+    if operands[0].inverse_norm is None:
+        dx, dy = (
+            (g if gain is None else g * gain).to(side.rows.dtype) for g, side in zip((dx, dy), operands, strict=True)
+        )
         return dx, dy
-    return raw_gradients(x.rows, y.rows, (x.inverse_norm, y.inverse_norm), images, dx, dy, dcosines, gain)
+    return raw_gradients(*operands, images, dx, dy, dcosines, gain)
 
 
 logsumexp = define_operator(

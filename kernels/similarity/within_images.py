@@ -1,9 +1,9 @@
 """The part of a contrastive loss within images: cosines of the rows of one image, and gradients of raw embeddings.
 
-Backends see only pairs of different images. Pairs of one image, a (B, K, K) block, are formed here in float64, a few
-images at a time: their differences matter, and no setting of the process rounds products of float64. The gradient of
-the embeddings is finished here as well, the contribution from between images included, because autograd would keep
-normalised copies and add up three full-size gradients.
+Backends see only pairs of different images. Pairs of one image, a (B, K, K) block, are formed here, a few images at a
+time. Their differences matter, so that no setting of the process may round these products: they are float64 wherever
+one could. The gradient of the embeddings is finished here as well, the contribution from between images included,
+because autograd would keep normalised copies and add up three full-size gradients.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.precision import inverse_row_norms, norm_eps
-from betaclip.kernels.similarity.contract import zero_rows
+from betaclip.kernels.memory import scratch
+from betaclip.kernels.precision import accumulation_dtype, inverse_row_norms, norm_eps
+from betaclip.kernels.similarity.contract import Operand, zero_rows
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
 # inputs; many elsewhere, where each chunk is a few dozen launches.
@@ -36,15 +37,18 @@ class Images(NamedTuple):
 
     def chunks(self, x: Tensor) -> Iterator[tuple[int, int]]:
         """Ranges of images."""
-        elements = self.chunk_elements or _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        step = max(1, elements // max(self.texts_per_image * x.shape[1], 1))
+        step = self.chunk_images(x)
         for lo in range(0, self.num_images, step):
             yield lo, min(lo + step, self.num_images)
 
-    def buffers(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """``count`` buffers of float64 for a chunk's rows, allocated once: fresh memory costs more than that work."""
-        _, images = next(self.chunks(x), (0, 0))
-        return x.new_empty(count, images * self.texts_per_image * x.shape[1], dtype=torch.float64).unbind()
+    def chunk_images(self, x: Tensor) -> int:
+        """How many images are taken at a time."""
+        elements = self.chunk_elements or _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        return max(1, elements // max(self.texts_per_image * x.shape[1], 1))
+
+    def buffer_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """Of a chunk's rows."""
+        return min(self.chunk_images(x), self.num_images), self.texts_per_image, x.shape[1]
 
     def rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
         """(hi - lo, K, ...) rows of images lo to hi; an empty slot repeats row 0."""
@@ -52,14 +56,15 @@ class Images(NamedTuple):
         part = x[first:last] if self.slots is None else x[self.slots[lo:hi].clamp_min(0).flatten()]
         return part.unflatten(0, (hi - lo, self.texts_per_image))
 
-    def unit_rows(self, x: Tensor, inverse_norm: Tensor, lo: int, hi: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    def unit_rows(self, x: Operand, lo: int, hi: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """(hi - lo, K, D) normalised rows and (hi - lo, K, 1) inverse norms of images lo to hi, zero in empty slots."""
-        inverse = self.rows(inverse_norm, lo, hi)
+        assert x.inverse_norm is not None
+        inverse = self.rows(x.inverse_norm, lo, hi)
         if self.slots is not None:
             inverse = inverse.masked_fill(self.slots[lo:hi] < 0, 0)
-        rows = self.rows(x, lo, hi)
-        unit = torch.mul(rows, inverse.unsqueeze(2), out=_shaped(buffer, rows))
-        return zero_rows(unit, inverse), inverse.unsqueeze(2)
+        unit = torch.mul(self.rows(x.rows, lo, hi), inverse.unsqueeze(2), out=buffer[: hi - lo])
+        complete = x.complete and self.slots is None
+        return unit if complete else zero_rows(unit, inverse), inverse.unsqueeze(2)
 
     def write_rows(self, out: Tensor, lo: int, hi: int, rows: Tensor) -> None:
         """Put the (hi - lo, K, D) rows of images lo to hi in their places."""
@@ -69,28 +74,49 @@ class Images(NamedTuple):
             out.index_add_(0, self.slots[lo:hi].clamp_min(0).flatten(), rows.flatten(0, 1).to(out.dtype))
 
 
-def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,) 1 / |x|; 0 for rows that take no part or have no direction, NaN for rows that are not finite."""
-    inverse = inverse_row_norms(x, dtype)
-    return torch.where((image_id < 0) | (inverse >= 1 / norm_eps(dtype)), 0, inverse)
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds ``x`` whose products no setting of the process rounds: float32 on the CPU unless
+    PyTorch is told to round products there, else float64."""
+    if x.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):  # type: ignore[attr-defined]
+        return accumulation_dtype(x.dtype)
+    return torch.float64
 
 
-def cosines(x: Tensor, y: Tensor, inverse: tuple[Tensor, Tensor], images: Images) -> Tensor:
+def may_be_padded(image_id: Tensor) -> bool:
+    """False if no row is seen to take no part: on the CPU, where looking costs little."""
+    return image_id.device.type != "cpu" or image_id.numel() == 0 or int(image_id.min()) < 0
+
+
+def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype, padded: bool = True) -> tuple[Tensor, bool]:
+    """(N,) 1 / |x|: 0 for rows that take no part or have no direction, NaN for rows that are not finite; and whether
+    every row is known to take part and to have a direction.
+
+    padded: False if it is known that no image id is negative.
+    """
+    inverse, ordinary = inverse_row_norms(x, dtype)
+    if ordinary and not padded:
+        return inverse, True
+    return torch.where((image_id < 0) | (inverse >= 1 / norm_eps(dtype)), 0, inverse), False
+
+
+def cosines(x: Operand, y: Operand, images: Images) -> Tensor:
     """(B, K, K) of x and y (N, D), whose inverse norms are given."""
-    out = inverse[0].new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
-    with nvtx.annotate("within images", domain="betaclip"):
-        x_buffer, y_buffer = images.buffers(x, 2)
-        for lo, hi in images.chunks(x):
-            u, _ = images.unit_rows(x, inverse[0], lo, hi, x_buffer)
-            v, _ = images.unit_rows(y, inverse[1], lo, hi, y_buffer)
-            out[lo:hi] = torch.bmm(u, v.mT)
+    assert x.inverse_norm is not None
+    out = x.inverse_norm.new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
+    shape, dtype = images.buffer_shape(x.rows), exact_dtype(x.rows.new_empty(0, dtype=out.dtype))
+    with nvtx.annotate("within images", domain="betaclip"), scratch([shape] * 2, dtype, out.device) as buffers:
+        for lo, hi in images.chunks(x.rows):
+            u, v = (images.unit_rows(side, lo, hi, buffer)[0] for side, buffer in zip((x, y), buffers, strict=True))
+            if dtype == out.dtype:
+                torch.bmm(u, v.mT, out=out[lo:hi])
+            else:
+                out[lo:hi] = torch.bmm(u, v.mT)
     return out
 
 
 def raw_gradients(
-    x: Tensor,
-    y: Tensor,
-    inverse: tuple[Tensor, Tensor],
+    x: Operand,
+    y: Operand,
     images: Images,
     dx: Tensor,
     dy: Tensor,
@@ -104,35 +130,37 @@ def raw_gradients(
     """
     outs = [
         between
-        if gain is None and images.slots is None and between.dtype == rows.dtype
-        else torch.empty(rows.shape if between.dim() == 2 else (0,), dtype=rows.dtype, device=rows.device)
-        for rows, between in ((x, dx), (y, dy))
+        if gain is None and images.slots is None and between.dtype == side.rows.dtype
+        else torch.empty(side.rows.shape if between.dim() == 2 else (0,), dtype=side.rows.dtype, device=dx.device)
+        for side, between in ((x, dx), (y, dy))
     ]
     if images.slots is not None:
         for out in outs:
             out.zero_()
-    with nvtx.annotate("within images, backward", domain="betaclip"):
-        x_buffer, y_buffer, sum_buffer, product_buffer = images.buffers(x, 4)
-        for lo, hi in images.chunks(x):
-            u, u_inverse = images.unit_rows(x, inverse[0], lo, hi, x_buffer)
-            v, v_inverse = images.unit_rows(y, inverse[1], lo, hi, y_buffer)
-            block = dcosines[lo:hi].double()
+    shape, dtype = images.buffer_shape(x.rows), exact_dtype(dcosines)
+    with nvtx.annotate("within images, backward", domain="betaclip"), scratch([shape] * 4, dtype, dx.device) as buffers:
+        x_buffer, y_buffer, sum_buffer, product_buffer = buffers
+        for lo, hi in images.chunks(x.rows):
+            u, u_inverse = images.unit_rows(x, lo, hi, x_buffer)
+            v, v_inverse = images.unit_rows(y, lo, hi, y_buffer)
+            block, buffer = dcosines[lo:hi].to(dtype), product_buffer[: hi - lo]
             for out, between, own, own_inverse, other, weights in (
                 (outs[0], dx, u, u_inverse, v, block),
                 (outs[1], dy, v, v_inverse, u, block.mT),
             ):
-                if between.dim() == 2:
-                    g = images.rows(between, lo, hi)
-                    g = torch.mul(g, 1.0 if gain is None else gain, out=_shaped(sum_buffer, g)).baddbmm_(weights, other)
-                    images.write_rows(out, lo, hi, _through_norm(g, own, own_inverse, product_buffer))
+                if between.dim() < 2:  # not needed
+                    continue
+                direct = images.slots is None and out.dtype == dtype
+                g = images.rows(out, lo, hi) if direct else sum_buffer[: hi - lo]
+                if not direct or out is not between:
+                    torch.mul(images.rows(between, lo, hi), 1.0 if gain is None else gain, out=g)
+                _through_norm(g.baddbmm_(weights, other), own, own_inverse, buffer)
+                if not direct:
+                    images.write_rows(out, lo, hi, g)
     return outs[0], outs[1]
 
 
-def _through_norm(g: Tensor, u: Tensor, inverse: Tensor, buffer: Tensor) -> Tensor:
+def _through_norm(g: Tensor, u: Tensor, inverse: Tensor, buffer: Tensor) -> None:
     """(g - u <u, g>) / |x| in place: the gradient of rows x from that of the normalised rows u."""
-    radial = torch.mul(u, g, out=_shaped(buffer, g)).sum(2, keepdim=True)
-    return g.addcmul_(u, radial, value=-1).mul_(inverse)
-
-
-def _shaped(buffer: Tensor, like: Tensor) -> Tensor:
-    return buffer[: like.numel()].view(like.shape)
+    radial = torch.mul(u, g, out=buffer).sum(2, keepdim=True)
+    g.addcmul_(u, radial, value=-1).mul_(inverse)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, raw_gradients
 
 B, K, D = 6, 5, 24
@@ -25,22 +26,23 @@ def test_matches_autograd(ragged, chunk_elements):
     image_id, slots = layout(ragged)
     x, y = (torch.randn(len(image_id), D, dtype=torch.float64, requires_grad=True) for _ in range(2))
     images = Images(B, K, slots, chunk_elements)
-    inverse = inverse_norms(x.detach(), image_id, x.dtype), inverse_norms(y.detach(), image_id, y.dtype)
+    sides = [Operand(t.detach(), image_id, *inverse_norms(t.detach(), image_id, t.dtype)[:1], t.dtype) for t in (x, y)]
     place = torch.arange(B * K).view(B, K) if slots is None else slots
     u, v = (F.normalize(t, dim=-1) for t in (x, y))
     empty = (place < 0)[..., None]
     truth = u[place].masked_fill(empty, 0) @ v[place].masked_fill(empty, 0).mT
-    torch.testing.assert_close(cosines(x.detach(), y.detach(), inverse, images), truth.detach())
+    torch.testing.assert_close(cosines(*sides, images), truth.detach())
     dcosines = torch.randn(B, K, K, dtype=torch.float64).masked_fill(empty | empty.mT, 0)
     du, dv = torch.randn_like(x), torch.randn_like(y)
     expected = torch.autograd.grad((truth * dcosines).sum() + 3 * (u * du).sum() + 3 * (v * dv).sum(), (x, y))
     gain = torch.tensor(3.0, dtype=torch.float64)
     for terms in ((du, dv, dcosines, gain), (3 * du, 3 * dv, dcosines)):
-        ours = raw_gradients(x.detach(), y.detach(), inverse, images, *terms)
+        ours = raw_gradients(*sides, images, *terms)
         torch.testing.assert_close(ours, expected)
 
 
 def test_inverse_norms():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-13, 0.0], [torch.nan, 1.0], [3.0, 4.0]])
-    inverse = inverse_norms(x, torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), torch.float32)
+    inverse, complete = inverse_norms(x, torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), torch.float32)
+    assert not complete
     torch.testing.assert_close(inverse, torch.tensor([0.2, 0.0, 0.0, torch.nan, 0.0]), equal_nan=True)
