@@ -145,8 +145,12 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
-    # (B, K) sums over the targets of each row. A row without any, such as one that is not valid, does not count.
-    totals = [targets.sum(dim - 3).expand(layout.images, layout.texts_per_image) for dim in (2, 1)]
+    # (2, B or 1, K, K), for rows of image embeddings and for rows of texts, like all that follows. A row without any
+    # target, such as one that is not valid, does not count.
+    targets = targets if targets.dim() == 3 else targets.unsqueeze(0)
+    targets = torch.stack((targets, targets.mT))
+    totals = targets.sum(3).expand(2, layout.images, layout.texts_per_image)
+    counted = totals != 0
     call = Call(
         name, "ce", options.padding, False, conditioned=conditioned is not None, reduction=options.reduction,
         smoothed=options.label_smoothing > 0, weighted=weights is not None, extra=extra is not None,
@@ -156,39 +160,34 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     between_x, between_y, cosines = contrast_logsumexp(
         batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text), options.keep
     )
+    if extra is not None:
+        of_extra = extra.logsumexp(batch, layout, backend(extra.text), options.keep)
+        between_x = torch.logaddexp(of_extra, between_x)
+    between = torch.stack([layout.to_slots(rows, -torch.inf) for rows in (between_x, between_y)])
     logits = batch.scale * cosines
+    logits = torch.stack((logits, logits.mT))
     contrasted = logits
     if valid_pairs is not None and options.padding == "ignore":
         # The smallest finite number, so that an image without any text has finite gradients.
         contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
-    target = targets * logits
-    of_target = [_share(target.sum(dim), total) for dim, total in zip((2, 1), totals, strict=True)]
+    of_target = _share((targets * logits).sum(3), totals)
     if options.label_smoothing:
         uniform = _logits_of_means(batch, layout, extra, group)
-        of_target = [
-            torch.lerp(own, mean, options.label_smoothing) for own, mean in zip(of_target, uniform, strict=True)
-        ]
-    rows, count_rows = [], []
-    for dim, between, own, total in zip((2, 1), (between_x, between_y), of_target, totals, strict=True):
-        lse = torch.logaddexp(layout.to_slots(between, -torch.inf), contrasted.logsumexp(dim))
-        if extra is not None and dim == 2:
-            of_extra = extra.logsumexp(batch, layout, backend(extra.text), options.keep)
-            lse = torch.logaddexp(layout.to_slots(of_extra, -torch.inf), lse)
-        rows.append(torch.where(total != 0, lse - own, 0))
-        count_rows.append(total != 0)
+        of_target = torch.lerp(of_target, torch.stack(uniform), options.label_smoothing)
+    lse = torch.logaddexp(between, contrasted.logsumexp(3))
+    rows = torch.where(counted, lse - of_target, 0)
     if conditioned is not None:
         terms, exist = conditioned.softmax_terms(cosines.diagonal(dim1=1, dim2=2), batch.scale)
-        rows.append(terms)
-        count_rows.append(exist)
+        rows, counted = torch.cat((rows, terms.unsqueeze(0))), torch.cat((counted, exist.unsqueeze(0)))
     if inputs.pair_weights is None:
         warn_if_beta_cancels(inputs.image_embeds, batch, options.beta)
     if weights is not None:
-        rows = [weights * row for row in rows]
+        rows, counted = weights * rows, weights * counted
     if options.reduction == "none":
-        return batch.as_given((rows[0] + rows[1]) / 2 + options.conditioned_weight * sum(rows[2:]))
-    counts = [count.sum() if weights is None else (weights * count).sum() for count in count_rows]
-    means = _mean(*over_ranks(torch.stack([row.sum() for row in rows]), torch.stack(counts), group))
-    return means[:2].sum() / 2 + options.conditioned_weight * means[2:].sum()
+        return batch.as_given((rows[0] + rows[1]) / 2 + options.conditioned_weight * rows[2:].sum(0))
+    means = _mean(*over_ranks(rows.sum((1, 2)), counted.sum((1, 2)), group))
+    mean = means[:2].sum() / 2
+    return mean if conditioned is None else mean + options.conditioned_weight * means[2]
 
 
 @_eager_over_ranks
@@ -255,7 +254,7 @@ def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tu
 
 
 def _share(target: Tensor, total: Tensor) -> Tensor:
-    """(B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
+    """(2, B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
     return target / torch.where(total != 0, total, 1)
 
 

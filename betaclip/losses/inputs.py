@@ -141,8 +141,8 @@ def weights_of_pairs(batch: Batch, alpha: float, beta: Tensor | float, pair_weig
             raise ValueError(f"pair_weights: expected real weights, got {pair_weights.dtype}")
         expect("pair_weights", pair_weights, "as image_embeds", device=like.device)
         return pair_weights.to(like.dtype)
-    own = torch.eye(texts_per_image, dtype=like.dtype, device=like.device)
-    return alpha * own + as_scalar("beta", beta, like, like.dtype) * (1 - own)
+    own = torch.eye(texts_per_image, dtype=torch.bool, device=like.device)
+    return torch.where(own, alpha, as_scalar("beta", beta, like, like.dtype))
 
 
 def prepare_row_weights(batch: Batch, weights: Tensor | None, padding: str) -> Tensor | None:
@@ -210,7 +210,12 @@ def warn_if_beta_cancels(image_embeds: Tensor, batch: Batch, beta: Tensor | floa
     if not isinstance(beta, Tensor) and beta == 0:
         return
     rows, expanded = batch.image.detach(), image_embeds.dim() == 3 and image_embeds.stride(1) == 0
-    if expanded or (_may_compare(rows) and _rows_of_an_image_are_equal(rows, batch.layout.image_id)):
+    if not expanded and not _may_compare(rows):
+        return
+    plain = batch.layout.slots is None and batch.valid is None  # the first two rows are those of the first image
+    if not expanded and plain and len(rows) and not torch.equal(rows[0], rows[1]):
+        return
+    if expanded or _rows_of_an_image_are_equal(rows, batch.layout.image_id):
         _warn_that_beta_cancels()
 
 
