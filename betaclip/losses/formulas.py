@@ -217,11 +217,10 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     logits = batch.scale * cosines
     if bias is not None:
         logits = logits + bias
-    positives = targets * -F.logsigmoid(logits)  # softplus(-logits); F.softplus leaves out e^-20 beyond 20
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
-        positives = positives * valid_pairs
-    within = positives.sum(2)
+        targets = targets * valid_pairs
+    within = -(targets * F.logsigmoid(logits)).sum(2)  # softplus(-logits), which F.softplus rounds beyond 20
     if conditioned is not None:
         within = within + options.conditioned_weight * conditioned.softplus_sums(batch.scale, bias)
     counted = (

@@ -31,6 +31,7 @@ from betaclip.kernels.precision import row_norms
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
 
+# Up to here all pairs are compared for equal images, as a look for ranges that hold them all would cost more.
 _FEW_PAIRS = 2**17
 
 
@@ -45,8 +46,8 @@ class Blockwise:
     reads: those of as many tiles as fit, in order. None: nothing is kept.
     """
 
-    rows: int = 768
-    cols: int = 2304
+    rows: int = 1152
+    cols: int = 1152
     search_rows: int = 192
     kept: Tensor | None = None
 
@@ -276,10 +277,9 @@ class _Tiles:
         self.x, self.y, self.block = x, y, block
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self._tile, self._scratch_tile, self.left, self.right = buffers
-        # Of few pairs, all are compared: that costs less than to look for ranges that hold those of the same image.
-        all_pairs = x.count * y.count <= _FEW_PAIRS
-        self._search_rows = max(x.count, 1) if all_pairs else search_rows
-        self._same_image = [(0, y.count)] if all_pairs else _same_image_ranges(x.image_id, y.image_id, search_rows)
+        few = x.count * y.count <= _FEW_PAIRS
+        self._search_rows = max(x.count, 1) if few else search_rows
+        self._same_image = [(0, y.count)] if few else _same_image_ranges(x.image_id, y.image_id, search_rows)
 
     def blocks(self, wanted_x: Tensor | None = None, wanted_y: Tensor | None = None) -> Iterator[_Block]:
         """All blocks; or those with a wanted row or column, of which there is a bool for each."""

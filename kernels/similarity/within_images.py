@@ -13,7 +13,7 @@ import nvtx
 import torch
 from torch import Tensor
 
-from betaclip.kernels.memory import scratch
+from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.precision import accumulation_dtype, inverse_row_norms, norm_eps
 from betaclip.kernels.similarity.contract import Operand, zero_rows
 
@@ -131,7 +131,7 @@ def raw_gradients(
     outs = [
         between
         if gain is None and images.slots is None and between.dtype == side.rows.dtype
-        else torch.empty(side.rows.shape if between.dim() == 2 else (0,), dtype=side.rows.dtype, device=dx.device)
+        else on_huge_pages(between.new_empty(between.shape, dtype=side.rows.dtype))
         for side, between in ((x, dx), (y, dy))
     ]
     if images.slots is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from betaclip.kernels.memory import aligned, forget, kept_bytes, scratch
+from betaclip.kernels.memory import aligned, forget, kept_bytes, on_huge_pages, scratch
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,12 @@ def test_made_in_inference_mode_it_serves_training():
         pass
     with scratch([(4,)], torch.float32, CPU) as (x,):
         assert not x.is_inference()
+
+
+@pytest.mark.parametrize("elements", [0, 7, 3 * 2**20 + 5])
+def test_advice_about_pages_changes_nothing_else(elements):
+    t = torch.arange(elements, dtype=torch.float32)
+    assert on_huge_pages(t) is t and torch.equal(t, torch.arange(elements, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,20 @@ def test_work_at_any_norm(norm, scale, spread, passes):
     torch.testing.assert_close(torch.cat((lse_x, lse_y)), truth.float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("largest", [1.0, 80.0, 300.0])
+def test_one_exponential_for_softplus_and_sigmoid(largest):
+    """Where no logit of a tile is large, whatever bound their norms allow, and where one is: exact in both tails."""
+    x, y = torch.zeros(3, 2), torch.zeros(50, 2)
+    x[:, 0], y[:, 0], y[:, 1], y[7, 0] = 1, -torch.arange(50), 400, largest
+    x.requires_grad_()
+    rows = similarity_softplus(x, y, torch.tensor(1.0), backend=BACKEND)
+    logits = y[:, 0].double()
+    truth = torch.logaddexp(logits, torch.zeros_like(logits))
+    torch.testing.assert_close(rows.double(), truth.sum().expand(3), rtol=1e-6, atol=0)
+    (dx,) = torch.autograd.grad(rows.sum(), x)
+    torch.testing.assert_close(dx.double(), (logits.sigmoid() @ y.double()).expand(3, 2), rtol=1e-6, atol=0)
+
+
 def _plain(n: int, m: int) -> dict[str, Tensor | None]:
     return {}
 
