@@ -8,7 +8,7 @@
 N = images × texts per image, the side of the matrix of similarities.
 
 "speed-up" is against the published form (clip and siglip: open_clip). "of mm" is the least FLOP that the loss needs
-without keeping the matrix (8 N²D softmax, 6 N²D sigmoid, 2 N²D forward), over the time, over the rate of torch.mm; all
+(6 N²D, 2 N²D forward; 2 N²D more where a softmax keeps no exponentials), over the time, over the rate of torch.mm; all
 in the same rounds. Extra memory is the peak above what existed before, gradients included. Errors are
 max |difference| / max |truth| against betaclip's dense reference in float64.
 """
@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from common.batches import Batch, synthetic_batch
@@ -25,9 +26,11 @@ from common.comparison import Call, Comparison
 from common.figures import Figure
 from common.harness import Unavailable, free_bytes
 from common.losses import FORMS, Implementation, implementations, loss_flop, reference
-from common.report import LOSS_ERRORS
+from common.report import LOSS_ERRORS, memory
 from common.rows import Row
 from common.session import Benchmark, Session, at_least
+
+from betaclip.kernels.similarity.operators import keep_bytes
 
 # The smallest are one device's share of a batch over many; sizes of several texts per image are multiples of 36.
 SIZES = {"cpu": (108, 288, 2304, 4608, 9216), "cuda": (108, 288, 2304, 9216, 36864, 147456, 589824)}
@@ -38,43 +41,43 @@ MATRIX_ROWS = {"cpu": 4608, "cuda": 16384}  # up to here torch.mm's rate is meas
 
 
 def bound_bytes(row: Row) -> float:
-    """The peak that betaclip stays below: on the CPU twice the inputs and 96 MiB, of which some 20 MiB are scratch that
-    a thread keeps between calls; on GPUs four times the inputs and 512 MB."""
+    """The peak that betaclip stays below: on the CPU twice the inputs, 96 MiB, of which some 15 MiB are scratch that a
+    thread keeps between calls, and the exponentials; on GPUs four times the inputs and 512 MB."""
+    kept = min(int(row.get("budget_bytes") or 0), 4 * int(row["n"]) ** 2)
     inputs = 2 * int(row["n"]) * int(row["dim"]) * getattr(torch, row["dtype"]).itemsize
-    return 2 * inputs + 96 * 2**20 if row["device"].startswith("cpu") else 4 * inputs + 512 * 10**6
+    return 2 * inputs + 96 * 2**20 + kept if row["device"].startswith("cpu") else 4 * inputs + 512 * 10**6
 
 
 BENCHMARK = Benchmark(
     name="loss_throughput",
     suffix="",
     minutes=3,
-    columns=LOSS_ERRORS,
-    figure=Figure(
-        panel=("k", "K"),
-        x=("n", "N = images × texts per image"),
-        same=("dim",),
-        bound=bound_bytes,
-    ),
+    columns={"budget": memory("budget_bytes"), **LOSS_ERRORS},
+    figure=Figure(panel=("k", "K"), x=("n", "N = images × texts per image"), same=("dim",), bound=bound_bytes),
 )
 
 
 class LossComparison(Comparison):
     """All implementations of one form on one batch."""
 
-    def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], budget: Budget) -> None:
+    def __init__(self, form: str, batch: Batch, chosen: dict[str, Implementation], budget: Budget, keep: int = 0):
         images, k, dim = batch.image.shape
-        self.batch, self.n, self.dim = batch, images * k, dim
+        self.batch, self.n, self.dim, self.keep = batch, images * k, dim, keep
         self.small = batch.to_leaves(images=slice(max(2, 512 // k)))
         chosen = {name: value for name, value in chosen.items() if form in value.forms}
         mm = min(self.n, MATRIX_ROWS[batch.image.device.type]), dim
         super().__init__(form, {"n": self.n, "k": k, "dim": dim}, chosen, batch.image, budget, mm)
 
     def flop(self, phase: str) -> float:
-        return loss_flop(self.form, phase, self.n, self.dim)
+        return loss_flop(self.form, phase, self.n, self.dim, self.keep // max(4, self.dtype.itemsize))
+
+    def values(self, name: str, *of_call: Any) -> dict[str, Any]:
+        return {"budget_bytes": self.keep if name.startswith("betaclip") else None, **super().values(name, *of_call)}
 
     def prepare(self, name: str) -> Call:
         implementation = self.chosen[name]
-        loss = implementation.build(self.form, self.batch)
+        options = {"keep": self.keep} if name.startswith("betaclip") else {}
+        loss = implementation.build(self.form, self.batch, **options)
         small = None if implementation.compiles else Call(lambda: loss(self.small), self.small.leaves)
         # A GPU only needs to be spared a matrix that cannot exist; the CPU's memory must not run out.
         itemsize = self.batch.image.itemsize if self.device.type == "cuda" else 4 * implementation.copies
@@ -97,8 +100,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--sizes", nargs="+", type=int, metavar="N", help="default: what fits the device")
     add("--texts", type=at_least(1), default=36, metavar="K", help="texts per image of ce and bce (default 36)")
     add("--dim", type=at_least(1), default=512, metavar="D", help="width of the embeddings (default 512)")
-    smoke = {"sizes": [96], "texts": 12, "dim": 64}
-    args = BENCHMARK.parse(parser, argv, implementations(), smoke)
+    add("--keep", type=at_least(0), metavar="BYTES", help="budget of betaclip (default: the device's)")
+    args = BENCHMARK.parse(parser, argv, implementations(), {"sizes": [96], "texts": 12, "dim": 64})
     for n in args.sizes or ():
         if n % args.texts or n < 2 * args.texts:
             parser.error(f"--sizes: expected multiples of K = {args.texts} from {2 * args.texts} on, got {n}")
@@ -111,12 +114,11 @@ def comparisons(args: argparse.Namespace, session: Session) -> dict[str, Callabl
     def compare(form: str, n: int) -> list[Row]:
         k = args.texts if form in PER_IMAGE else 1
         batch = synthetic_batch(n // k, k, args.dim, args.dtype, args.device)
-        return session.measure(LossComparison(form, batch, args.chosen, session.budget))
+        keep = keep_bytes("auto" if args.keep is None else args.keep, args.device) if form in ("ce", "clip") else 0
+        return session.measure(LossComparison(form, batch, args.chosen, session.budget, keep))
 
-    defaults = {form: PAIR_SIZES[args.device.type] for form in args.forms}
-    per_image = [n for n in SIZES[args.device.type] if n >= 2 * args.texts]
-    defaults |= {form: per_image for form in args.forms if form in PER_IMAGE}
-    sizes = {form: args.sizes or defaults[form] for form in args.forms}
+    pairs, per_image = PAIR_SIZES[args.device.type], [n for n in SIZES[args.device.type] if n >= 2 * args.texts]
+    sizes = {form: args.sizes or (per_image if form in PER_IMAGE else pairs) for form in args.forms}
     ascending = sorted({n for form in args.forms for n in sizes[form]})
     return {f"{form}, N = {n}": partial(compare, form, n) for n in ascending for form in args.forms if n in sizes[form]}
 

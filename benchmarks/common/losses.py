@@ -52,12 +52,12 @@ class Implementation:
     compiles: bool = False
 
 
-def loss_flop(form: str, phase: str, n: int, dim: int) -> int:
-    """FLOP that a loss which keeps no N × N matrix needs: S for the value; S again, dV and dT for softmax
-    gradients; dV and dT only for sigmoid ones, which need no statistic of the whole matrix.
+def loss_flop(form: str, phase: str, n: int, dim: int, kept: int = 0) -> int:
+    """FLOP that a loss needs: S for the value; dV and dT for gradients. For those of a softmax also S again, except
+    ``kept`` elements; a sigmoid's need no statistic of the whole matrix.
     """
-    products = 1 if phase == "forward" else {"ce": 4, "clip": 4, "bce": 3, "siglip": 3}[form]
-    return 2 * products * n * n * dim
+    again = max(n * n - kept, 0) if form in ("ce", "clip") else 0
+    return 2 * dim * (n * n if phase == "forward" else 3 * n * n + again)
 
 
 def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, compiled: bool = False) -> Loss:
@@ -70,7 +70,6 @@ def _dense(table: Mapping[str, Callable[..., Tensor]], form: str, batch: Batch, 
 
 
 def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
-    """PyTorch's own."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy (torch >= 2.13 has)")
     from torch.nn import LinearCrossEntropyOptions
@@ -86,7 +85,6 @@ def _linear_cross_entropy(form: str, batch: Batch) -> Loss:
 
 
 def _fused_cross_entropy(module: str, name: str, form: str, batch: Batch) -> Loss:
-    """A peer's linear layer with cross-entropy."""
     return both_ways(getattr(peer(module, batch.image, needs_gpu=True), name), batch)
 
 
@@ -104,10 +102,10 @@ def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], batch: 
     return loss
 
 
-def _betaclip(backend: str, form: str, batch: Batch, gather: bool | str = False) -> Loss:
+def _betaclip(backend: str, form: str, batch: Batch, gather: bool | str = False, keep: int | str = "auto") -> Loss:
     if backend != "auto":
         require(backend, batch.image, BACKENDS[backend](batch.image.flatten(0, 1), batch.text.flatten(0, 1)))
-    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend, gather=gather)
+    loss = BetaCALLoss("bce" if form in ("bce", "siglip") else "ce", BETA, backend=backend, gather=gather, keep=keep)
     if form != "siglip":
         return lambda b: loss(b.image, b.text, b.scale)
     return lambda b: len(b.image) * loss(b.image, b.text, b.scale, logit_bias=b.bias)

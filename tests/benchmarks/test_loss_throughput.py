@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def fake_implementations(**fakes):
     return {
-        name: losses.Implementation(("ce",), lambda form, batch, loss=loss: loss, **options)
+        name: losses.Implementation(("ce",), lambda form, batch, loss=loss, keep=0: loss, **options)
         for name, (loss, options) in fakes.items()
     }
 
@@ -117,6 +117,7 @@ def test_bound():
     inputs = 2 * 9216 * 512
     row = {"n": "9216", "dim": "512", "dtype": "float32", "device": "cpu-2x"}
     assert loss_throughput.bound_bytes(row) == 2 * inputs * 4 + 96 * 2**20
+    assert loss_throughput.bound_bytes({**row, "budget_bytes": "1000"}) == 2 * inputs * 4 + 96 * 2**20 + 1000
     gpu = {**row, "dtype": "bfloat16", "device": "nvidia-h100"}
     assert loss_throughput.bound_bytes(gpu) == 4 * inputs * 2 + 512 * 10**6
 
@@ -182,7 +183,9 @@ def test_smoke_run(tmp_path, monkeypatch, capfd):
         middle = assert_timed(row)
         assert float(row["loss_error"]) < 1e-5
         assert (row["gradient_error"] == "") == (row["phase"] == "forward")
-        flop = losses.loss_flop(row["form"], row["phase"], 96, 64)
+        ours = row["implementation"].startswith("betaclip")
+        assert (row["budget_bytes"] or "0") == (str(256 * 2**20) if ours and row["form"] in ("ce", "clip") else "0")
+        flop = losses.loss_flop(row["form"], row["phase"], 96, 64, 96 * 96)
         assert float(row["share_of_mm"]) == pytest.approx(flop / middle / 1e9 / float(row["mm_tflops"]), rel=1e-3)
         if row["gradient_error"]:
             assert float(row["gradient_error"]) < 1e-4

@@ -59,6 +59,7 @@ def test_flop_formulas():
     for form, products in (("ce", 4), ("clip", 4), ("bce", 3), ("siglip", 3)):
         assert losses.loss_flop(form, "forward", n, dim) == 2 * n * n * dim
         assert losses.loss_flop(form, "forward+backward", n, dim) == products * 2 * n * n * dim
+        assert losses.loss_flop(form, "forward+backward", n, dim, n * n) == 3 * 2 * n * n * dim
 
 
 @pytest.mark.parametrize("form", ["ce", "bce"])
