@@ -50,6 +50,10 @@ Backend = str | SimilarityBackend
 # On the CPU 256 MiB hold all of them up to N = 8192. No GPU backend keeps any.
 KEEP_BYTES = {"cpu": 256 * 2**20}
 
+# Up to so many elements, 16-bit rows are widened once on the CPU, which reads them faster then. More of them are
+# widened a block at a time, for memory in proportion to the inputs.
+_WIDENED_ELEMENTS = 2**21
+
 
 def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
     """The object behind a backend's resolved name, which is about to run ``operation``. Backends of an architecture's
@@ -219,7 +223,8 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
         dx, dy, dscale = chosen.similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
-    return *_finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots)), dscale
+    dx, dy = _finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots))
+    return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
 @without_autocast
@@ -256,11 +261,13 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
     layout = Images(images, texts_per_image, slots)
     if formed:
         dx, dy, dscale, dbias = formed
-        return *_finish(operands, dx, dy, dcosines, layout, dsums), dsums * dscale, dsums * dbias
+        dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums)
+        return dx.to(x.dtype), dy.to(y.dtype), dsums * dscale, dsums * dbias
     with nvtx.annotate("between images, backward", domain="betaclip"):
         chosen = local_backend("similarity_softplus", backend, *operands)
         _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(*operands, scale, bias, dsums, need_dx, need_dy)
-    return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
+    dx, dy = _finish(operands, dx, dy, dcosines, layout)
+    return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
 
 
 def _kept_elements(x: Tensor, y: Tensor, scale: Tensor, keep: int, backend: Backend) -> int | torch.SymInt:
@@ -284,6 +291,7 @@ def _operands(  # type: ignore[no-untyped-def]
         y_text_id = x_text_id
     if not images:
         return Operand(x, x_image_id, None, dtype, x_text_id), Operand(y, y_image_id, None, dtype, y_text_id)
+    x, y = _widened(x), _widened(y)
     padded_x = may_be_padded(x_image_id)
     padded_y = padded_x if y_image_id is x_image_id else may_be_padded(y_image_id)
     inverse_x, complete_x = inverse_norms(x, x_image_id, scale.dtype, padded_x)
@@ -292,6 +300,11 @@ def _operands(  # type: ignore[no-untyped-def]
         Operand(x, x_image_id, inverse_x, dtype, x_text_id, complete_x),
         Operand(y, y_image_id, inverse_y, dtype, y_text_id, complete_y),
     )
+
+
+def _widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is 16 bits wide, on the CPU and not large."""
+    return x.float() if x.device.type == "cpu" and x.itemsize < 4 and x.numel() <= _WIDENED_ELEMENTS else x
 
 
 def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:

@@ -368,14 +368,14 @@ def test_few_operators_in_a_small_batch(form, most, images, texts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_allocates_little_but_gradients(form, dtype):
-    """Scratch is reused, so that new memory of the inputs' size is the gradients, in float32 and in the inputs' dtype,
-    and the exponentials that are kept."""
+    """Scratch is reused, so that new memory of the inputs' size is the gradients, and the exponentials that are kept;
+    beside small 16-bit inputs also these in float32, forward and backward."""
     image, text = (torch.randn(64, 4, 128, requires_grad=True, dtype=dtype) for _ in range(2))
     loss = BetaCALLoss(form, backend=Blockwise(64, 64))
     gradients(loss(image, text, 10.0), image, text)
     with Dispatches(image.nbytes // 2) as count:
         gradients(loss(image, text, 10.0), image, text)
-    assert count.allocations == {"ce": 3 if dtype == torch.float32 else 5, "bce": 4}[form]
+    assert count.allocations == {"ce": 3, "bce": 4}[form] + (6 if dtype == torch.bfloat16 else 0)
 
 
 def test_module_copies_and_learns_beta():
