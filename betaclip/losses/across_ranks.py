@@ -16,8 +16,10 @@ All ranks must call the same losses in the same order.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -102,6 +104,8 @@ class AcrossRanks:
     this is. num_pieces: as :func:`pieces`.
     """
 
+    serves_prefixes = True
+
     def __init__(
         self,
         backend: Backend,
@@ -117,16 +121,16 @@ class AcrossRanks:
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         x = self._agree(x, y)
-        rows = scale.new_full((x.rows.shape[0],), -torch.inf)
+        rows = scale.new_full((len(x.slices), x.rows.shape[0]), -torch.inf)
 
         def contrast(texts: Tensor, *ids: Tensor) -> Tensor:
             columns = _columns(y, texts, *ids)
             lse_x, lse_y = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_fwd(x, columns, scale)
             torch.logaddexp(rows, lse_x, out=rows)
-            return lse_y
+            return lse_y.T.contiguous()
 
         lse_y = self.shards.for_each(partial(self._shard, y), [], contrast, "logsumexp", keep=self.wanted.any)
-        return rows, _own(lse_y, y, scale)
+        return rows, _own(lse_y, y, scale).T.contiguous()
 
     def similarity_logsumexp_bwd(
         self,
@@ -142,11 +146,11 @@ class AcrossRanks:
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, sums, dy_wanted = self._across(x), _Sums(), self.wanted.text
         max_rows = self.shards.max_rows
-        statistics = torch.stack((_fill(lse_y, max_rows, -torch.inf), _fill(dlse_y, max_rows, 0)), 1)
+        statistics = torch.stack((_fill(lse_y.T, max_rows, -torch.inf), _fill(dlse_y.T, max_rows, 0)), 1)
 
         def contrast(texts: Tensor, *ids_and_statistics: Tensor) -> Tensor | None:
             *ids, statistics = ids_and_statistics
-            columns, (lse, dlse) = _columns(y, texts, *ids), statistics.T.contiguous()
+            columns, (lse, dlse) = _columns(y, texts, *ids), statistics.permute(1, 2, 0).contiguous()
             dx, dy, dscale = self._local("similarity_logsumexp", x, columns).similarity_logsumexp_bwd(
                 x, columns, scale, lse_x, lse, dlse_x, dlse, need_dx, dy_wanted
             )
@@ -213,7 +217,7 @@ class AcrossRanks:
         assert x.image_id is not None
         ids = torch.where(x.image_id < 0, -1, x.image_id + self.group.rank * self.shards.ids_per_rank)
         text_id = None if x.text_id is None else renumbered(x.text_id, self._text_ids)
-        return Operand(x.rows, ids, x.inverse_norm, x.dtype, text_id)
+        return replace(x, image_id=ids, text_id=text_id)
 
     def _local(self, operation: str, x: Operand, y: Operand) -> SimilarityBackend:
         return local_backend(operation, self.backend, x, y)
@@ -293,16 +297,18 @@ class _Shards:
         rows, depth = x.rows.shape
         columns = y.rows.shape[0]
         chosen = {**call._asdict(), "gather": self.transport, "dtype": x.dtype}
-        numbers = [rows, columns, depth, *wanted, *(choices.index(chosen[name]) for name, choices in _CHOICES.items())]
+        places = [choices.index(chosen[name]) for name, choices in _CHOICES.items()]
+        numbers = [rows, columns, depth, crc32(repr(x.dims).encode()), *wanted, *places]
         table = torch.zeros(self.group.size, len(numbers), dtype=torch.int64)
         table[self.group.rank] = torch.tensor(numbers)
         with self._explained():
             per_rank = list(zip(*self.group.sum(table.to(x.rows.device)).tolist(), strict=True))
-        row_counts, column_counts, depths, any_wanted, text_wanted, *codes = per_rank
+        row_counts, column_counts, depths, checksums, any_wanted, text_wanted, *codes = per_rank
         alike = {
             name: [choices[c] for c in code] for (name, choices), code in zip(_CHOICES.items(), codes, strict=True)
         }
-        for name, values in {**alike, "D": depths, "a gradient is wanted": any_wanted}.items():
+        numbers_alike = {"D": depths, "dims (checksums)": checksums, "a gradient is wanted": any_wanted}
+        for name, values in {**alike, **numbers_alike}.items():
             if len(set(values)) > 1:
                 shown = ", ".join(str(value) for value in values)
                 raise RuntimeError(
@@ -350,7 +356,7 @@ class _Shards:
             if computed is not None and merge == "sum":
                 returning.append(self._reduce_scatter(computed))
             elif computed is not None:
-                returning.append(InFlight([computed.view(size, hi - lo)], []))
+                returning.append(InFlight([computed.unflatten(0, (size, hi - lo))], []))
             lo = hi
         if keep:
             self._kept = [InFlight(tensors, []) for tensors, _ in kept]
@@ -391,7 +397,7 @@ class _Shards:
             return InFlight([own], [reduce(own, t.contiguous(), group=self.group.group, async_op=True)])
 
     def _exchange(self, t: Tensor) -> Tensor:
-        """(W, n), a row from each rank for this one, out of (W, n), a row of this one for each rank."""
+        """(W, n, P), statistics from each rank for this one, out of (W, n, P), those from this one for each rank."""
         others = torch.empty_like(t)
         with self._explained():
             dist.all_to_all_single(others, t, group=self.group.group)
@@ -434,7 +440,7 @@ def _explained(group: ProcessGroup, what: str) -> Iterator[None]:
 
 def _columns(y: Operand, texts: Tensor, image_id: Tensor, text_id: Tensor | None = None) -> Operand:
     """Columns that have arrived, normalised where they come from."""
-    return Operand(texts, image_id, None, y.dtype, text_id)
+    return Operand(texts, image_id, None, y.dtype, text_id, dims=y.dims)
 
 
 class _Sums:

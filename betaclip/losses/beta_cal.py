@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.formulas import GroupLike, Inputs, Options, sigmoid_loss, softmax_loss
+from betaclip.losses.prefixes import Dims
 
 
 class BetaCALLoss(nn.Module):
@@ -30,11 +31,14 @@ class BetaCALLoss(nn.Module):
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
         keep: bytes of exponentials that the softmax form may keep from forward to backward, for 6·N²·D FLOP instead of
             8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps none.
+        dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
+            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            :func:`beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
         ValueError: ``form``, ``padding``, ``backend``, ``gather``, ``divisor``, ``reduction`` or ``keep`` is unknown;
             ``divisor`` is given for the softmax form or ``label_smoothing`` for the sigmoid form; a weight is negative
-            or not finite.
+            or not finite; ``dims`` are malformed.
 
     Example:
         >>> import torch
@@ -64,12 +68,13 @@ class BetaCALLoss(nn.Module):
         label_smoothing: float = 0.0,
         strict: bool = False,
         keep: int | str = "auto",
+        dims: Dims | None = None,
     ) -> None:
         super().__init__()
         self.form, self.alpha, self.padding, self.backend = form, alpha, padding, backend
         self.gather, self.process_group, self.divisor = gather, process_group, divisor
         self.conditioned_weight, self.reduction, self.label_smoothing = conditioned_weight, reduction, label_smoothing
-        self.strict, self.keep = strict, keep
+        self.strict, self.keep, self.dims = strict, keep, dims
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:
@@ -138,5 +143,5 @@ class BetaCALLoss(nn.Module):
         beta = "learned" if isinstance(self.beta, nn.Parameter) else float(self.beta)
         options = f"form={self.form!r}, beta={beta}, alpha={self.alpha}"
         options += f", label_smoothing={self.label_smoothing}" if self.form == "ce" else f", divisor={self.divisor!r}"
-        options += f", reduction={self.reduction!r}"
+        options += f", reduction={self.reduction!r}" + ("" if self.dims is None else f", dims={self.dims!r}")
         return f"{options}, padding={self.padding!r}, backend={self.backend!r}, gather={self.gather!r}"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.formulas import GroupLike, Inputs, Options, softmax_loss
 from betaclip.losses.inputs import one_text_per_image
+from betaclip.losses.prefixes import Dims
 
 
 class ClipLoss(nn.Module):
@@ -29,9 +30,13 @@ class ClipLoss(nn.Module):
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
         keep: bytes of exponentials that may be kept from forward to backward, for 6·B²·D FLOP instead of 8;
             ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`betaclip.beta_cal_ce_loss`.
+        dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
+            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            :func:`betaclip.beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
-        ValueError: ``backend``, ``gather``, ``reduction`` or ``keep`` is unknown, or ``label_smoothing`` out of range.
+        ValueError: ``backend``, ``gather``, ``reduction`` or ``keep`` is unknown, ``label_smoothing`` out of range, or
+            ``dims`` malformed.
 
     Example:
         >>> import torch
@@ -50,10 +55,12 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         strict: bool = False,
         keep: int | str = "auto",
+        dims: Dims | None = None,
     ) -> None:
         super().__init__()
         self.backend, self.gather, self.process_group = backend, gather, process_group
-        self.reduction, self.label_smoothing, self.strict, self.keep = reduction, label_smoothing, strict, keep
+        self.reduction, self.label_smoothing, self.strict = reduction, label_smoothing, strict
+        self.keep, self.dims = keep, dims
         self.options().check("ce")
 
     def options(self) -> Options:
@@ -61,7 +68,7 @@ class ClipLoss(nn.Module):
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group,
             reduction=self.reduction, label_smoothing=self.label_smoothing, strict=self.strict,
-            keep=self.keep,
+            keep=self.keep, dims=self.dims,
         )  # fmt: skip
 
     def forward(

@@ -18,8 +18,8 @@ from betaclip.losses.inputs import Batch, check_tensor
 class ExtraTexts(NamedTuple):
     """Checked extra texts of a batch.
 
-    image, text: (N, D) and (E, D) unit rows in accumulation dtype, 0 for padded ones. valid: (E,) bool. text_id: (E,)
-    as the layout's, or None.
+    image, text: (N, D) and (E, D) unit rows in accumulation dtype, 0 for padded ones; D is the length of the longest
+    prefix. valid: (E,) bool. text_id: (E,) as the layout's, or None.
     """
 
     image: Tensor
@@ -28,9 +28,10 @@ class ExtraTexts(NamedTuple):
     text_id: Tensor | None
 
     def logsumexp(self, batch: Batch, layout: RowLayout, backend: Backend, keep: int | str) -> Tensor:
-        """(N,) the log-sum-exp of each image embedding's logits with the extra texts; -inf if there is none."""
+        """(P, N) the log-sum-exp of each image embedding's logits with the extra texts; -inf if there is none."""
         image, text, ids = self._operands(batch, layout)
-        return two_sided_logsumexp(image, text, batch.scale, *ids, 0, 0, batch.dtype, backend, keep=keep)[0]
+        options = 0, 0, batch.prefixes.contrasted, batch.dtype, backend
+        return two_sided_logsumexp(image, text, batch.scale, *ids, *options, keep=keep)[0]
 
     def softplus(
         self, batch: Batch, bias: Tensor | None, total: bool, row_weights: Tensor | None, backend: Backend
@@ -48,6 +49,7 @@ class ExtraTexts(NamedTuple):
             torch.is_grad_enabled(),
             0,
             0,
+            batch.prefixes.contrasted,
             batch.dtype,
             backend,
         )[0]
@@ -69,9 +71,10 @@ def prepare_extra_texts(
             raise ValueError("extra_mask: expected extra_texts with it, got None")
         return None
     check_tensor("extra_texts", texts)
-    depth = batch.image.shape[1]
-    if texts.dim() != 2 or texts.shape[1] != depth:
-        raise ValueError(f"extra_texts: expected (E, {depth}), D as in image_embeds, got shape {tuple(texts.shape)}")
+    if texts.dim() != 2 or texts.shape[1] != batch.depth:
+        raise ValueError(
+            f"extra_texts: expected (E, {batch.depth}), D as in image_embeds, got shape {tuple(texts.shape)}"
+        )
     if texts.dtype not in DTYPES:
         raise ValueError(f"extra_texts: expected float16, bfloat16, float32 or float64, got {texts.dtype}")
     expect("extra_texts", texts, "as image_embeds", device=batch.image.device)
@@ -83,6 +86,6 @@ def prepare_extra_texts(
     valid = torch.ones_like(texts[:, 0], dtype=torch.bool) if mask is None else mask
     image, text = (
         unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0))
-        for rows, taken in ((batch.image, layout.image_id >= 0), (texts, valid))
+        for rows, taken in ((batch.image, layout.image_id >= 0), (batch.prefixes.longest(texts), valid))
     )
     return ExtraTexts(image, text, valid, text_id)

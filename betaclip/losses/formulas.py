@@ -5,6 +5,7 @@ options add. The rows are then weighted and reduced, over ranks where several ar
 """
 
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,7 @@ from betaclip.losses.inputs import (
     warn_if_beta_cancels,
     weights_of_pairs,
 )
+from betaclip.losses.prefixes import Dims, Prefixes
 from betaclip.process_group import ProcessGroup
 
 GroupLike = dist.ProcessGroup | DeviceMesh
@@ -62,6 +64,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     strict: bool = False
     keep: int | str = "auto"
+    dims: Dims | None = None
 
     def check(self, form: str) -> "Options":
         """These options.
@@ -76,6 +79,7 @@ class Options(NamedTuple):
         check_backend(self.backend)
         check_gather(self.gather)
         keep_bytes(self.keep, torch.device("cpu"))
+        Prefixes.of(self.dims)
         for name, weight in (
             ("alpha", self.alpha),
             ("beta", self.beta),
@@ -145,8 +149,8 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
-    # (2, B or 1, K, K), for rows of image embeddings and for rows of texts, like all that follows. A row without any
-    # target, such as one that is not valid, does not count.
+    # (2, B or 1, K, K), for rows of image embeddings and for rows of texts, like all that follows; logits have an axis
+    # of prefixes before. A row without any target, such as one that is not valid, does not count.
     targets = targets if targets.dim() == 3 else targets.unsqueeze(0)
     targets = torch.stack((targets, targets.mT))
     totals = targets.sum(3).expand(2, layout.images, layout.texts_per_image)
@@ -158,26 +162,28 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     )  # fmt: skip
     backend = partial(_backend, options, group, batch, call)
     between_x, between_y, cosines = contrast_logsumexp(
-        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text), options.keep
-    )
-    if extra is not None:
-        of_extra = extra.logsumexp(batch, layout, backend(extra.text), options.keep)
-        between_x = torch.logaddexp(of_extra, between_x)
-    between = torch.stack([layout.to_slots(rows, -torch.inf) for rows in (between_x, between_y)])
+        batch.image, batch.text, batch.scale, layout, batch.dtype, backend(batch.text), options.keep,
+        batch.prefixes.contrasted,
+    )  # fmt: skip
+    between = torch.stack([layout.to_slots(rows, -torch.inf) for rows in (between_x, between_y)], 1)
     logits = batch.scale * cosines
-    logits = torch.stack((logits, logits.mT))
+    logits = torch.stack((logits, logits.mT), 1)
     contrasted = logits
     if valid_pairs is not None and options.padding == "ignore":
         # The smallest finite number, so that an image without any text has finite gradients.
         contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
-    of_target = _share((targets * logits).sum(3), totals)
+    of_target = _share((targets * logits).sum(4), totals)
     if options.label_smoothing:
         uniform = _logits_of_means(batch, layout, extra, group)
-        of_target = torch.lerp(of_target, torch.stack(uniform), options.label_smoothing)
-    lse = torch.logaddexp(between, contrasted.logsumexp(3))
-    rows = torch.where(counted, lse - of_target, 0)
+        of_target = torch.lerp(of_target, uniform, options.label_smoothing)
+    lse = torch.logaddexp(between, contrasted.logsumexp(4))
+    if extra is not None:  # not before lse is finite: two times -inf would make NaN of the gradients of padded rows
+        of_extra = layout.to_slots(extra.logsumexp(batch, layout, backend(extra.text), options.keep), -torch.inf)
+        lse = torch.stack((torch.logaddexp(of_extra, lse[:, 0]), lse[:, 1]), 1)
+    rows = torch.where(counted, batch.prefixes.sum(lse - of_target), 0)
     if conditioned is not None:
-        terms, exist = conditioned.softmax_terms(cosines.diagonal(dim1=1, dim2=2), batch.scale)
+        terms, exist = conditioned.softmax_terms(cosines[-1].diagonal(dim1=1, dim2=2), batch.scale)
+        terms = batch.prefixes.weights[-1] * terms
         rows, counted = torch.cat((rows, terms.unsqueeze(0))), torch.cat((counted, exist.unsqueeze(0)))
     if inputs.pair_weights is None:
         warn_if_beta_cancels(inputs.image_embeds, batch, options.beta)
@@ -208,10 +214,12 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
         text_ids=inputs.text_ids is not None,
     )  # fmt: skip
     backend = partial(_backend, options, group, batch, call, bias=bias)
-    reduce, row_weights = options.reduction == "mean", None if weights is None else layout.to_rows(weights)
+    prefixes, reduce = batch.prefixes, options.reduction == "mean"
+    row_weights = _weights_of_rows(batch, weights)
     between, cosines = contrast_softplus(
-        batch.image, batch.text, batch.scale, bias, layout, batch.dtype, backend(batch.text), reduce, row_weights
-    )
+        batch.image, batch.text, batch.scale, bias, layout, batch.dtype, backend(batch.text), reduce, row_weights,
+        prefixes.contrasted,
+    )  # fmt: skip
     if extra is not None:
         between = between + extra.softplus(batch, bias, reduce, row_weights, backend(extra.text))
     logits = batch.scale * cosines
@@ -220,15 +228,17 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
-    within = -(targets * F.logsigmoid(logits)).sum(2)  # softplus(-logits), which F.softplus rounds beyond 20
+    # softplus(-logits), which F.softplus rounds beyond 20
+    within = prefixes.sum(-(targets * F.logsigmoid(logits)).sum(-1))
     if conditioned is not None:
-        within = within + options.conditioned_weight * conditioned.softplus_sums(batch.scale, bias)
+        of_conditioned = conditioned.softplus_sums(batch.scale, bias)
+        within = within + options.conditioned_weight * prefixes.weights[-1] * of_conditioned
     counted = (
         layout.image_id >= 0 if options.padding == "ignore" else torch.ones_like(layout.image_id, dtype=torch.bool)
     )
     count = counted.sum()
     if not reduce:
-        rows = layout.to_slots(between, 0) + within
+        rows = layout.to_slots(prefixes.sum(between), 0) + within
         if options.divisor == "pairs":
             rows = rows / (count if group is None else group.sum(count)).clamp_min(1)
         return batch.as_given(rows if weights is None else weights * rows)
@@ -244,8 +254,9 @@ def sigmoid_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
 def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tuple[Batch, Tensor | None]:
     """The batch, and the ids of the extra texts."""
     batch = prepare(
-        inputs.image_embeds, inputs.text_embeds, inputs.logit_scale, inputs.mask, inputs.image_index, options.padding
-    )
+        inputs.image_embeds, inputs.text_embeds, inputs.logit_scale, inputs.mask, inputs.image_index, options.padding,
+        options.dims,
+    )  # fmt: skip
     ids = inputs.text_ids, inputs.extra_texts, inputs.extra_text_ids
     if options.label_smoothing and inputs.text_ids is not None:
         raise ValueError("label_smoothing: expected 0 with text_ids, whose pairs have no logit to share a target")
@@ -253,28 +264,38 @@ def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tu
 
 
 def _share(target: Tensor, total: Tensor) -> Tensor:
-    """(2, B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
+    """(P, 2, B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
     return target / torch.where(total != 0, total, 1)
 
 
-def _logits_of_means(
-    batch: Batch, layout: RowLayout, extra: ExtraTexts | None, group: ProcessGroup | None
-) -> list[Tensor]:
-    """(B, K) the mean of each row's logits, image to text and text to image: those with the mean embedding."""
-    taken = layout.image_id >= 0
-    image, text = (
-        unit_rows(rows.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0)) for rows in (batch.image, batch.text)
-    )
-    sums, counts = [text.sum(0), image.sum(0)], [taken.sum(), taken.sum()]
-    if extra is not None:
-        sums[0], counts[0] = sums[0] + extra.text.sum(0), counts[0] + extra.valid.sum()
-    total, number = torch.stack(sums), torch.stack(counts)
+def _weights_of_rows(batch: Batch, weights: Tensor | None) -> Tensor | None:
+    """(P, N) the weights of each prefix's rows in the sigmoid form's sum, from (B, K); None if all are 1."""
+    layout, of_prefixes = batch.layout, batch.prefixes.weights
+    if weights is None and all(weight == 1 for weight in of_prefixes):
+        return None
+    rows = torch.ones_like(batch.image[:, 0], dtype=batch.scale.dtype) if weights is None else layout.to_rows(weights)
+    return torch.stack([weight * rows for weight in of_prefixes])
+
+
+def _logits_of_means(batch: Batch, layout: RowLayout, extra: ExtraTexts | None, group: ProcessGroup | None) -> Tensor:
+    """(P, 2, B, K) the mean of each row's logits, image to text and text to image: those with the mean embedding."""
+    taken, split = layout.image_id >= 0, batch.prefixes.split
+    further = repeat(None) if extra is None else split(extra.text)
+    number = torch.stack((taken.sum() + (0 if extra is None else extra.valid.sum()), taken.sum()))
     if group is not None:
-        total, number = sum_over_ranks(total, batch.scale, group), group.sum(number)
-    means = total / number.clamp_min(1).unsqueeze(1)
-    # Element by element, since autocast would make a product of matrices half precision.
-    products = ((rows * mean).sum(1) for rows, mean in zip((image, text), means, strict=True))
-    return [layout.to_slots(batch.scale * product, 0) for product in products]
+        number = group.sum(number)
+    logits: list[Tensor] = []
+    for image, text, more in zip(split(batch.image), split(batch.text), further, strict=False):
+        unit = [unit_rows(t.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0)) for t in (image, text)]
+        of_texts = unit[1].sum(0) if more is None else unit[1].sum(0) + unit_rows(more).sum(0)
+        total = torch.stack((of_texts, unit[0].sum(0)))
+        if group is not None:
+            total = sum_over_ranks(total, batch.scale, group)
+        means = total / number.clamp_min(1).unsqueeze(1)
+        # Element by element, since autocast would make a product of matrices half precision.
+        products = [(rows * mean).sum(1) for rows, mean in zip(unit, means, strict=True)]
+        logits.append(layout.to_slots(batch.scale * torch.stack(products), 0))
+    return torch.stack(logits)
 
 
 def _mean(total: Tensor, number: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.formulas import GroupLike, Inputs, Options, sigmoid_loss, softmax_loss
+from betaclip.losses.prefixes import Dims
 
 
 def beta_cal_ce_loss(
@@ -40,6 +41,7 @@ def beta_cal_ce_loss(
     text_ids: Tensor | None = None,
     extra_text_ids: Tensor | None = None,
     keep: int | str = "auto",
+    dims: Dims | None = None,
 ) -> Tensor:
     """Softmax form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -84,6 +86,14 @@ def beta_cal_ce_loss(
         s.masked_fill((ids[:, None] == ids) & (ids >= 0) & ~same_image, -torch.inf).logsumexp(1)
 
     With ``weights`` u both directions are weighted means, ``(u * rows).sum() / u.sum()``.
+
+    ``dims`` train embeddings that can be cut to fewer numbers (Matryoshka, arXiv 2205.13147). Equivalent to:
+
+        loss = sum(beta_cal_ce_loss(image_embeds[..., :d], text_embeds[..., :d], ...) for d in dims)
+
+    where each prefix is normalised by itself. The backend ``"blockwise"`` forms it in one pass: products of a shorter
+    prefix are partial sums of a longer one's, and each slice of the embeddings receives one product as its gradient, so
+    that all products together are those of the longest prefix. ``"triton"`` and ``"cuda"`` take a pass for each.
 
     Args:
         image_embeds: (B, K, D) text-conditioned image embeddings, any norm; or (N, D) with ``image_index``.
@@ -130,6 +140,11 @@ def beta_cal_ce_loss(
             4·N² bytes (8 in float64), and of fewer as many blocks as fit. Gradients have the same bits whatever is
             kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere; only the backend ``"blockwise"`` on a single rank keeps
             any. ``extra_texts`` have as much room again.
+        dims: lengths of prefixes of the embeddings, none longer than D, in any order; None for whole embeddings. A
+            sequence such as ``(512, 256, 128)`` gives each loss the weight 1; a mapping such as
+            ``{512: 1.0, 256: 0.5, 128: 0.25}`` gives each its own. From sentence-transformers' ``MatryoshkaLoss``:
+            ``dict(zip(matryoshka_dims, matryoshka_weights))``. All prefixes have the same ``logit_scale``. Conditioned
+            negatives, which are cosines of whole embeddings, join the loss of the longest prefix.
 
     Returns:
         () in accumulation dtype, nats: the (weighted) mean over valid rows of each direction, then of both directions.
@@ -160,6 +175,10 @@ def beta_cal_ce_loss(
         >>> same = torch.zeros(2, 2, dtype=torch.int64)  # all texts are equal: log(e + 1) - 1
         >>> print(f"{beta_cal_ce_loss(embeds, embeds, **options, text_ids=same):.4f}")
         0.3133
+        >>> print(f"{beta_cal_ce_loss(embeds[..., :3], embeds[..., :3], **options):.4f}")
+        0.9043
+        >>> print(f"{beta_cal_ce_loss(embeds, embeds, **options, dims={4: 1.0, 3: 0.5}):.4f}")  # 0.7437 + 0.5 * 0.9043
+        1.1958
     """
     inputs = Inputs(
         image_embeds, text_embeds, logit_scale, mask=mask, image_index=image_index, pair_weights=pair_weights,
@@ -170,7 +189,7 @@ def beta_cal_ce_loss(
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
         conditioned_weight=conditioned_weight, reduction=reduction, label_smoothing=label_smoothing,
-        strict=strict, keep=keep,
+        strict=strict, keep=keep, dims=dims,
     )  # fmt: skip
     return softmax_loss(inputs, options)
 
@@ -201,6 +220,7 @@ def beta_cal_bce_loss(
     extra_mask: Tensor | None = None,
     text_ids: Tensor | None = None,
     extra_text_ids: Tensor | None = None,
+    dims: Dims | None = None,
 ) -> Tensor:
     """Sigmoid form of β-CAL, without the (B·K)² similarity matrix.
 
@@ -233,7 +253,7 @@ def beta_cal_bce_loss(
         rows = torch.where(same_image, w * F.softplus(-s), F.softplus(s)).sum(1) / (N if divisor == "pairs" else 1)
 
     Args:
-        logit_bias: () added to every logit, may require a gradient; None for none.
+        logit_bias: () added to every logit of all prefixes, may require a gradient; None for none.
         padding: padded texts take part in nothing; N counts valid texts (``"ignore"``), or is B·K as in the released
             code (``"published"``).
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
@@ -241,7 +261,7 @@ def beta_cal_bce_loss(
         weights: (B, K), or (N,) with ``image_index``: constants, each the weight of a row.
         image_embeds, text_embeds, logit_scale, beta, alpha, mask, image_index, pair_weights, backend, gather,
         process_group, conditioned_negatives, conditioned_mask, conditioned_weight, reduction, strict, extra_texts,
-        extra_mask, text_ids, extra_text_ids: as for :func:`beta_cal_ce_loss`. A mean is formed together
+        extra_mask, text_ids, extra_text_ids, dims: as for :func:`beta_cal_ce_loss`. A mean is formed together
         with its gradient; the rows of ``reduction="none"`` form their logits again in the backward (8·N²·D FLOP
         instead of 6).
 
@@ -273,5 +293,6 @@ def beta_cal_bce_loss(
     options = Options(
         beta=beta, alpha=alpha, padding=padding, backend=backend, gather=gather, process_group=process_group,
         divisor=divisor, conditioned_weight=conditioned_weight, reduction=reduction, strict=strict,
+        dims=dims,
     )  # fmt: skip
     return sigmoid_loss(inputs, options)

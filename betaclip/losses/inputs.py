@@ -12,6 +12,7 @@ from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype
 from betaclip.kernels.similarity.operators import BACKENDS, Backend, RowLayout
 from betaclip.losses.across_ranks import TRANSPORTS, renumbered
+from betaclip.losses.prefixes import Dims, Prefixes
 
 FORMS = ("ce", "bce")
 PADDINGS = ("ignore", "published")
@@ -26,8 +27,8 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Batch(NamedTuple):
     """Checked inputs.
 
-    image, text: (N, D). scale: () in accumulation dtype. valid: (B, K) bool, or None if all texts are valid.
-    dtype: of the matrix products.
+    image, text: (N, D), the longest of the prefixes of embeddings. scale: () in accumulation dtype. valid: (B, K) bool,
+    or None if all texts are valid. dtype: of the matrix products. depth: of whole embeddings.
     """
 
     image: Tensor
@@ -36,6 +37,8 @@ class Batch(NamedTuple):
     layout: RowLayout
     valid: Tensor | None
     dtype: torch.dtype
+    depth: int
+    prefixes: Prefixes
 
     def all_rows(self) -> RowLayout:
         """The layout in which padded rows take part like others."""
@@ -61,6 +64,7 @@ def prepare(
     mask: Tensor | None,
     image_index: Tensor | None,
     padding: str,
+    dims: Dims | None = None,
 ) -> Batch:
     check_choice("padding", padding, PADDINGS)
     if padding == "published" and image_index is not None:
@@ -70,16 +74,19 @@ def prepare(
     if dtype != torch.float64:
         dtype = autocast_dtype(image_embeds.device.type) or dtype
     scale = as_scalar("logit_scale", logit_scale, image_embeds, accumulation_dtype(dtype))
+    depth, prefixes = image_embeds.shape[-1], Prefixes.of(dims)
+    image_embeds, text_embeds = (prefixes.longest(embeds) for embeds in (image_embeds, text_embeds))
     if image_index is not None:
         layout = _ragged(image_index)
         assert layout.slots is not None
-        return Batch(image_embeds, text_embeds, scale, layout, layout.slots >= 0, dtype)
+        return Batch(image_embeds, text_embeds, scale, layout, layout.slots >= 0, dtype, depth, prefixes)
     images, texts_per_image, _ = image_embeds.shape
     ids = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(texts_per_image)
     if mask is not None:
         ids = torch.where(mask.flatten(), ids, -1)
     layout = RowLayout(images, texts_per_image, ids, None)
-    return Batch(image_embeds.flatten(0, 1), text_embeds.flatten(0, 1), scale, layout, mask, dtype)
+    image, text = image_embeds.flatten(0, 1), text_embeds.flatten(0, 1)
+    return Batch(image, text, scale, layout, mask, dtype, depth, prefixes)
 
 
 def _check_embeddings(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from betaclip.kernels.similarity.operators import Backend
 from betaclip.losses.formulas import GroupLike, Inputs, Options, sigmoid_loss
 from betaclip.losses.inputs import one_text_per_image
+from betaclip.losses.prefixes import Dims
 
 
 class SigLipLoss(nn.Module):
@@ -25,9 +26,12 @@ class SigLipLoss(nn.Module):
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for what each image costs with all texts, whose mean is the loss.
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
+        dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
+            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            :func:`betaclip.beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
-        ValueError: ``backend``, ``gather`` or ``reduction`` is unknown.
+        ValueError: ``backend``, ``gather`` or ``reduction`` is unknown, or ``dims`` are malformed.
 
     Example:
         >>> import torch
@@ -46,17 +50,18 @@ class SigLipLoss(nn.Module):
         process_group: GroupLike | None = None,
         reduction: str = "mean",
         strict: bool = False,
+        dims: Dims | None = None,
     ) -> None:
         super().__init__()
         self.backend, self.gather, self.process_group = backend, gather, process_group
-        self.reduction, self.strict = reduction, strict
+        self.reduction, self.strict, self.dims = reduction, strict, dims
         self.options().check("bce")
 
     def options(self) -> Options:
         """What this module keeps between batches."""
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group, divisor="rows",
-            reduction=self.reduction, strict=self.strict,
+            reduction=self.reduction, strict=self.strict, dims=self.dims,
         )  # fmt: skip
 
     def forward(

@@ -12,6 +12,10 @@ again, and so the same roundings, as in the backward: statistics and gradients a
 their rounding errors matter. The backward uses the same e: a_i exp(S - lse_x_i) + b_j exp(S - lse_y_j) = e (A_i + B_j).
 A kept e and one formed again have the same bits. Where statistics lie outside the range of c, kept ones are not used.
 
+With several prefixes, the product of a longer one is that of the shorter one plus one over the columns by which it is
+longer, its slice. The backward holds the dS of all prefixes of a tile: each slice takes part in one product, with the
+sum of the dS of all prefixes that contain it. The gradient through the norm of a shorter prefix needs sums of dS * S.
+
 Padded rows are left out by gathering the others: they cost nothing and may hold anything. bfloat16 and float16 inputs
 are widened to float32 a block at a time; products of float32 follow the settings of the process. Devices other than the
 CPU work too, but a few numbers are read back to the host.
@@ -21,6 +25,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -30,6 +36,7 @@ from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.precision import row_norms
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
+from betaclip.kernels.similarity.prefixes import columns, sums_from_last
 
 # Up to here all pairs are compared for equal images, as a look for ranges that hold them all would cost more.
 _FEW_PAIRS = 2**17
@@ -43,9 +50,10 @@ class Blockwise:
     same image are looked for among ``search_rows`` rows at a time.
 
     kept: flat room in accumulation dtype for exponentials, which the forward of the log-sum-exp fills and its backward
-    reads: those of as many tiles as fit, in order. None: nothing is kept.
+    reads: those of as many tiles as fit, in order, of the longest prefix. None: nothing is kept.
     """
 
+    serves_prefixes = True
     rows: int = 1152
     cols: int = 1152
     search_rows: int = 192
@@ -53,13 +61,16 @@ class Blockwise:
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
-        row_sum, col_sum = rows.zeros(), cols.zeros()
+        row_sum, col_sum = (side.zeros(len(x.slices)) for side in (rows, cols))
+        row_sums, col_sums = row_sum.unbind(), col_sum.unbind()
         with self._tiles(rows, cols, scale) as tiles:
             lse_shift = tiles.lse_shift()
             for block in tiles.blocks():
-                tile = tiles.logits(block, lse_shift, block.place_in(self.kept)).exp_()
-                row_sum[block.rows].add_(tile.sum(1))
-                col_sum[block.cols].add_(tile.sum(0))
+                logits = tiles.logits(block, lse_shift, block.place_in(self.kept))
+                for of_rows, of_cols, tile in zip(row_sums, col_sums, logits, strict=True):
+                    tile.exp_()
+                    of_rows[block.rows].add_(tile.sum(1))
+                    of_cols[block.cols].add_(tile.sum(0))
             lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
             least = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
             lowest, highest = zip(_extremes(lse_x), _extremes(lse_y), strict=True)
@@ -96,32 +107,40 @@ class Blockwise:
             if not (lse_shift - below <= lowest and highest <= lse_shift + above):  # the forward's shift will not do
                 lse_shift, kept = max(0.0, highest - above), None
 
-            def single_exp(block: _Block) -> Tensor:
+            def single_exp(block: _Block) -> Iterator[Tensor]:
                 """e * (A_i + B_j) with e = exp(S - lse_shift)."""
-                weights = torch.add(weight_x[block.rows, None], weight_y[block.cols], out=tiles.scratch_tile(block))
-                e = block.place_in(kept)
-                return weights.mul_(tiles.logits(block, lse_shift).exp_() if e is None else e)
+                e, scratch_tile = block.place_in(kept), tiles.scratch_tile(block)
+                formed = tiles.logits(block, lse_shift, longest=e is None)
+                for to_x, to_y, tile in zip(
+                    weights_x, weights_y, chain(formed, () if e is None else (e,)), strict=True
+                ):
+                    weight = torch.add(to_x[block.rows, None], to_y[block.cols], out=scratch_tile)
+                    yield weight.mul_(e) if tile is e else tile.exp_().mul_(weight)
 
-            def two_exps(block: _Block) -> Tensor:
+            def two_exps(block: _Block) -> Iterator[Tensor]:
                 """dlse_x exp(S - lse_x) + dlse_y exp(S - lse_y)."""
-                tile = tiles.logits(block, 0.0)
-                to_y = torch.sub(tile, lse_x[block.rows, None], out=tiles.scratch_tile(block))
-                to_y.exp_().mul_(dlse_x[block.rows, None])
-                return tile.sub_(lse_y[block.cols]).exp_().mul_(dlse_y[block.cols]).add_(to_y)
+                for prefix, tile in enumerate(tiles.logits(block, 0.0)):
+                    of_rows, of_cols = (prefix, block.rows), (prefix, block.cols)
+                    to_y = torch.sub(tile, lse_x[of_rows][:, None], out=tiles.scratch_tile(block))
+                    to_y.exp_().mul_(dlse_x[of_rows][:, None])
+                    yield tile.sub_(lse_y[of_cols]).exp_().mul_(dlse_y[of_cols]).add_(to_y)
 
             if lowest >= lse_shift - below:
-                weight_x, weight_y = dlse_x * (lse_shift - lse_x).exp(), dlse_y * (lse_shift - lse_y).exp()
+                weights_x = (dlse_x * (lse_shift - lse_x).exp()).unbind()
+                weights_y = (dlse_y * (lse_shift - lse_y).exp()).unbind()
                 return _gradients(tiles, single_exp, need_dx, need_dy)
             return _gradients(tiles, two_exps, need_dx, need_dy)
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
-        total = rows.zeros()
+        total = rows.zeros(len(x.slices))
+        totals = total.unbind()
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
             for block in tiles.blocks():
-                exponentials = _exponentials(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
-                total[block.rows].add_(exponentials.softplus_sums())
+                for sums, tile in zip(totals, tiles.logits(block, 0.0), strict=True):
+                    exponentials = _exponentials(tile, tiles.scratch_tile(block), bound)
+                    sums[block.rows].add_(exponentials.softplus_sums())
         return rows.scatter(total, 0.0)
 
     def similarity_softplus_fwd_bwd(
@@ -135,22 +154,24 @@ class Blockwise:
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows, cols = _ValidRows.of(x), _ValidRows.of(y)
-        total, dbias_of_row = rows.zeros(), rows.zeros()
+        total, dbias_of_row = rows.zeros(len(x.slices)), rows.zeros()
         drows = rows.gather(drows)
+        totals, weights = total.unbind(), drows.unbind()
         uniform = _extremes(drows) == (1.0, 1.0)
 
         with self._tiles(rows, cols, scale, bias) as tiles:
             bound = tiles.bound()
 
-            def sigmoid_gradient(block: _Block) -> Tensor:
-                exponentials = _exponentials(tiles.logits(block, 0.0), tiles.scratch_tile(block), bound)
-                total[block.rows].add_(exponentials.softplus_sums())
-                ds = exponentials.sigmoid_()
-                if not uniform:
-                    ds.mul_(drows[block.rows, None])
-                if bias is not None:
-                    dbias_of_row[block.rows].add_(ds.sum(1))
-                return ds
+            def sigmoid_gradient(block: _Block) -> Iterator[Tensor]:
+                for sums, incoming, tile in zip(totals, weights, tiles.logits(block, 0.0), strict=True):
+                    exponentials = _exponentials(tile, tiles.scratch_tile(block), bound)
+                    sums[block.rows].add_(exponentials.softplus_sums())
+                    ds = exponentials.sigmoid_()
+                    if not uniform:
+                        ds.mul_(incoming[block.rows, None])
+                    if bias is not None:
+                        dbias_of_row[block.rows].add_(ds.sum(1))
+                    yield ds
 
             dx, dy, dscale = _gradients(tiles, sigmoid_gradient, need_dx, need_dy)
         return rows.scatter(total, 0.0), dx, dy, dscale, dbias_of_row.sum()
@@ -159,7 +180,7 @@ class Blockwise:
     def _tiles(self, x: "_ValidRows", y: "_ValidRows", scale: Tensor, bias: Tensor | None = None) -> Iterator["_Tiles"]:
         block = min(x.count, self.rows), min(y.count, self.cols)
         elements, depth = block[0] * block[1], x.rows.shape[1]
-        shapes = [(elements,), (elements,), (block[0] * depth,), (block[1] * depth,)]
+        shapes = [(block[0] * depth,), (block[1] * depth,), *[(elements,)] * (1 + len(x.slices))]
         with scratch(shapes, x.dtype, x.rows.device) as buffers:
             yield _Tiles(x, y, scale, bias, block, self.search_rows, buffers)
 
@@ -176,6 +197,7 @@ class _ValidRows:
         self.text_id = operand.text_id if operand.text_id is None or index is None else operand.text_id[index]
         self.dtype, self.rows = operand.accumulation, operand.rows
         self.count = self.rows.shape[0] if index is None else index.shape[0]
+        self.slices = operand.slices
 
     @classmethod
     def of(cls, operand: Operand) -> "_ValidRows":
@@ -183,6 +205,11 @@ class _ValidRows:
         if image_id is None or operand.complete or _extremes(image_id)[0] >= 0:
             return cls(operand)
         return cls(operand, (image_id >= 0).nonzero().squeeze(1))
+
+    @cached_property
+    def prefix_factors(self) -> Tensor:
+        """(P - 1, count) of each prefix but the longest."""
+        return self.gather(self.operand.prefix_factors())
 
     def block(self, lo: int, hi: int, factor: float, buffer: Tensor) -> Tensor:
         """(hi - lo, D) rows times ``factor``, in ``buffer`` unless they can be used as they are."""
@@ -204,19 +231,19 @@ class _ValidRows:
         # Rows that are not finite make their own statistics so, and must not move others'.
         return float(norms.masked_fill_(~norms.isfinite(), 0).max()) if self.count else 0.0
 
-    def zeros(self) -> Tensor:
-        """(count,)"""
-        return self.rows.new_zeros(self.count, dtype=self.dtype)
+    def zeros(self, *prefixes: int) -> Tensor:
+        """(*prefixes, count)"""
+        return self.rows.new_zeros((*prefixes, self.count), dtype=self.dtype)
 
-    def gather(self, vector: Tensor) -> Tensor:
-        """(count,) from a vector over all rows."""
-        return (vector if self.index is None else vector[self.index]).to(self.dtype)
+    def gather(self, vectors: Tensor) -> Tensor:
+        """(P, count) from vectors over all rows."""
+        return (vectors if self.index is None else vectors[:, self.index]).to(self.dtype)
 
-    def scatter(self, vector: Tensor, fill: float) -> Tensor:
-        """A vector over all rows, from one over the valid rows."""
+    def scatter(self, vectors: Tensor, fill: float) -> Tensor:
+        """(P, all rows) from vectors over the valid rows."""
         if self.index is None:
-            return vector
-        return vector.new_full((self.rows.shape[0],), fill).index_copy_(0, self.index, vector)
+            return vectors
+        return vectors.new_full((len(vectors), self.rows.shape[0]), fill).index_copy_(1, self.index, vectors)
 
     def new_gradient(self) -> Tensor:
         """(all rows, D); rows that receive a first product are not initialised."""
@@ -228,12 +255,25 @@ class _ValidRows:
         """(0,)"""
         return self.rows.new_empty(0, dtype=self.dtype)
 
-    def add_product(self, gradient: Tensor, rows: slice, a: Tensor, b: Tensor, first: bool) -> None:
-        """gradient[rows] += a @ b, or = if this is the first product there."""
+    def add_product(self, gradient: Tensor, rows: slice, part: slice, a: Tensor, b: Tensor, first: bool) -> None:
+        """gradient[rows, part] += a @ b[:, part], or = if this is the first product there."""
         if self.index is None:
-            gradient[rows].addmm_(a, b, beta=0 if first else 1)
+            columns(gradient[rows], part).addmm_(a, columns(b, part), beta=0 if first else 1)
         else:
-            gradient.index_add_(0, self.index[rows], a @ b)
+            columns(gradient, part).index_add_(0, self.index[rows], a @ columns(b, part))
+
+    def subtract_radial(self, gradient: Tensor, radial: Tensor, step: int, buffer: Tensor) -> None:
+        """Let the gradient of prefixes pass through their norms: those of the rows themselves, (P - 1, count) sums over
+        dS * S of each shorter prefix."""
+        weights = sums_from_last((radial * self.prefix_factors**2).unbind())
+        for lo, hi in _ranges(self.count, step):
+            rows = self.block(lo, hi, 1.0, buffer)
+            for part, weight in zip(self.slices, weights, strict=False):
+                change = rows[:, part] * weight[lo:hi, None]
+                if self.index is None:
+                    gradient[lo:hi, part] -= change
+                else:
+                    gradient[:, part].index_add_(0, self.index[lo:hi], change, alpha=-1)
 
 
 class _Block(NamedTuple):
@@ -276,7 +316,7 @@ class _Tiles:
     ) -> None:
         self.x, self.y, self.block = x, y, block
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
-        self._tile, self._scratch_tile, self.left, self.right = buffers
+        self.left, self.right, self._scratch_tile, *self._tiles = buffers
         few = x.count * y.count <= _FEW_PAIRS
         self._search_rows = max(x.count, 1) if few else search_rows
         self._same_image = [(0, y.count)] if few else _same_image_ranges(x.image_id, y.image_id, search_rows)
@@ -292,15 +332,34 @@ class _Tiles:
                     before = begin * self.x.count + lo * (end - begin)
                     yield _Block(slice(lo, hi), slice(begin, end), left, right, before)
 
-    def logits(self, block: _Block, shift: float, out: Tensor | None = None) -> Tensor:
-        """The tile S - shift, (r, c), in ``out``, or in scratch until the next one."""
-        tile = self._tile[: math.prod(block.shape)].view(block.shape) if out is None else out
-        torch.mm(block.left, block.right.T, out=tile)
-        if shift != self.bias:
-            tile.sub_(shift - self.bias)
-        self._exclude_same_image(tile, block.rows, block.cols)
-        self._exclude_same_text(tile, block.rows, block.cols)
-        return tile
+    def logits(self, block: _Block, shift: float, out: Tensor | None = None, longest: bool = True) -> Iterator[Tensor]:
+        """The tile S - shift, (r, c), of each prefix, the shortest first; that of the ``longest`` in ``out`` if it is
+        given, or not at all. Tiles may be written over, and stay until those of the next block are formed."""
+        *shorter, product = (self._view(tile, block) for tile in self._tiles)
+        product = product if out is None else out
+        for prefix, part in enumerate(self.x.slices if longest else self.x.slices[:-1]):
+            left, right = columns(block.left, part), columns(block.right, part).T
+            tile = product.addmm_(left, right) if prefix else torch.mm(left, right, out=product)
+            if prefix < len(shorter):
+                x_factor, y_factor = self._factors(block, prefix)
+                tile = torch.mul(product, x_factor, out=shorter[prefix]).mul_(y_factor)
+            if shift != self.bias:
+                tile.sub_(shift - self.bias)
+            self._exclude_same_image(tile, block.rows, block.cols)
+            self._exclude_same_text(tile, block.rows, block.cols)
+            yield tile
+
+    def through_factors(self, block: _Block, prefix: int, ds: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn dS of a shorter prefix, in place, into the gradient of its product before the factors. Return sums of
+        dS * S over rows (r,) and columns (c,). To be called before the next prefix is formed."""
+        x_factor, y_factor = self._factors(block, prefix)
+        ds.mul_(x_factor).mul_(y_factor)
+        radial = torch.mul(ds, self._view(self._tiles[-1], block), out=self.scratch_tile(block))
+        return radial.sum(1), radial.sum(0)
+
+    def _factors(self, block: _Block, prefix: int) -> tuple[Tensor, Tensor]:
+        """(r, 1) and (c,)"""
+        return self.x.prefix_factors[prefix, block.rows, None], self.y.prefix_factors[prefix, block.cols]
 
     def lse_shift(self) -> float:
         """The shift with which no exponential overflows."""
@@ -313,7 +372,11 @@ class _Tiles:
 
     def scratch_tile(self, block: _Block) -> Tensor:
         """(r, c) further scratch."""
-        return self._scratch_tile[: math.prod(block.shape)].view(block.shape)
+        return self._view(self._scratch_tile, block)
+
+    @staticmethod
+    def _view(buffer: Tensor, block: _Block) -> Tensor:
+        return buffer[: math.prod(block.shape)].view(block.shape)
 
     def _exclude_same_image(self, tile: Tensor, rows: slice, cols: slice) -> None:
         x_image_id, y_image_id, step = self.x.image_id, self.y.image_id, self._search_rows
@@ -341,12 +404,12 @@ def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _exact_logsumexp(tiles: _Tiles, wanted_x: Tensor, wanted_y: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistics of the wanted rows and columns, from their true maxima; those of the others are partial."""
-    rows, cols = _RunningLogSumExp(tiles.x.zeros()), _RunningLogSumExp(tiles.y.zeros())
-    for block in tiles.blocks(wanted_x, wanted_y):
-        tile = tiles.logits(block, 0.0)
-        rows.add(block.rows, tile, 1, tiles.scratch_tile(block))
-        cols.add(block.cols, tile, 0, tiles.scratch_tile(block))
+    """Statistics (P, ...) of the wanted rows and columns, from their true maxima; those of the others are partial."""
+    rows, cols = (_RunningLogSumExp(side.zeros(len(wanted_x))) for side in (tiles.x, tiles.y))
+    for block in tiles.blocks(wanted_x.any(0), wanted_y.any(0)):
+        for prefix, tile in enumerate(tiles.logits(block, 0.0)):
+            rows.add((prefix, block.rows), tile, 1, tiles.scratch_tile(block))
+            cols.add((prefix, block.cols), tile, 0, tiles.scratch_tile(block))
     return rows.value(), cols.value()
 
 
@@ -356,8 +419,8 @@ class _RunningLogSumExp:
     def __init__(self, zeros: Tensor) -> None:
         self.top, self.total = zeros - torch.inf, zeros
 
-    def add(self, rows: slice, tile: Tensor, dim: int, scratch_tile: Tensor) -> None:
-        """The logits of ``rows``, which the tile has along ``dim``."""
+    def add(self, rows: tuple[int, slice], tile: Tensor, dim: int, scratch_tile: Tensor) -> None:
+        """The logits of a prefix's ``rows``, which the tile has along ``dim``."""
         top = torch.maximum(self.top[rows], tile.amax(dim))
         base = top.masked_fill(top.isinf(), 0)  # inf - inf would make NaN of -inf, no pair, and of inf
         shares = torch.sub(tile, base.unsqueeze(dim), out=scratch_tile).exp_().sum(dim)
@@ -392,9 +455,9 @@ def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, sea
 
 
 def _gradients(
-    tiles: _Tiles, tile_gradient: Callable[[_Block], Tensor], need_dx: bool, need_dy: bool
+    tiles: _Tiles, tile_gradients: Callable[[_Block], Iterator[Tensor]], need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy and dscale, from the function that forms a tile of dS."""
+    """dx, dy and dscale, from the function that forms a tile of dS for each prefix."""
     x, y = tiles.x, tiles.y
     # dscale = sum(x * (dS @ y)) = sum(y * (dS.T @ x)) takes one of the two; the second one comes times the scale.
     use_dx = need_dx or not need_dy or tiles.scale == 0
@@ -402,17 +465,33 @@ def _gradients(
     dscale = x.rows.new_zeros((), dtype=x.dtype)
     if 0 in (x.count, y.count):  # all of one side is padding
         return dx.zero_() if need_dx else x.no_gradient(), dy.zero_(), dscale
+    shorter = len(x.slices) - 1
+    radial = [side.zeros(shorter) for side in (x, y)] if shorter else []
     for block in tiles.blocks():
-        ds = tile_gradient(block)
-        if use_dx:
-            x.add_product(dx, block.rows, ds, block.right, first=block.cols.start == 0)
-        if need_dy:
-            y.add_product(dy, block.cols, ds.T, block.left, first=block.rows.start == 0)
+        of_prefixes = []
+        for prefix, ds in enumerate(tile_gradients(block)):
+            if prefix < shorter:
+                of_rows, of_cols = tiles.through_factors(block, prefix, ds)
+                radial[0][prefix, block.rows] += of_rows
+                radial[1][prefix, block.cols] += of_cols
+            of_prefixes.append(ds)
+        for prefix in range(shorter, -1, -1):
+            part, ds = x.slices[prefix], of_prefixes[prefix]
+            if prefix < shorter:
+                ds.add_(of_prefixes[prefix + 1])
+            if use_dx:
+                x.add_product(dx, block.rows, part, ds, block.right, first=block.cols.start == 0)
+            if need_dy:
+                y.add_product(dy, block.cols, part, ds.T, block.left, first=block.rows.start == 0)
     side, gradient, factor = (x, dx, 1.0) if use_dx else (y, dy, 1 / tiles.scale)
     for lo, hi in _ranges(side.count, tiles.block[0]):
-        part = gradient[lo:hi] if side.index is None else gradient[side.index[lo:hi]]
-        dscale += torch.dot(side.block(lo, hi, factor, tiles.left).reshape(-1), part.reshape(-1))
-    return dx.mul_(tiles.scale) if need_dx else x.no_gradient(), dy, dscale
+        rows = gradient[lo:hi] if side.index is None else gradient[side.index[lo:hi]]
+        dscale += torch.dot(side.block(lo, hi, factor, tiles.left).reshape(-1), rows.reshape(-1))
+    dx = dx.mul_(tiles.scale) if need_dx else x.no_gradient()
+    for side, gradient, sums in zip((x, y), (dx, dy), radial, strict=False):
+        if gradient.dim() == 2:  # needed
+            side.subtract_radial(gradient, sums, tiles.block[0], tiles.left)
+    return dx, dy, dscale
 
 
 class _Exponentials(NamedTuple):

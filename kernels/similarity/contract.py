@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from betaclip.kernels.precision import accumulation_dtype
+from betaclip.kernels.precision import accumulation_dtype, row_norms
+from betaclip.kernels.similarity.prefixes import prefix_factors, prefix_slices
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Operand:
     dtype: of the matrix products; statistics and accumulation are in ``accumulation_dtype(dtype)``.
     text_id: (N,) contiguous int32, < 0 for rows whose text equals no other; None on both sides, or neither.
     complete: whether every row is known to take part and to have a direction. Only on the CPU does anybody look.
+    dims: lengths of P prefixes of the rows, ascending up to D, the same on both sides; normalised rows then have norm 1
+    or 0. Empty for whole rows alone, P = 1.
     """
 
     rows: Tensor
@@ -29,10 +32,23 @@ class Operand:
     dtype: torch.dtype
     text_id: Tensor | None = None
     complete: bool = False
+    dims: tuple[int, ...] = ()
 
     @property
     def accumulation(self) -> torch.dtype:
         return accumulation_dtype(self.dtype)
+
+    @property
+    def slices(self) -> list[slice]:
+        """The columns by which each prefix is longer than the one before it."""
+        return prefix_slices(self.dims, self.rows.shape[1])
+
+    def prefix_factors(self) -> Tensor:
+        """(P - 1, N) 1 / the norm of each prefix but the longest of the normalised rows; 0 where it counts as zero."""
+        norms = self.rows.new_empty((len(self.slices) - 1, self.rows.shape[0]), dtype=self.accumulation)
+        for norm, dim in zip(norms, self.dims, strict=False):
+            norm.copy_(row_norms(self.rows[:, :dim], self.accumulation))
+        return prefix_factors(norms if self.inverse_norm is None else norms.mul_(self.inverse_norm))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """(N, D) all rows in ``dtype``, zero where ``inverse_norm`` is; no copy if they can be used as they are."""
@@ -50,15 +66,20 @@ def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:
 class SimilarityBackend(Protocol):
     """Statistics of S = scale <x_i, y_j> (+ bias) over pairs of different image ids, N rows of x by M rows of y.
 
+    With ``dims`` there is an S for each of P prefixes: for the longest that of whole rows, for the others scale times
+    the cosines of the rows' first ``dims[p]`` columns. Scale and bias are the same for all.
     Pairs of the same text id take no part either, unless it is negative.
     Rows whose image id is negative take part in nothing and may hold anything. Scalars are () tensors; scalars,
     statistics, incoming gradients and results are in accumulation dtype. Gradients are with respect to the normalised
     rows; dx and dy are new tensors that the caller may write over, and a gradient that is not needed is empty, (0,).
     Results are deterministic. Nothing here is differentiable.
+
+    A backend that serves ``dims`` has an attribute ``serves_prefixes`` of True. Others are called for each prefix by
+    itself (``EachPrefix``): their operands have no ``dims``, their statistics and incoming gradients no such axis.
     """
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over the pairs of each row, (N,), and of each column, (M,); -inf where there is no pair."""
+        """Log-sum-exp over the pairs of each row, (P, N), and of each column, (P, M); -inf where there is no pair."""
 
     def similarity_logsumexp_bwd(
         self,
@@ -75,7 +96,7 @@ class SimilarityBackend(Protocol):
         """dx (N, D), dy (M, D) and dscale (), from the forward's statistics and their incoming gradients."""
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Sum of softplus over the pairs of each row, (N,); 0 where there is no pair."""
+        """Sum of softplus over the pairs of each row, (P, N); 0 where there is no pair."""
 
     def similarity_softplus_fwd_bwd(
         self,
@@ -87,7 +108,7 @@ class SimilarityBackend(Protocol):
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The sums (N,), and dx (N, D), dy (M, D), dscale () and dbias () for their incoming gradient ``drows`` (N,).
+        """The sums (P, N), and dx (N, D), dy (M, D), dscale () and dbias () for their incoming gradient drows (P, N).
 
         The gradient needs no statistic of the whole matrix, so one pass forms both: 6 N M D FLOP instead of 8.
         """

@@ -73,8 +73,8 @@ def similarity_logsumexp(
     """
     x, y, scale, _, *ids = _prepare(x, y, scale, None, x_group, y_group, x_text, y_text)
     backend = resolve_backend("similarity_logsumexp", backend, x, y, x.dtype, strict)
-    lse_x, lse_y, _ = two_sided_logsumexp(x, y, scale, *ids, None, 0, 0, x.dtype, backend, keep=keep)
-    return lse_x, lse_y
+    lse_x, lse_y, _ = two_sided_logsumexp(x, y, scale, *ids, None, 0, 0, (), x.dtype, backend, keep=keep)
+    return lse_x[0], lse_y[0]
 
 
 def similarity_softplus(
@@ -120,8 +120,8 @@ def similarity_softplus(
     """
     x, y, scale, bias, *ids = _prepare(x, y, scale, bias, x_group, y_group, x_text, y_text)
     backend = resolve_backend("similarity_softplus", backend, x, y, x.dtype, strict)
-    rows, _ = SoftplusSums.apply(x, y, scale, bias, *ids, None, None, False, False, 0, 0, x.dtype, backend)
-    return rows
+    rows, _ = SoftplusSums.apply(x, y, scale, bias, *ids, None, None, False, False, 0, 0, (), x.dtype, backend)
+    return rows[0]
 
 
 def _prepare(

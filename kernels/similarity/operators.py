@@ -12,7 +12,7 @@ operator, which torch.compile takes into its graph. An object, such as a backend
 same function directly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from betaclip.kernels.memory import on_huge_pages
 from betaclip.kernels.similarity import cuda_backend
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
+from betaclip.kernels.similarity.each_prefix import EachPrefix
 from betaclip.kernels.similarity.reference import Reference
 from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, may_be_padded, raw_gradients
 
@@ -58,12 +59,16 @@ _WIDENED_ELEMENTS = 2**21
 def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> SimilarityBackend:
     """The object behind a backend's resolved name, which is about to run ``operation``. Backends of an architecture's
     own are chosen here."""
-    if not isinstance(backend, str):
-        return backend
-    if 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
-        backend = "reference"
-    count_run(operation, backend)
-    if backend == "triton":
+    if isinstance(backend, str):
+        if 0 in (x.rows.shape[0], y.rows.shape[0]):  # kernels have nothing to launch there
+            backend = "reference"
+        count_run(operation, backend)
+        backend = _backend_of(backend)
+    return backend if getattr(backend, "serves_prefixes", False) else EachPrefix(backend)
+
+
+def _backend_of(name: str) -> SimilarityBackend:
+    if name == "triton":
         from betaclip.kernels.similarity.triton_kernels import Triton  # Triton may not be installed
 
         return Triton()
@@ -72,7 +77,7 @@ def local_backend(operation: str, backend: Backend, x: Operand, y: Operand) -> S
         "blockwise": Blockwise,
         "reference": Reference,
     }
-    return backends[backend]()
+    return backends[name]()
 
 
 def keep_bytes(keep: int | str, device: torch.device) -> int:
@@ -104,10 +109,10 @@ class RowLayout(NamedTuple):
     text_id: Tensor | None = None
 
     def to_slots(self, rows: Tensor, fill: float) -> Tensor:
-        """(B, K) from a vector over rows."""
+        """(..., B, K) from (..., N)."""
         if self.slots is None:
-            return rows.view(self.images, self.texts_per_image)
-        return torch.where(self.slots >= 0, rows[self.slots.clamp_min(0)], fill)
+            return rows.unflatten(-1, (self.images, self.texts_per_image))
+        return torch.where(self.slots >= 0, rows[..., self.slots.clamp_min(0)], fill)
 
     def to_rows(self, slots: Tensor) -> Tensor:
         """A vector over rows (N,) from (B, K), without what empty slots hold."""
@@ -126,6 +131,7 @@ def contrast_logsumexp(
     dtype: torch.dtype,
     backend: Backend,
     keep: int | str = "auto",
+    dims: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row's logits with the *other* images, both ways, and the cosines within images.
 
@@ -137,14 +143,16 @@ def contrast_logsumexp(
         layout: which image each row belongs to.
         dtype: of the normalised rows in the matrix products.
         backend, keep: as for ``similarity_logsumexp``.
+        dims: lengths of P prefixes of the embeddings, ascending up to D, each normalised by itself; empty for whole
+            embeddings alone, P = 1.
 
     Returns:
-        (N,) image to text, (N,) text to image, and (B, K, K) cosines, in accumulation dtype.
+        (P, N) image to text, (P, N) text to image, and (P, B, K, K) cosines, in accumulation dtype.
     """
     backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
     return two_sided_logsumexp(
         image, text, scale, layout.image_id, None, layout.text_id, None, layout.slots,
-        layout.images, layout.texts_per_image, dtype, backend, keep=keep,
+        layout.images, layout.texts_per_image, dims, dtype, backend, keep=keep,
     )  # fmt: skip
 
 
@@ -165,18 +173,19 @@ def contrast_softplus(
     backend: Backend,
     total: bool = True,
     row_weights: Tensor | None = None,
+    dims: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Sums of softplus of all logits between different images, and the (B, K, K) cosines within images.
+    """Sums of softplus of all logits between different images, and the (P, B, K, K) cosines within images.
 
-    With ``total`` the sum is () that of all rows, times constant ``row_weights`` (N,) if they are given. Its gradient,
-    if it is wanted, is formed together with the value, which saves forming the logits again. Otherwise sums are (N,)
-    those of each row. The other arguments are those of :func:`contrast_logsumexp`.
+    With ``total`` the sum is () that of all rows, times constant ``row_weights`` (P, N) if they are given. Its
+    gradient, if it is wanted, is formed together with the value, which saves forming the logits again. Otherwise sums
+    are (P, N) those of each row. The other arguments are those of :func:`contrast_logsumexp`.
     """
     backend = resolve_backend("similarity_softplus", backend, image, text, dtype)
     return SoftplusSums.apply(
         image, text, scale, bias, layout.image_id, None, layout.text_id, None, layout.slots, row_weights, total,
         torch.is_grad_enabled(),
-        layout.images, layout.texts_per_image, dtype, backend,
+        layout.images, layout.texts_per_image, dims, dtype, backend,
     )  # fmt: skip
 
 
@@ -192,18 +201,19 @@ def resolve_backend(
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
 # ``texts_per_image`` texts: rows are normalised, and the (B, K, K) cosines within images are formed too. With 0, rows
 # are used as they are and cosines are empty. Without ``y_image_id`` or ``y_text_id``, columns have the ids of the rows,
-# since Dynamo takes no tensor twice. ``dtype`` is that of the matrix products.
+# since Dynamo takes no tensor twice. ``dims`` are those of ``Operand``, P = max(len(dims), 1). ``dtype`` is that of the
+# matrix products.
 _IDS = "Tensor? x_image_id, Tensor? y_image_id, Tensor? x_text_id, Tensor? y_text_id, Tensor? slots"
-_OPTIONS = "SymInt images, SymInt texts_per_image, ScalarType dtype, str backend"
+_OPTIONS = "SymInt images, SymInt texts_per_image, int[] dims, ScalarType dtype, str backend"
 
 
 @without_autocast
 def _logsumexp(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-    keep, images, texts_per_image, dtype, backend: Backend,
+    keep, images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-sum-exps (N,) and (M,), cosines, and up to ``keep`` bytes of exponentials for the backward."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
+    """Log-sum-exps (P, N) and (P, M), cosines, and up to ``keep`` bytes of exponentials for the backward."""
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     kept = on_huge_pages(scale.new_empty(_kept_elements(x, y, scale, keep, backend)))
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
@@ -214,10 +224,11 @@ def _logsumexp(  # type: ignore[no-untyped-def]
 @without_autocast
 def _logsumexp_backward(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-    lse_x, lse_y, kept, dlse_x, dlse_y, dcosines, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
+    lse_x, lse_y, kept, dlse_x, dlse_y, dcosines, need_dx, need_dy,
+    images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
         chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
         dx, dy, dscale = chosen.similarity_logsumexp_bwd(
@@ -230,15 +241,15 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
 @without_autocast
 def _softplus(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
-    with_gradients, need_dx, need_dy, images, texts_per_image, dtype, backend: Backend,
+    with_gradients, need_dx, need_dy, images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums of rows (N,) and cosines; if wanted, also the gradients of the rows' weighted total by the normalised rows,
-    scale and bias, in accumulation dtype."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
+    """Sums of rows (P, N) and cosines; if wanted, also the gradients of the rows' weighted total by the normalised
+    rows, scale and bias, in accumulation dtype."""
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = local_backend("similarity_softplus", backend, *operands)
         if with_gradients:
-            drows = scale.new_ones(x.shape[0]) if row_weights is None else row_weights
+            drows = scale.new_ones(max(len(dims), 1), x.shape[0]) if row_weights is None else row_weights
             rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
                 *operands, scale, bias, drows, need_dx, need_dy
             )
@@ -251,13 +262,13 @@ def _softplus(  # type: ignore[no-untyped-def]
 @without_autocast
 def _softplus_backward(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, formed, dsums, dcosines, need_dx, need_dy,
-    images, texts_per_image, dtype, backend: Backend,
+    images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, dscale and dbias ().
 
-    ``dsums`` is the incoming gradient of the rows (N,); or that of their total (), whose gradients are then ``formed``.
+    ``dsums`` is the incoming gradient of the rows (P, N); or that of their total (), whose gradients are ``formed``.
     """
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype)
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     layout = Images(images, texts_per_image, slots)
     if formed:
         dx, dy, dscale, dbias = formed
@@ -283,22 +294,26 @@ def _with_kept(backend: SimilarityBackend, kept: Tensor) -> SimilarityBackend:
 
 
 def _operands(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dtype
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype
 ) -> tuple[Operand, Operand]:
     if y_image_id is None:
         y_image_id = x_image_id
     if y_text_id is None:
         y_text_id = x_text_id
+    dims = tuple(dims)
     if not images:
-        return Operand(x, x_image_id, None, dtype, x_text_id), Operand(y, y_image_id, None, dtype, y_text_id)
+        return (
+            Operand(x, x_image_id, None, dtype, x_text_id, dims=dims),
+            Operand(y, y_image_id, None, dtype, y_text_id, dims=dims),
+        )
     x, y = _widened(x), _widened(y)
     padded_x = may_be_padded(x_image_id)
     padded_y = padded_x if y_image_id is x_image_id else may_be_padded(y_image_id)
     inverse_x, complete_x = inverse_norms(x, x_image_id, scale.dtype, padded_x)
     inverse_y, complete_y = inverse_norms(y, y_image_id, scale.dtype, padded_y)
     return (
-        Operand(x, x_image_id, inverse_x, dtype, x_text_id, complete_x),
-        Operand(y, y_image_id, inverse_y, dtype, y_text_id, complete_y),
+        Operand(x, x_image_id, inverse_x, dtype, x_text_id, complete_x, dims),
+        Operand(y, y_image_id, inverse_y, dtype, y_text_id, complete_y, dims),
     )
 
 
@@ -308,9 +323,10 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:
-    if operands[0].inverse_norm is None:
-        return scale.new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
-    return cosines(*operands, images)
+    x, y = operands
+    if x.inverse_norm is None:
+        return _empty_cosines(scale, images.num_images, images.texts_per_image, x.dims)
+    return cosines(x, y, images)
 
 
 def _finish(
@@ -360,11 +376,12 @@ softplus_backward.register_autograd(refuse_second_derivative)
 
 @logsumexp.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots, keep, images, texts_per_image, dtype, backend
-):
-    lse_x, lse_y = scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0])
+    x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
+    keep, images, texts_per_image, dims, dtype, backend,
+):  # fmt: skip
+    lse_x, lse_y = (scale.new_empty(max(len(dims), 1), rows.shape[0]) for rows in (x, y))
     kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
-    return lse_x, lse_y, _fake_cosines(scale, images, texts_per_image), kept
+    return lse_x, lse_y, _empty_cosines(scale, images, texts_per_image, dims), kept
 
 
 @logsumexp_backward.register_fake
@@ -378,11 +395,14 @@ def _(  # type: ignore[no-untyped-def]
 @softplus.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
-    with_gradients, need_dx, need_dy, images, texts_per_image, dtype, backend,
+    with_gradients, need_dx, need_dy, images, texts_per_image, dims, dtype, backend,
 ):  # fmt: skip
     gradients = (_fake_gradient(t, with_gradients and need, scale.dtype) for t, need in ((x, need_dx), (y, need_dy)))
-    cosines_ = _fake_cosines(scale, images, texts_per_image)
-    return scale.new_empty(x.shape[0]), cosines_, *gradients, torch.empty_like(scale), torch.empty_like(scale)
+    rows, cosines_ = (
+        scale.new_empty(max(len(dims), 1), x.shape[0]),
+        _empty_cosines(scale, images, texts_per_image, dims),
+    )
+    return rows, cosines_, *gradients, torch.empty_like(scale), torch.empty_like(scale)
 
 
 @softplus_backward.register_fake
@@ -393,8 +413,8 @@ def _(  # type: ignore[no-untyped-def]
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale), torch.empty_like(scale)
 
 
-def _fake_cosines(scale: Tensor, images: int, texts_per_image: int) -> Tensor:
-    return scale.new_empty(images, texts_per_image, texts_per_image)
+def _empty_cosines(scale: Tensor, images: int, texts_per_image: int, dims: Sequence[int]) -> Tensor:
+    return scale.new_empty(max(len(dims), 1), images, texts_per_image, texts_per_image)
 
 
 def _fake_gradient(x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -405,9 +425,9 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-        images, texts_per_image, dtype, backend, keep,
+        images, texts_per_image, dims, dtype, backend, keep,
     ):  # fmt: skip
-        options = images, texts_per_image, dtype, backend
+        options = images, texts_per_image, dims, dtype, backend
         rows = x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, slots
         keep = keep if any(ctx.needs_input_grad) else 0
         lse_x, lse_y, cosines_, kept = run_operator(logsumexp, _logsumexp, *rows, keep, *options)

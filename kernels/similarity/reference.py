@@ -1,10 +1,11 @@
 """Similarity operations on the dense matrix: the definition of correct, for any float dtype and device.
 
-Everything here holds an (N, M) matrix of accumulation dtype and writes its gradients out by hand, so that it checks
+Everything here holds (P, N, M) matrices of accumulation dtype and writes its gradients out by hand, so that it checks
 the other backends and not autograd.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from betaclip.kernels.similarity.contract import Operand
 class Reference:
     """The ``SimilarityBackend`` on the dense matrix."""
 
+    serves_prefixes = True
+
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _cosines(x, y)[0] * scale
+        logits = _Prefixes.of(x, y).cosines * scale
         excluded = _excluded_pairs(x, y)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
-        return logits.logsumexp(1), logits.logsumexp(0)
+        return logits.logsumexp(2), logits.logsumexp(1)
 
     def similarity_logsumexp_bwd(
         self,
@@ -35,21 +38,18 @@ class Reference:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cosines, x_rows, y_rows = _cosines(x, y)
-        logits = cosines * scale
+        prefixes = _Prefixes.of(x, y)
+        logits = prefixes.cosines * scale
         # A row without any pair has the statistic -inf; its exponentials are excluded below.
-        ds = dlse_x[:, None] * (logits - lse_x[:, None]).exp() + dlse_y * (logits - lse_y).exp()
+        to_x = dlse_x.unsqueeze(2) * (logits - lse_x.unsqueeze(2)).exp()
+        ds = to_x + dlse_y.unsqueeze(1) * (logits - lse_y.unsqueeze(1)).exp()
         excluded = _excluded_pairs(x, y)
         if excluded is not None:
             ds = ds.masked_fill(excluded, 0)
-        return (
-            (ds @ y_rows) * scale if need_dx else ds.new_empty(0),
-            (ds.T @ x_rows) * scale if need_dy else ds.new_empty(0),
-            (ds * cosines).sum(),
-        )
+        return prefixes.gradients(ds, scale, need_dx, need_dy)
 
     def similarity_softplus_fwd(self, x: Operand, y: Operand, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ones = scale.new_ones(x.rows.shape[0])
+        ones = scale.new_ones(len(x.slices), x.rows.shape[0])
         return self.similarity_softplus_fwd_bwd(x, y, scale, bias, ones, False, False)[0]
 
     def similarity_softplus_fwd_bwd(
@@ -62,26 +62,54 @@ class Reference:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        cosines, x_rows, y_rows = _cosines(x, y)
-        logits = cosines * scale if bias is None else cosines * scale + bias
+        prefixes = _Prefixes.of(x, y)
+        logits = prefixes.cosines * scale if bias is None else prefixes.cosines * scale + bias
         excluded = _excluded_pairs(x, y)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
-        rows = torch.logaddexp(logits, torch.zeros_like(logits)).sum(1)
-        ds = drows[:, None] * logits.sigmoid()
-        return (
-            rows,
-            (ds @ y_rows) * scale if need_dx else ds.new_empty(0),
-            (ds.T @ x_rows) * scale if need_dy else ds.new_empty(0),
-            (ds * cosines).sum(),
-            ds.sum(),
+        rows = torch.logaddexp(logits, torch.zeros_like(logits)).sum(2)
+        ds = drows.unsqueeze(2) * logits.sigmoid()
+        return rows, *prefixes.gradients(ds, scale, need_dx, need_dy), ds.sum()
+
+
+class _Prefixes(NamedTuple):
+    """(P, N, M) cosines; (P, N, D) and (P, M, D) normalised rows of each prefix, zero beyond its length; and by which
+    factors, (P, N, 1) and (P, M, 1), their numbers are larger than those of whole rows."""
+
+    cosines: Tensor
+    x: Tensor
+    y: Tensor
+    x_factor: Tensor
+    y_factor: Tensor
+
+    @classmethod
+    def of(cls, x: Operand, y: Operand) -> "_Prefixes":
+        rows, factors = [], []
+        for side in (x, y):
+            whole = side.matrix(side.accumulation)
+            factor = torch.cat((side.prefix_factors(), whole.new_ones(1, len(whole)))).unsqueeze(2)
+            prefixes = whole.new_zeros(len(factor), *whole.shape)
+            for prefix, of_rows, part in zip(prefixes, factor, side.slices, strict=True):
+                prefix[:, : part.stop] = whole[:, : part.stop] * of_rows
+            rows.append(prefixes)
+            factors.append(factor)
+        return cls(rows[0] @ rows[1].mT, *rows, *factors)
+
+    def gradients(self, ds: Tensor, scale: Tensor, need_dx: bool, need_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dy and dscale, from dS (P, N, M)."""
+        dx, dy = (
+            self._through_norms((weights @ other) * scale, own, factor) if need else ds.new_empty(0)
+            for weights, other, own, factor, need in (
+                (ds, self.y, self.x, self.x_factor, need_dx),
+                (ds.mT, self.x, self.y, self.y_factor, need_dy),
+            )
         )
+        return dx, dy, (ds * self.cosines).sum()
 
-
-def _cosines(x: Operand, y: Operand) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, M) products, and both operands in accumulation dtype."""
-    x_rows, y_rows = x.matrix(x.accumulation), y.matrix(y.accumulation)
-    return x_rows @ y_rows.T, x_rows, y_rows
+    def _through_norms(self, g: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+        """(N, D) the gradient of whole rows, from those of prefixes; the norms of all but the longest depend on it."""
+        g[:-1] -= (rows * g)[:-1].sum(2, keepdim=True) * rows[:-1]
+        return (factor * g).sum(0)
 
 
 def _excluded_pairs(x: Operand, y: Operand) -> Tensor | None:

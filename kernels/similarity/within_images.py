@@ -4,9 +4,12 @@ Backends see only pairs of different images. Pairs of one image, a (B, K, K) blo
 time. Their differences matter, so that no setting of the process may round these products: they are float64 wherever
 one could. The gradient of the embeddings is finished here as well, the contribution from between images included,
 because autograd would keep normalised copies and add up three full-size gradients.
+
+Where rows have several prefixes (``Operand.dims``), products of a prefix are partial sums of those of the next one, and
+each slice of the rows receives one product, with the sum of the weights of all prefixes that contain it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import nvtx
@@ -16,6 +19,7 @@ from torch import Tensor
 from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.precision import accumulation_dtype, inverse_row_norms, norm_eps
 from betaclip.kernels.similarity.contract import Operand, zero_rows
+from betaclip.kernels.similarity.prefixes import columns, prefix_factors, sums_from_last
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
 # inputs; many elsewhere, where each chunk is a few dozen launches.
@@ -100,17 +104,24 @@ def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype, padded: bool 
 
 
 def cosines(x: Operand, y: Operand, images: Images) -> Tensor:
-    """(B, K, K) of x and y (N, D), whose inverse norms are given."""
+    """(P, B, K, K) of x and y (N, D), whose inverse norms are given."""
     assert x.inverse_norm is not None
-    out = x.inverse_norm.new_empty(images.num_images, images.texts_per_image, images.texts_per_image)
+    texts_per_image = images.texts_per_image
+    out = x.inverse_norm.new_empty(len(x.slices), images.num_images, texts_per_image, texts_per_image)
     shape, dtype = images.buffer_shape(x.rows), exact_dtype(x.rows.new_empty(0, dtype=out.dtype))
     with nvtx.annotate("within images", domain="betaclip"), scratch([shape] * 2, dtype, out.device) as buffers:
         for lo, hi in images.chunks(x.rows):
             u, v = (images.unit_rows(side, lo, hi, buffer)[0] for side, buffer in zip((x, y), buffers, strict=True))
-            if dtype == out.dtype:
-                torch.bmm(u, v.mT, out=out[lo:hi])
-            else:
-                out[lo:hi] = torch.bmm(u, v.mT)
+            prefixes = [out[prefix, lo:hi] for prefix in range(len(x.slices))]
+            products = prefixes if dtype == out.dtype else [torch.empty_like(p, dtype=dtype) for p in prefixes]
+            _partial_products(u, v, x.slices, products)
+            for product, u_factor, v_factor in zip(
+                products, _factors(u, x.slices), _factors(v, x.slices), strict=False
+            ):
+                product.mul_(u_factor).mul_(v_factor.mT)
+            if dtype != out.dtype:
+                for prefix, product in zip(prefixes, products, strict=True):
+                    prefix.copy_(product)
     return out
 
 
@@ -143,10 +154,12 @@ def raw_gradients(
         for lo, hi in images.chunks(x.rows):
             u, u_inverse = images.unit_rows(x, lo, hi, x_buffer)
             v, v_inverse = images.unit_rows(y, lo, hi, y_buffer)
-            block, buffer = dcosines[lo:hi].to(dtype), product_buffer[: hi - lo]
-            for out, between, own, own_inverse, other, weights in (
-                (outs[0], dx, u, u_inverse, v, block),
-                (outs[1], dy, v, v_inverse, u, block.mT),
+            blocks = [dcosines[prefix, lo:hi].to(dtype) for prefix in range(len(x.slices))]
+            weights, own_weights = _weights(u, v, x.slices, blocks)
+            buffer = product_buffer[: hi - lo]
+            for out, between, own, own_inverse, other, of_other, of_own in (
+                (outs[0], dx, u, u_inverse, v, weights, own_weights[0]),
+                (outs[1], dy, v, v_inverse, u, [weight.mT for weight in weights], own_weights[1]),
             ):
                 if between.dim() < 2:  # not needed
                     continue
@@ -154,10 +167,48 @@ def raw_gradients(
                 g = images.rows(out, lo, hi) if direct else sum_buffer[: hi - lo]
                 if not direct or out is not between:
                     torch.mul(images.rows(between, lo, hi), 1.0 if gain is None else gain, out=g)
-                _through_norm(g.baddbmm_(weights, other), own, own_inverse, buffer)
+                for part, weight in zip(x.slices, of_other, strict=True):
+                    if x.dims:  # in place on a slice, PyTorch would take a product for each image
+                        g[..., part] += torch.bmm(weight, other[..., part])
+                    else:
+                        g.baddbmm_(weight, other)
+                for part, weight in zip(x.slices, of_own, strict=False):
+                    g[..., part].addcmul_(own[..., part], weight, value=-1)
+                _through_norm(g, own, own_inverse, buffer)
                 if not direct:
                     images.write_rows(out, lo, hi, g)
     return outs[0], outs[1]
+
+
+def _partial_products(u: Tensor, v: Tensor, slices: list[slice], out: Sequence[Tensor]) -> None:
+    """Write into ``out``, (b, K, K) each, the products of the prefixes that end with each slice of u, v (b, K, D)."""
+    for index, part in enumerate(slices):
+        torch.bmm(columns(u, part), columns(v, part).mT, out=out[index])
+        if index:
+            out[index].add_(out[index - 1])
+
+
+def _factors(unit: Tensor, slices: list[slice]) -> list[Tensor]:
+    """P - 1 times (b, K, 1): 1 / the norm of each prefix of the rows but the longest, whose norm is 1."""
+    norms = (torch.linalg.vector_norm(unit[..., : part.stop], dim=2, keepdim=True) for part in slices[:-1])
+    return [prefix_factors(norm) for norm in norms]
+
+
+def _weights(
+    u: Tensor, v: Tensor, slices: list[slice], dcosines: list[Tensor]
+) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor]]]:
+    """P times (b, K, K) weights with which a slice of v is added to the gradient of that of u, and the other way round;
+    and for u and v P - 1 times (b, K, 1) with which their own slices are subtracted, through the norms of prefixes."""
+    factors = list(zip(_factors(u, slices), _factors(v, slices), strict=True))
+    products = [torch.empty_like(weight) for weight, _ in zip(dcosines, factors, strict=False)]
+    _partial_products(u, v, slices[:-1], products)
+    weights, own_u, own_v = list(dcosines), [], []
+    for index, (u_factor, v_factor) in enumerate(factors):
+        weights[index] = dcosines[index] * u_factor * v_factor.mT
+        radial = products[index].mul_(weights[index])
+        own_u.append(radial.sum(2, keepdim=True) * u_factor**2)
+        own_v.append(radial.sum(1).unsqueeze(2) * v_factor**2)
+    return sums_from_last(weights), (sums_from_last(own_u), sums_from_last(own_v))
 
 
 def _through_norm(g: Tensor, u: Tensor, inverse: Tensor, buffer: Tensor) -> None:

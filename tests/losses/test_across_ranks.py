@@ -101,10 +101,11 @@ def pieces_equal_one_piece() -> None:
             options = ProcessGroup.of(), Wanted(True, True), CALL, lambda *_: count
             return AcrossRanks("blockwise", "all_gather", *options)
 
-        lse_x, lse_y, _ = contrast_logsumexp(*rows, SCALE, layout, SCALE.dtype, backend())
-        total, _ = contrast_softplus(*rows, SCALE, None, layout, SCALE.dtype, backend())
+        dims = (3, D)
+        lse_x, lse_y, _ = contrast_logsumexp(*rows, SCALE, layout, SCALE.dtype, backend(), dims=dims)
+        total, _ = contrast_softplus(*rows, SCALE, None, layout, SCALE.dtype, backend(), dims=dims)
         valid = layout.image_id >= 0
-        loss = lse_x[valid].sin().sum() + lse_y[valid].cos().sum() + total
+        loss = lse_x[:, valid].sin().sum() + lse_y[:, valid].cos().sum() + total
         return [lse_x, lse_y, total, *torch.autograd.grad(loss, rows)]
 
     whole = run(1)
@@ -177,11 +178,11 @@ def other_inputs_equal_one_process() -> None:
 
 
 def rows_equal_one_process(form: str, transport: str, image: Tensor, text: Tensor, mask: Tensor, part: slice) -> None:
-    """Weights of texts, smoothed targets, and rows with any incoming gradients of each rank's own."""
+    """Weights of texts, smoothed targets, rows with any incoming gradients of each rank's own, and several prefixes."""
     weights, incoming = (torch.rand(*mask.shape, dtype=torch.float64) for _ in range(2))
     leaves = [t.clone().requires_grad_() for t in (image, text, SCALE)]
-    for reduction, factor in (("none", 1), ("mean", 2)):
-        options = {"form": form, "reduction": reduction, "label_smoothing": 0.2 * (form == "ce")}
+    for reduction, factor, dims in (("none", 1, None), ("mean", 2, None), ("mean", 2, {D: 1.0, 3: 0.5})):
+        options = {"form": form, "reduction": reduction, "label_smoothing": 0.2 * (form == "ce"), "dims": dims}
         truth = BetaCALLoss(**options, gather=False)(*leaves, mask=mask, weights=weights)
         own = (leaves[0][part], leaves[1][part], leaves[2])
         ours = BetaCALLoss(**options, gather=transport)(*own, mask=mask[part], weights=weights[part])

@@ -60,6 +60,7 @@ def ranks_disagree() -> None:
             ("smoothed", "True, False", BetaCALLoss(label_smoothing=(0.1, 0.0)[rank], gather=transport), {}),
             ("weighted", "True, False", loss, {"weights": (torch.ones(1, K), None)[rank]}),
             ("extra", "True, False", loss, {"extra_texts": (torch.ones(3, D), None)[rank]}),
+            (r"dims \(checksums\)", r"\d+, \d+", BetaCALLoss(dims=((D, 4), (D, 3))[rank], gather=transport), {}),
             ("text_ids", "True, False", loss, {"text_ids": (torch.ones(1, K).long(), None)[rank]}),
         ):
             with pytest.raises(RuntimeError, match=rf"gather: .*different losses: {name}: \[{values}\] by rank"):

@@ -155,6 +155,8 @@ def test_compile(form, reduction):
 class Recorder:
     """The blockwise backend; keeps which functions were called."""
 
+    serves_prefixes = True
+
     def __init__(self) -> None:
         self.calls: list[str] = []
 

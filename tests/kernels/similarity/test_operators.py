@@ -116,9 +116,9 @@ def opcheck(operator, *arguments):
     torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
-def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend):
+def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend, dims=()):
     """The four operators, the backward ones for any gradients that are needed."""
-    options = (images, texts_per_image, dtype, backend)
+    options = (images, texts_per_image, dims, dtype, backend)
     pairs = x.shape[0] * y.shape[0]
     for elements in (0, pairs, 2 * pairs):  # of which the operator makes an output no larger than the matrix
         opcheck(logsumexp, x, y, scale, *ids, elements * scale.itemsize, *options)
@@ -154,13 +154,13 @@ def test_opcheck_in_half_precision(cuda):
     opcheck_all(x, y, scale, bias, (x_group.int(), y_group.int(), None, None, None), 0, 0, x.dtype, "cuda")
 
 
-@pytest.mark.parametrize("dtype, ragged", [(torch.float32, False), (torch.bfloat16, True)])
-def test_opcheck_with_images(dtype, ragged):
+@pytest.mark.parametrize("dtype, ragged, dims", [(torch.float32, False, ()), (torch.bfloat16, True, (8, 13, 24))])
+def test_opcheck_with_images(dtype, ragged, dims):
     x, y = (torch.randn(30, 24, device=DEVICE).to(dtype) for _ in range(2))
     scale, bias = (torch.tensor(v, device=DEVICE) for v in (9.0, 1.0))
     image_id = (torch.arange(30, device=DEVICE) // 5).int()
     slots = torch.arange(30, device=DEVICE).view(6, 5) if ragged else None
-    opcheck_all(x, y, scale, bias, (image_id, image_id, None, None, slots), 6, 5, dtype, "blockwise")
+    opcheck_all(x, y, scale, bias, (image_id, image_id, None, None, slots), 6, 5, dtype, "blockwise", dims)
 
 
 def test_six_operators():

@@ -21,18 +21,24 @@ def layout(ragged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("chunk_elements", [None, 2 * K * D, 1])  # all images at a time, two, one
+@pytest.mark.parametrize("dims", [(), (3, 17, D)])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_matches_autograd(ragged, chunk_elements):
+def test_matches_autograd(ragged, dims, chunk_elements):
     image_id, slots = layout(ragged)
     x, y = (torch.randn(len(image_id), D, dtype=torch.float64, requires_grad=True) for _ in range(2))
     images = Images(B, K, slots, chunk_elements)
-    sides = [Operand(t.detach(), image_id, *inverse_norms(t.detach(), image_id, t.dtype)[:1], t.dtype) for t in (x, y)]
+    inverse_norm = [inverse_norms(t.detach(), image_id, t.dtype)[0] for t in (x, y)]
+    sides = [
+        Operand(t.detach(), image_id, inverse, t.dtype, dims=dims)
+        for t, inverse in zip((x, y), inverse_norm, strict=True)
+    ]
     place = torch.arange(B * K).view(B, K) if slots is None else slots
     u, v = (F.normalize(t, dim=-1) for t in (x, y))
     empty = (place < 0)[..., None]
-    truth = u[place].masked_fill(empty, 0) @ v[place].masked_fill(empty, 0).mT
+    prefixes = [[F.normalize(t[:, :dim], dim=-1)[place].masked_fill(empty, 0) for t in (x, y)] for dim in dims or (D,)]
+    truth = torch.stack([a @ b.mT for a, b in prefixes])
     torch.testing.assert_close(cosines(*sides, images), truth.detach())
-    dcosines = torch.randn(B, K, K, dtype=torch.float64).masked_fill(empty | empty.mT, 0)
+    dcosines = torch.randn(len(prefixes), B, K, K, dtype=torch.float64).masked_fill(empty | empty.mT, 0)
     du, dv = torch.randn_like(x), torch.randn_like(y)
     expected = torch.autograd.grad((truth * dcosines).sum() + 3 * (u * du).sum() + 3 * (v * dv).sum(), (x, y))
     gain = torch.tensor(3.0, dtype=torch.float64)
