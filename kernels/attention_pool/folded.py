@@ -43,6 +43,7 @@ SCRATCH_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 # For the weights that the forward keeps: 90 ms per gibibyte are saved on two cores. A GPU computes them faster than it
 # could read them.
 KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 0}
+_COPIED_ELEMENTS = 2**19
 # Rows of P elements: on GPUs they start at multiples of 16 bytes, which library products need to read them in bulk, and
 # are multiples of 16 elements, from which Triton knows that a thread may load and store 16 bytes.
 _ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
@@ -418,7 +419,9 @@ def attention_pool_bwd(
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> None:
     """Write a @ b times the factor into ``out``, of matrices in batches."""
-    if out.dtype == a.dtype:
-        torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+    # The CPU's library computes a batch at a time only into contiguous memory. Large results are not worth the copy.
+    apart = out.device.type == "cpu" and out.numel() <= _COPIED_ELEMENTS and not out.is_contiguous()
+    if apart or out.dtype != a.dtype:
+        torch.mul(torch.bmm(a, b), factor, out=out)
     else:
-        out.copy_(torch.bmm(a, b).mul_(factor))
+        torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)

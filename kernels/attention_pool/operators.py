@@ -85,7 +85,8 @@ def attention_pool(
     Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
     to the side of the queries where that takes less time (``cost``); the backward then keeps the arguments, the
     result, the norms of the patches and at most two numbers for each query and head; on the CPU also the attention
-    weights of as many images as fit 256 MiB, so that it need not compute them again. Softmax and sums are in float32 (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
+    weights of as many images as fit 256 MiB, so that it need not compute them again. Softmax and sums are in float32
+    (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
     Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends
     as often as PyTorch's own operators.
 
