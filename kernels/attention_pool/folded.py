@@ -40,8 +40,8 @@ from betaclip.kernels.precision import accumulation_dtype, add_product, inverse_
 # For a chunk of images. CPU: large enough for the products to run at full rate, small enough for the outer caches.
 # GPU: any batch that fits is one chunk, because each chunk costs some 20 launches.
 SCRATCH_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
-# For the weights that the forward keeps. On two cores 64 images with 36 texts keep 14 MiB, and forward and backward take
-# 0.88 of the time. On a GPU the kernels form logits anyway, and memory is dearer.
+# For the weights that the forward keeps: 64 images with 36 texts keep 14 MiB, and on two cores forward and backward
+# take 0.88 of the time. On a GPU the kernels form logits anyway, and memory is dearer.
 KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 0}
 _COPIED_ELEMENTS = 2**19
 # Rows of P elements: on GPUs they start at multiples of 16 bytes, which library products need to read them in bulk, and
