@@ -193,8 +193,6 @@ class Eager:
         if x.inverse_norm is not None:
             da.mul_(x.inverse_norm[:, None])
         da.sub_(delta).mul_(a)
-        if x.single is not None:
-            ds.masked_fill_(x.single, 0)
         torch.bmm(ds, x.rows, out=dz)
         torch.bmm(a, x.rows, out=means)
         if dx is not None:
