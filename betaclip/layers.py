@@ -83,3 +83,24 @@ def check_attention(attn: nn.Module, reader: str) -> None:
             f"{reader} reads the weights of attn, but {'; '.join(reasons)}. Adapt attn.out_proj, mlp.c_fc and "
             "mlp.c_proj instead, or parametrize attn.in_proj_weight (torch.nn.utils.parametrize)"
         )
+
+
+# Sequences up to this length are short for ``attention``: on two cores forward and backward take 0.55 of the fused
+# one's time for 37 patches, 0.65 for 77 tokens, and the same for 197 patches.
+SHORT = 96
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """``F.scaled_dot_product_attention`` of (B, H, Q, W) queries, (B, H, L, W) keys and values: (B, H, Q, W).
+
+    On the CPU PyTorch's fused attention computes the weights again in the backward. Those of short sequences are small,
+    and keeping them takes less time. A single query is left to the fused one.
+    """
+    short = 1 < q.shape[2] and k.shape[2] <= SHORT and q.dtype in (torch.float32, torch.float64)
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or not short:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    logits = q @ (k * q.shape[3] ** -0.5).mT
+    if is_causal:
+        later = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).triu_(1)
+        logits.masked_fill_(later, -torch.inf)
+    return logits.softmax(-1) @ v

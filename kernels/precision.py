@@ -27,18 +27,19 @@ def autocast_off(device_type: str) -> AbstractContextManager[None]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Add a @ b to ``total`` in place, or overwrite it if ``first``; for matrices and for batches of matrices.
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float = 1) -> None:
+    """Add a @ b times the factor to ``total`` in place, or overwrite it if ``first``; for matrices and for batches of
+    matrices.
 
     16-bit operands are accumulated in float32, the dtype of ``total``."""
     add = torch.ops.aten.addmm if total.dim() == 2 else torch.ops.aten.baddbmm
     beta = 0 if first else 1
     if a.dtype == total.dtype:
-        add.out(total, a, b, beta=beta, out=total)
+        add.out(total, a, b, beta=beta, alpha=factor, out=total)
     elif total.is_cuda and WIDENING_PRODUCTS:
-        add.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+        add.dtype_out(total, a, b, total.dtype, beta=beta, alpha=factor, out=total)
     else:
-        add.out(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+        add.out(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=factor, out=total)
 
 
 def dot_precision(architecture: str, dtype: torch.dtype) -> str:
@@ -78,6 +79,18 @@ def inverse_row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         largest, scaled = _largest_and_scaled_norm(x, dtype)
         otherwise = largest.reciprocal() / scaled
     return torch.where(norm.isfinite(), norm.reciprocal(), otherwise), False
+
+
+def inverse_norms(x: Tensor, eps: float, out: Tensor) -> None:
+    """Write 1 / |x| along the last dimension into ``out``: 0 where |x| <= eps, right where squares overflow in float32.
+
+    In few launches: a GPU forms sums in float64, which costs it nothing while it waits for memory."""
+    dtype = accumulation_dtype(x.dtype)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        norm = row_norms(x, dtype)
+    else:
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype if x.dtype == torch.float16 else torch.float64)
+    torch.reciprocal(torch.threshold(norm, eps, torch.inf), out=out)
 
 
 def _squares_fit(x: Tensor, norm: Tensor) -> bool:

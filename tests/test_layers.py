@@ -10,7 +10,8 @@ from support.adapters import Adapter, hooked
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from betaclip.layers import LayerNorm, QuickGELU, attention_not_supported_reasons
+from betaclip import layers
+from betaclip.layers import LayerNorm, QuickGELU, attention, attention_not_supported_reasons
 
 
 def test_quick_gelu():
@@ -81,3 +82,18 @@ def test_attention_whose_weights_may_be_read():
     assert not attention_not_supported_reasons(attn)
     parametrize.register_parametrization(attn, "in_proj_weight", nn.Identity())
     assert not attention_not_supported_reasons(attn)
+
+
+@pytest.mark.parametrize("queries, is_causal", [(1, False), (7, False), (7, True)])
+def test_attention_of_short_sequences(queries, is_causal, monkeypatch):
+    """As PyTorch's, which is called for long ones."""
+    leaves = [torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for n in (queries, 7, 7)]
+    runs = []
+    for short in (7, 6):
+        monkeypatch.setattr(layers, "SHORT", short)
+        out = attention(*(t.transpose(1, 2) for t in leaves), is_causal=is_causal)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    fused = "ScaledDotProduct" in runs[0][0].grad_fn.name(), "ScaledDotProduct" in runs[1][0].grad_fn.name()
+    assert fused == (queries == 1, True)
+    for ours, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, theirs)

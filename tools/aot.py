@@ -36,7 +36,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from betaclip.kernels import architecture as architectures
-from betaclip.kernels.attention_pool.folded import Patches
+from betaclip.kernels.attention_pool.folded import Patches, Result
 from betaclip.kernels.attention_pool.triton_kernels import Fused
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.tiles import TILES
@@ -140,22 +140,29 @@ def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, with_text
 
 
 def launch_attention_pool(dtype: torch.dtype) -> None:
-    """Launch both kernels at aligned and odd widths, with patches in one block and in several, masked and not."""
-    for width, heads, patches, masked, norm_eps in (
-        (64, 8, 196, False, 1e-12),
-        (96, 4, 577, True, None),
-        (512, 8, 196, False, 1e-12),
-        (768, 12, 577, True, 1e-12),
-        (1024, 16, 1024, True, 1e-12),
+    """Launch all kernels at aligned and odd widths, with patches in one block and in several, masked and not."""
+    for width, heads, patches, masked, normalize in (
+        (64, 8, 196, False, True),
+        (96, 4, 577, True, False),
+        (512, 8, 196, False, True),
+        (768, 12, 577, True, True),
+        (1024, 16, 1024, True, True),
     ):
         images, queries = 2, 9
         # As in training: the patches are a view that leaves out the class token.
         rows = torch.zeros(images, patches + 1, width, dtype=dtype)[:, 1:]
-        x = Patches(rows, torch.ones(images, patches, dtype=torch.bool) if masked else None, norm_eps)
-        z, no_tiles = torch.zeros(images, queries * heads, width, dtype=dtype), torch.empty(0)
-        lse = Fused().forward(x, z, torch.empty_like(z), no_tiles)
-        zg, weights = (torch.zeros(images, queries, 2, heads, n, dtype=dtype) for n in (width, patches))
-        Fused().backward(x, zg, lse, lse.view(images, queries, heads, 1), weights, no_tiles)
+        mask = torch.ones(images, patches, dtype=torch.bool) if masked else None
+        x = Patches(rows, mask, torch.ones(images, patches) if normalize else None, None)
+        lse, pitch, none = torch.zeros(images, queries * heads), -(-patches // 16) * 16, torch.empty(0)
+        out = torch.zeros(images, queries, width, dtype=dtype)
+        zg, products, weights = (
+            torch.zeros(images, queries, 2, heads, n, dtype=dtype).movedim(2, 0) for n in (width, width, pitch)
+        )
+        z = torch.zeros(images, queries * heads, width, dtype=dtype)
+        Fused().forward(x, z, torch.empty_like(z), lse, None, none)
+        result = Result(out, out, out[0, 0] if normalize else None)
+        dx = torch.empty(images, patches, width, dtype=dtype)
+        Fused().backward(x, zg, lse, None, result, weights[..., :patches], products, dx, none)
 
 
 def nvidia_code(cubin: bytes, tensor_flop: int) -> tuple[machine_code.Code, int, int]:
@@ -189,7 +196,9 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     text = kernel.asm["amdgcn" if amd else "ptx"]
     rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
-    products = 1 + ("attention_pool" in kernel.metadata.name)
+    # Its kernel of the patches' gradient sums over rows of weights: here as many as D.
+    name = kernel.metadata.name
+    products = 1 + ("attention_pool" in name and "patches" not in name)
     # 32 bytes of depth at a time; the two products have different sizes.
     tensor_flop = 2 * rows * cols * (32 // itemsize) // constants["num_warps"] if products == 1 else 0
     code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"], tensor_flop)

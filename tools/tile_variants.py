@@ -23,7 +23,7 @@ from torch import Tensor
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.architecture import Tile, architecture, choose
 from betaclip.kernels.attention_pool.folded import SCRATCH_BYTES, Eager
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
 from betaclip.kernels.similarity import operators as similarity
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.cuda_backend import Cuda
@@ -91,18 +91,20 @@ def loss_variants(device: torch.device, itemsize: int) -> Variants:
 
 def pool_variants(device: torch.device, itemsize: int) -> Variants:
     """Backends of pooling by name, all of which fold. On the CPU they are those of "folded"."""
-    scratch = {f"scratch {factor * SCRATCH_BYTES >> 20} MiB": factor * SCRATCH_BYTES for factor in (2, 8, 32)}
+    usual = SCRATCH_BYTES[device.type]
+    scratch = {f"scratch {size >> 20} MiB": size for size in (usual // 32, usual // 4, usual * 4)}
     if device.type != "cuda":
         return {**{name: Eager(scratch_bytes=size) for name, size in scratch.items()}, f"{CHOSEN}folded": Eager()}
     from betaclip.kernels.attention_pool.triton_kernels import Fused  # Triton may not be installed
 
-    forward, backward = (choose(table, architecture(device), itemsize) for table in (FORWARD, BACKWARD))
+    tables = {"forward": FORWARD, "backward": BACKWARD, "patches": PATCH_GRADIENT}
+    chosen = {step: choose(table, architecture(device), itemsize) for step, table in tables.items()}
     without_tma = ("programs", "tma")  # which these kernels do not have
     return {
         **{
-            f"{direction}, {name}": Fused(**{f"{direction}_tile": tile})
-            for direction, chosen in (("forward", forward), ("backward", backward))
-            for name, tile in tile_variants(chosen).items()
+            f"{step}, {name}": Fused(**{f"{step}_tile": tile})
+            for step, table_tile in chosen.items()
+            for name, tile in tile_variants(table_tile).items()
             if not name.startswith(without_tma)
         },
         **{name: Fused(scratch_bytes=size) for name, size in scratch.items()},

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from betaclip.layers import attention
 from betaclip.model.packing import Bucket, Packing, Rows, to_device
 
 
@@ -132,7 +133,7 @@ class Buckets(PackedAttention):
         parts, outs = _Heads.apply(rows, self.buckets), []
         for i in range(0, len(parts), 3):
             q, k, v = parts[i : i + 3]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = attention(q, k, v, is_causal=True)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from betaclip.layers import attention
 from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_blocks, run_block
 
 
@@ -34,7 +35,7 @@ class VisionBlock(Block):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, Q, W), (B, L, W), (B, L, W) -> (B, Q, W)"""
         heads = (t.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return attention(*heads).transpose(1, 2).flatten(2)
 
 
 def vision_not_supported_reasons(clip: Any) -> list[str]:

@@ -23,6 +23,7 @@ from betaclip.kernels.attention_pool.folded import (
     attended,
     attention_pool_bwd,
     attention_pool_fwd,
+    kept_images,
 )
 from betaclip.kernels.backends import (
     always_supported,
@@ -82,9 +83,10 @@ def attention_pool(
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)))
 
     Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
-    to the side of the queries where that is less work (``cost``); the backward then keeps the arguments and the
-    result, and with ``add_zero_attn`` two numbers for each query and head, nothing else. Softmax and sums are in
-    float32 (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
+    to the side of the queries where that takes less time (``cost``); the backward then keeps the arguments, the
+    result, the norms of the patches and at most two numbers for each query and head; on the CPU also the attention
+    weights of as many images as fit 256 MiB, so that it need not compute them again. Softmax and sums are in float32
+    (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
     Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends
     as often as PyTorch's own operators.
 
@@ -124,7 +126,8 @@ def attention_pool(
         # Only the choice weighs the costs, so that a named backend is exported for any number of images and queries.
         backend = resolve("attention_pool", backend, _preferred(pooling) if backend == "auto" else BACKENDS, x, q)
     if not isinstance(backend, str) or backend in FOLDED:
-        return _Folded.apply(*pooling, backend)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pooling[:5])
+        return _Folded.apply(*pooling[:7], keep, *pooling[7:], backend)
     if not torch.compiler.is_compiling():
         count_run("attention_pool", backend)
     with autocast_off(x.device.type):  # or dtype and precision would follow the choice of backend
@@ -164,11 +167,10 @@ def _pooling(
     add_zero_attn: bool,
     k_bias: Tensor | None,
 ) -> Pooling:
-    """The arguments, checked; queries are scaled and one per image, masked patches are 0."""
+    """The arguments, checked; queries are one per image, masked patches are 0."""
     _check(x, q, k_weight, v_weight, v_bias, num_heads, mask, k_bias)
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
-    q = q * (x.shape[2] // num_heads) ** -0.5
     sink = _sink(q, k_bias, num_heads).expand(x.shape[0], -1, -1) if add_zero_attn else None
     q = q.expand(x.shape[0], -1, -1)
     return Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, norm_eps(x.dtype) if normalize else None)
@@ -179,7 +181,8 @@ def _sink(q: Tensor, k_bias: Tensor | None, num_heads: int) -> Tensor:
     dtype = accumulation_dtype(q.dtype)
     if k_bias is None:
         return q.new_zeros(*q.shape[:2], num_heads, dtype=dtype)
-    return -(q.to(dtype) * k_bias.to(dtype)).unflatten(2, (num_heads, -1)).sum(3)
+    of_bias = (q.to(dtype) * k_bias.to(dtype)).unflatten(2, (num_heads, -1))
+    return of_bias.sum(3) * -(of_bias.shape[3] ** -0.5)
 
 
 def _preferred(pooling: Pooling) -> dict[str, Callable[[Tensor, Tensor], list[str]]]:
@@ -225,21 +228,36 @@ def _check(
 
 @without_autocast
 def _folded(  # type: ignore[no-untyped-def]
-    x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """The result, and the log-sum-exps for the backward, empty if it does not need them."""
+    x, q, k_weight, v_weight, v_bias, mask, sink, keep, num_heads, eps, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and for the backward log-sum-exps, inverse norms and weights, empty if it does not need them."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
-    return attention_pool_fwd(pooling, _running(backend, sink is not None))
+    return attention_pool_fwd(pooling, _running(backend, sink is not None), keep)
 
 
 @without_autocast
 def _folded_backward(  # type: ignore[no-untyped-def]
-    x, q, k_weight, v_weight, v_bias, mask, sink, out, lse, dout, need_dx, num_heads, eps, backend: Backend
+    x,
+    q,
+    k_weight,
+    v_weight,
+    v_bias,
+    mask,
+    sink,
+    out,
+    lse,
+    inverse_norm,
+    kept,
+    dout,
+    need_dx,
+    num_heads,
+    eps,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (B, P, D) (empty if not needed) and dq (B, K, D) in the dtype of x; dk_weight and dv_weight (D, D) in
     accumulation dtype."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
-    return attention_pool_bwd(pooling, out, lse, dout, need_dx, _running(backend, sink is not None))
+    return attention_pool_bwd(pooling, out, lse, inverse_norm, kept, dout, need_dx, _running(backend, sink is not None))
 
 
 def _running(backend: Backend, has_sink: bool) -> Attention:
@@ -251,25 +269,30 @@ def _running(backend: Backend, has_sink: bool) -> Attention:
 
 _TENSORS = "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? mask, Tensor? sink"
 _OPTIONS = "int num_heads, float? eps, str backend"
-folded = define_operator("attention_pool", _folded, f"{_TENSORS}, {_OPTIONS}", 2)
+folded = define_operator("attention_pool", _folded, f"{_TENSORS}, bool keep, {_OPTIONS}", 4)
 folded_backward = define_operator(
     "attention_pool_backward",
     _folded_backward,
-    f"{_TENSORS}, Tensor out, Tensor lse, Tensor dout, bool need_dx, {_OPTIONS}",
+    f"{_TENSORS}, Tensor out, Tensor lse, Tensor inverse_norm, Tensor kept, Tensor dout, bool need_dx, {_OPTIONS}",
     4,
 )
 folded_backward.register_autograd(refuse_second_derivative)
 
 
 @folded.register_fake
-def _(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps, backend):  # type: ignore[no-untyped-def]
-    keeps = local_backend(backend, sink is not None).keeps_lse
-    lse = (x.shape[0], q.shape[1] * num_heads) if keeps else (0,)
-    return x.new_empty(q.shape), x.new_empty(lse, dtype=accumulation_dtype(x.dtype))
+def _(x, q, k_weight, v_weight, v_bias, mask, sink, keep, num_heads, eps, backend):  # type: ignore[no-untyped-def]
+    attention, latents = local_backend(backend, sink is not None), q.shape[1] * num_heads
+    pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
+    lse = (x.shape[0], latents) if attention.keeps_lse else (0,)
+    norms = (0,) if eps is None else x.shape[:2]
+    kept = (kept_images(pooling, attention) if keep else 0, latents, x.shape[1])
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(q.shape), *(x.new_empty(shape, dtype=dtype) for shape in (lse, norms, kept))
 
 
 @folded_backward.register_fake
-def _(x, q, k_weight, v_weight, v_bias, mask, sink, out, lse, dout, need_dx, *options):  # type: ignore[no-untyped-def]
+def _(x, q, k_weight, v_weight, *others):  # type: ignore[no-untyped-def]
+    need_dx = others[-4]
     dtype = accumulation_dtype(x.dtype)
     dk_weight, dv_weight = (w.new_empty(w.shape, dtype=dtype) for w in (k_weight, v_weight))
     return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(q.shape), dk_weight, dv_weight
@@ -279,15 +302,15 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, q, k_weight, v_weight, v_bias, mask, sink, *options):  # type: ignore[no-untyped-def]
         tensors = x, q, k_weight, v_weight, v_bias, mask, sink
-        out, lse = run_operator(folded, _folded, *tensors, *options)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.options = options
+        out, *statistics = run_operator(folded, _folded, *tensors, *options)
+        ctx.save_for_backward(*tensors, out, *statistics)
+        ctx.options = options[1:]
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
-        x, *_, mask, sink, out, lse = tensors
+        x, *_, mask, sink, out, lse, _, _ = tensors
         need_dx = ctx.needs_input_grad[0]
         gradients = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
         if mask is not None:

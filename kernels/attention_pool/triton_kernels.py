@@ -1,21 +1,25 @@
 """Attention pooling in Triton: kernels for the steps between the folded projections, and their launchers.
 
-L latent queries of width D attend to an image's P patches x. 1 / |x_p|, computed from the loaded patches, scales the
-columns of logits and weights, so that no normalised patch exists.
+L latent queries of width D attend to an image's P patches x. 1 / |x_p|, computed beforehand, scales the columns of
+logits and weights, so that no normalised patch exists.
 
 * forward: a program takes BLOCK_M latent queries of one image and its patches BLOCK_N at a time, with online softmax:
   logits over D in steps of BLOCK_D, then weighted sums of the same patches, BLOCK_D columns at a time. Logits never
   leave the program; weighted sums do only where P > BLOCK_N, to be rescaled. Patches come from memory once, because a
   block of them is still in cache when it is read again.
 * backward: a program computes one tile of S = z x̂ᵀ and dA = g x̂ᵀ over D in steps of BLOCK_D and writes [dS; A] / |x|,
-  the operand of two library products, and its latent queries' share of <x̂_p, dx̂_p>. There are no atomics.
+  the operand of the products that follow, and its latent queries' share of <x̂_p, dx̂_p>. There are no atomics.
+* patches: a program computes one tile of their gradient [dS; A]ᵀ [z; g] / |x| - <x̂, dx̂> x / |x|², so that x is read
+  and the gradient written only once.
 
 Masked patches and patches beyond P are not read, and have weight 0. Offsets of images and patches are 64-bit.
 
 Legend: B images, P patches, H heads, L latent queries, D width. m: latent queries of a tile, n: its patches.
+``inverse``: 1 / |x| of patches, 0 for those that count as zero. Rows of P weights are ``pitch`` elements apart.
 ``m_i``, ``l_i``: running maximum and sum of exponentials of a latent query.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +31,8 @@ from torch import Tensor
 
 from betaclip.kernels import architecture
 from betaclip.kernels.architecture import Tile, choose
-from betaclip.kernels.attention_pool.folded import SCRATCH_BYTES, Patches
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
+from betaclip.kernels.attention_pool.folded import Patches, Result
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
 from betaclip.kernels.precision import accumulation_dtype, dot_precision
 
 
@@ -41,20 +45,13 @@ def _valid(mask_ptr, stride_mask, pid_b, offs_n, P, HAS_MASK: tl.constexpr):
     return valid
 
 
-@triton.jit
-def _inverse(squares, NORM_EPS: tl.constexpr):
-    """1 / |x|, 0 where |x| <= NORM_EPS"""
-    norm = tl.sqrt(squares)
-    return tl.where(norm <= NORM_EPS, 0.0, 1.0 / tl.where(norm <= NORM_EPS, 1.0, norm))
-
-
 @triton.jit(do_not_specialize=["P", "L"])
 def _attention_pool_fwd_kernel(
-    x_ptr, z_ptr, mask_ptr,  # (B, P, D), (B, L, D), (B, P)
+    x_ptr, z_ptr, mask_ptr, inverse_ptr,  # (B, P, D), (B, L, D), (B, P), (B, P)
     means_ptr, lse_ptr,  # (B, L, D), (B, L): -inf for an image without valid patches
     sums_ptr,  # (B, L, D) if MANY_BLOCKS: scratch, weighted sums of the blocks before
     P, L, stride_image, stride_patch, stride_mask,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, NORM_EPS: tl.constexpr, HAS_MASK: tl.constexpr, MANY_BLOCKS: tl.constexpr,
+    D: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, MANY_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +67,6 @@ def _attention_pool_fwd_kernel(
         valid = _valid(mask_ptr, stride_mask, pid_b, offs_n, P, HAS_MASK)
         x_offsets = pid_b * stride_image + offs_n.to(tl.int64) * stride_patch
         s = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        squares = tl.zeros((BLOCK_N,), dtype=ACC)
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             x = tl.load(
@@ -79,10 +75,8 @@ def _attention_pool_fwd_kernel(
             mask = (offs_m < L)[:, None] & (offs_d < D)[None, :]
             z = tl.load(z_ptr + z_offsets[:, None] + offs_d[None, :], mask=mask, other=0.0)
             s = tl.dot(z, x.T, s, input_precision=PRECISION, out_dtype=ACC)
-            if NORMALIZE:
-                squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
         if NORMALIZE:
-            inverse = _inverse(squares, NORM_EPS)
+            inverse = tl.load(inverse_ptr + pid_b * P + offs_n, mask=valid, other=0.0)
             s *= inverse[None, :]
         s = tl.where(valid[None, :], s, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -90,8 +84,8 @@ def _attention_pool_fwd_kernel(
         weights, decay = tl.exp(s - finite[:, None]), tl.exp(m_i - finite)
         l_i = l_i * decay + tl.sum(weights, 1)
         m_i = m_new
-        if NORMALIZE:
-            weights *= inverse[None, :]
+        if NORMALIZE:  # read again: kept, it would take 32 of a thread's registers, which then spill at D = 64
+            weights *= tl.load(inverse_ptr + pid_b * P + offs_n, mask=valid, other=0.0, volatile=True)[None, :]
         weights = weights.to(x_ptr.dtype.element_ty)
         share = 1.0 / tl.where(l_i > 0, l_i, 1.0)
         for start_d in range(0, D, BLOCK_D):
@@ -116,12 +110,12 @@ def _attention_pool_fwd_kernel(
 
 @triton.jit(do_not_specialize=["P", "L"])
 def _attention_pool_bwd_kernel(
-    x_ptr, zg_ptr, mask_ptr,  # (B, P, D), (B, L / H, 2, H, D), (B, P)
-    lse_ptr, delta_ptr,  # (B, L), (B, L)
+    x_ptr, zg_ptr, mask_ptr, inverse_ptr,  # (B, P, D), (B, L / H, 2, H, D), (B, P), (B, P)
+    lse_ptr, out_ptr, dout_ptr, bias_ptr,  # (B, L), (B, L, D / H) twice, (D,)
     weights_ptr, radial_ptr,  # (B, L / H, 2, H, P), (B, blocks_m, P)
-    P, L, stride_image, stride_patch, stride_mask,
-    H: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr, NORM_EPS: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    P, L, stride_image, stride_patch, stride_mask, pitch,
+    H: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     blocks_m, blocks_n = tl.cdiv(L, BLOCK_M), tl.cdiv(P, BLOCK_N)
@@ -131,10 +125,18 @@ def _attention_pool_bwd_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = _valid(mask_ptr, stride_mask, pid_b, offs_n, P, HAS_MASK)
+    # δ = <dout, out - bias> over the head's part of both
+    offs_h = tl.arange(0, BLOCK_H)
+    of_head = (offs_m < L)[:, None] & (offs_h < D // H)[None, :]
+    out_offsets = (pid_b * L + offs_m)[:, None] * (D // H) + offs_h[None, :]
+    means = tl.load(out_ptr + out_offsets, mask=of_head, other=0.0).to(ACC)
+    if HAS_BIAS:
+        bias_offsets = (offs_m % H * (D // H))[:, None] + offs_h[None, :]
+        means -= tl.load(bias_ptr + bias_offsets, mask=of_head, other=0.0).to(ACC)
+    delta = tl.sum(means * tl.load(dout_ptr + out_offsets, mask=of_head, other=0.0).to(ACC), 1)
     z_rows = pid_b * 2 * L + offs_m // H * (2 * H) + offs_m % H  # rows of zg and of weights
     s = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     da = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    squares = tl.zeros((BLOCK_N,), dtype=ACC)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         x_offsets = pid_b * stride_image + offs_n.to(tl.int64)[:, None] * stride_patch + offs_d[None, :]
@@ -145,12 +147,9 @@ def _attention_pool_bwd_kernel(
         g = tl.load(zg_ptr + z_offsets + H * D, mask=mask, other=0.0)
         s = tl.dot(z, x.T, s, input_precision=PRECISION, out_dtype=ACC)
         da = tl.dot(g, x.T, da, input_precision=PRECISION, out_dtype=ACC)
-        if NORMALIZE:
-            squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
     lse = tl.load(lse_ptr + pid_b * L + offs_m, mask=offs_m < L, other=0.0)
-    delta = tl.load(delta_ptr + pid_b * L + offs_m, mask=offs_m < L, other=0.0)
     if NORMALIZE:
-        inverse = _inverse(squares, NORM_EPS)
+        inverse = tl.load(inverse_ptr + pid_b * P + offs_n, mask=valid, other=0.0)
         s *= inverse[None, :]
         da *= inverse[None, :]
     a = tl.where(valid[None, :], tl.exp(s - lse[:, None]), 0.0)
@@ -160,66 +159,149 @@ def _attention_pool_bwd_kernel(
         tl.store(radial_ptr + (pid_b * blocks_m + pid_m) * P + offs_n, radial, mask=offs_n < P)
         ds *= inverse[None, :]
         a *= inverse[None, :]
-    weight_offsets = z_rows[:, None] * P + offs_n[None, :]
-    mask = (offs_m < L)[:, None] & (offs_n < P)[None, :]
+    weight_offsets = z_rows[:, None] * pitch + offs_n[None, :]
+    mask = (offs_m < L)[:, None] & (offs_n < pitch)[None, :]  # a multiple of 8: threads store 16 bytes
     tl.store(weights_ptr + weight_offsets, ds.to(weights_ptr.dtype.element_ty), mask=mask)
-    tl.store(weights_ptr + weight_offsets + H * P, a.to(weights_ptr.dtype.element_ty), mask=mask)
+    tl.store(weights_ptr + weight_offsets + H * pitch, a.to(weights_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["P", "L", "shares"])
+def _attention_pool_patches_kernel(
+    x_ptr, zg_ptr, weights_ptr,  # (B, P, D), (B, 2 L, D), (B, 2 L, P)
+    radial_ptr, dx_ptr,  # (B, shares, P), (B, P, D)
+    P, L, stride_image, stride_patch, pitch, shares,
+    D: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # Here m are patches, n columns of x, and d the 2 L rows of zg and of weights that a tile sums over.
+    blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    pid = tl.program_id(0)
+    pid_b = (pid // (blocks_m * blocks_n)).to(tl.int64)
+    offs_m = pid // blocks_n % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for start_d in range(0, 2 * L, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        rows = pid_b * 2 * L + offs_d
+        exists = (offs_d < 2 * L)[:, None]
+        weight_offsets = rows[:, None] * pitch + offs_m[None, :]
+        weights = tl.load(weights_ptr + weight_offsets, mask=exists & (offs_m < pitch)[None, :], other=0.0)
+        z_offsets = rows[:, None] * D + offs_n[None, :]
+        zg = tl.load(zg_ptr + z_offsets, mask=exists & (offs_n < D)[None, :], other=0.0)
+        acc = tl.dot(weights.T, zg, acc, input_precision=PRECISION, out_dtype=ACC)
+    mask = (offs_m < P)[:, None] & (offs_n < D)[None, :]
+    if NORMALIZE:
+        radial = tl.zeros((BLOCK_M,), dtype=ACC)
+        for share in range(0, shares):
+            radial += tl.load(radial_ptr + (pid_b * shares + share) * P + offs_m, mask=offs_m < P, other=0.0)
+        x_offsets = pid_b * stride_image + offs_m.to(tl.int64)[:, None] * stride_patch + offs_n[None, :]
+        acc -= radial[:, None] * tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(ACC)
+    dx_offsets = (pid_b * P + offs_m)[:, None] * D + offs_n[None, :]
+    tl.store(dx_ptr + dx_offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Fused:
-    """``Attention`` by one kernel for each direction, with products in the dtype of the patches.
+    """``Attention`` by one kernel for each step, with products in the dtype of the patches.
 
-    forward_tile, backward_tile: replace the entries of the tables in ``tiles``.
+    forward_tile, backward_tile, patches_tile: replace the entries of the tables in ``tiles``.
     """
 
     forward_tile: Tile | None = None
     backward_tile: Tile | None = None
-    scratch_bytes: int = SCRATCH_BYTES
-    scratch_tiles: int = 0
+    patches_tile: Tile | None = None
+    scratch_bytes: int | None = None
+    kept_bytes: int | None = 0
     keeps_lse: bool = True
+    interleaves: bool = True
 
     def dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype
 
-    def forward(self, x: Patches, z: Tensor, means: Tensor, tiles: Tensor) -> Tensor | None:
-        tile = self.forward_tile or choose(FORWARD, architecture.architecture(z.device), z.element_size())
-        lse = z.new_empty(z.shape[:2], dtype=accumulation_dtype(z.dtype))
-        sums = z.new_empty(z.shape, dtype=lse.dtype) if x.rows.shape[1] > tile.block_n else None
+    def scratch(self, latents: int, patches: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (0, 0), (0, 0)
+
+    def forward(
+        self, x: Patches, z: Tensor, means: Tensor, lse: Tensor | None, kept: Tensor | None, scratch: Tensor
+    ) -> None:
+        tile = self.forward_tile or _chosen(FORWARD, z)
+        many_blocks = x.rows.shape[1] > tile.block_n
+        sums = z.new_empty(z.shape, dtype=accumulation_dtype(z.dtype)) if many_blocks else None
+        mask, stride_mask = _mask(x)
         programs = z.shape[0] * -(-z.shape[1] // tile.block_m)
         _launch(
-            _attention_pool_fwd_kernel, programs, tile, x, z, (means, lse, sums), z.shape[1],
-            MANY_BLOCKS=sums is not None,
+            _attention_pool_fwd_kernel, programs, tile, x,
+            (z, mask, x.inverse_norm, means, lse, sums), z.shape[1], stride_mask,
+            HAS_MASK=mask is not None, MANY_BLOCKS=many_blocks,
         )  # fmt: skip
-        return lse
 
     def backward(
-        self, x: Patches, zg: Tensor, lse: Tensor, delta: Tensor, weights: Tensor, tiles: Tensor
-    ) -> Tensor | None:
-        tile = self.backward_tile or choose(BACKWARD, architecture.architecture(zg.device), zg.element_size())
-        (images, queries, _, heads, _), patches = zg.shape, x.rows.shape[1]
+        self,
+        x: Patches,
+        zg: Tensor,
+        lse: Tensor | None,
+        kept: Tensor | None,
+        result: Result,
+        weights: Tensor,
+        dz_and_means: Tensor,
+        dx: Tensor | None,
+        scratch: Tensor,
+    ) -> None:
+        tile = self.backward_tile or _chosen(BACKWARD, zg)
+        (_, images, queries, heads, width), patches = zg.shape, x.rows.shape[1]
         blocks = -(-queries * heads // tile.block_m)
-        radial = None if x.norm_eps is None else lse.new_empty(images, blocks, patches)
+        radial = None
+        if x.inverse_norm is not None:
+            radial = x.inverse_norm.new_empty(images, blocks, patches)
+        zg, pairs, products = (_interleaved(t) for t in (zg, weights, dz_and_means))
+        mask, stride_mask = _mask(x)
         _launch(
-            _attention_pool_bwd_kernel, images * blocks * -(-patches // tile.block_n), tile, x, zg,
-            (lse, delta, weights, radial), queries * heads, H=heads,
+            _attention_pool_bwd_kernel, images * blocks * -(-patches // tile.block_n), tile, x,
+            (zg, mask, x.inverse_norm, lse, result.out, result.dout.contiguous(), result.v_bias, pairs, radial),
+            queries * heads, stride_mask, pairs.stride(1),
+            H=heads, HAS_MASK=mask is not None, HAS_BIAS=result.v_bias is not None,
+            BLOCK_H=triton.next_power_of_2(width // heads),
         )  # fmt: skip
-        return None if radial is None else radial.sum(1)
+        if x.single is not None:
+            weights[0].masked_fill_(x.single.unsqueeze(3), 0)
+        torch.bmm(pairs, x.rows, out=products)
+        if dx is None:
+            return
+        tile = self.patches_tile or _chosen(PATCH_GRADIENT, zg)
+        programs = images * -(-patches // tile.block_m) * -(-width // tile.block_n)
+        _launch(
+            _attention_pool_patches_kernel, programs, tile, x, (zg, pairs, radial, dx), queries * heads,
+            pairs.stride(1), blocks,
+        )  # fmt: skip
+
+
+def _interleaved(pair: Tensor) -> Tensor:
+    """(c, 2 L, ...) view of a pair, the rows query by query."""
+    return pair.movedim(0, 2).flatten(1, 3)
+
+
+def _chosen(table: Mapping[tuple[str, int], Tile], t: Tensor) -> Tile:
+    return choose(table, architecture.architecture(t.device), t.element_size())
+
+
+def _mask(x: Patches) -> tuple[Tensor | None, int]:
+    """The mask as the kernels read it, and its stride."""
+    mask = None if x.mask is None else x.mask.contiguous().view(torch.uint8)
+    return mask, 0 if mask is None else mask.stride(0)
 
 
 def _launch(
-    kernel: Any, programs: int, tile: Tile, x: Patches, z: Tensor, rest: tuple[Any, ...], latents: int, **constants: Any
+    kernel: Any, programs: int, tile: Tile, x: Patches, tensors: tuple[Any, ...], latents: int, *rest: int, **flags: Any
 ) -> None:
     rows = x.rows if x.rows.stride(2) == 1 else x.rows.contiguous()
-    mask = None if x.mask is None else x.mask.contiguous().view(torch.uint8)
     guard = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
     with guard:  # Triton launches on the current device, not on that of the tensors
         kernel[(programs,)](
-            rows, z, mask, *rest, rows.shape[1], latents, rows.stride(0), rows.stride(1),
-            0 if mask is None else mask.stride(0),
-            D=rows.shape[2], NORMALIZE=x.norm_eps is not None, NORM_EPS=x.norm_eps or 0.0, HAS_MASK=mask is not None,
+            rows, *tensors, rows.shape[1], latents, rows.stride(0), rows.stride(1), *rest,
+            D=rows.shape[2], NORMALIZE=x.inverse_norm is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
             PRECISION=dot_precision(architecture.architecture(rows.device), rows.dtype),
             ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **flags,
         )  # fmt: skip

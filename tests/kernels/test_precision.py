@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.attention_pool.folded import Eager
-from betaclip.kernels.precision import inverse_row_norms, row_norms, unit_rows
+from betaclip.kernels.precision import inverse_norms, inverse_row_norms, row_norms, unit_rows
 from betaclip.kernels.similarity.blockwise import Blockwise
 
 SETTINGS = ("none", "ieee", "bf16")
@@ -179,6 +179,9 @@ def test_norms_whose_squares_overflow(dtype, value):
     inverse, _ = inverse_row_norms(x, wide)
     torch.testing.assert_close(inverse[0].double(), 1 / truth[0], rtol=1e-4, atol=0)  # float32's may be subnormal
     assert inverse[1].item() == pytest.approx(0.2) and inverse[2].isinf() and inverse[3].isnan()
+    out = torch.empty(4, dtype=wide)
+    inverse_norms(x, 1e-12, out)
+    torch.testing.assert_close(out, norms.reciprocal().masked_fill(norms == 0, 0))
     leaf = x[:3].clone().requires_grad_()
     unit = unit_rows(leaf)
     third = 3**-0.5

@@ -9,7 +9,7 @@ from support.paths import ROOT
 from support.programs import load_program
 
 from betaclip.kernels.architecture import Tile, choose
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
 from betaclip.kernels.similarity.tiles import CHUNK_ROWS, TILES
 
 PROGRAM = load_program(ROOT / "tools" / "tile_variants.py")
@@ -23,7 +23,9 @@ def differences(tile, other):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("target", ARCHITECTURES)
-@pytest.mark.parametrize("table", [TILES, FORWARD, BACKWARD], ids=["similarity", "forward", "backward"])
+@pytest.mark.parametrize(
+    "table", [TILES, FORWARD, BACKWARD, PATCH_GRADIENT], ids=["similarity", "forward", "backward", "patches"]
+)
 def test_tiles_differ_in_what_they_are_called_by(table, target, itemsize):
     chosen = choose(table, target, itemsize)
     variants = PROGRAM.tile_variants(chosen)
@@ -50,7 +52,7 @@ def test_backends_of_a_gpu(monkeypatch, target):
     tile = choose(FORWARD, target, 2)
     wider = pools[f"forward, block_n {2 * tile.block_n}"]
     assert differences(tile, wider.forward_tile) == ["block_n"] and wider.backward_tile is None
-    assert pools["scratch 1024 MiB"].scratch_bytes == 2**30
+    assert pools["scratch 256 MiB"].scratch_bytes == 2**28
 
 
 @pytest.mark.parametrize("argv", [("loss", "--forms", "bce", "--dim", "16"), ("pooling", "--dim", "16")])

@@ -1,27 +1,80 @@
-"""The cost model: where folding the projections pays."""
+"""The cost model: where folding the projections pays, and the launches that it counts."""
+
+from itertools import pairwise
 
 import pytest
 import torch
+from support.attention_pool import arguments
+from support.dispatches import launches
 
-from betaclip.kernels.attention_pool.cost import folded_cost, folding_pays, projected_cost
+from betaclip.kernels.attention_pool.cost import (
+    FOLDED_LAUNCHES,
+    PROJECTED_LAUNCHES,
+    folded_cost,
+    folding_pays,
+    projected_cost,
+)
+from betaclip.kernels.attention_pool.operators import Backend, attention_pool
 
-# Where folding stops to pay on the CPU in float32: texts per image, by patches and width, for 64 images and 8 heads.
-SWITCH = {(49, 512): 19, (196, 512): 40, (256, 512): 47, (576, 512): 54, (196, 768): 52, (576, 768): 74}
+# Where folding stops to pay in float32 on the CPU and in bfloat16 on a GPU: texts per image, by patches and width, for
+# 64 images and 8 heads.
+SWITCH = {
+    "cpu": {(49, 512): 20, (196, 512): 44, (256, 512): 52, (576, 512): 61, (196, 768): 57, (576, 768): 84},
+    "cuda": {(49, 512): 7, (196, 512): 24, (256, 512): 30, (576, 512): 37, (196, 768): 28, (576, 768): 47},
+}
 
 
-@pytest.mark.parametrize("patches, width", SWITCH)
-def test_cost_model_switches_once(patches, width):
-    choices = [folding_pays(64, k, patches, width, 8, torch.float32, "cpu") for k in range(1, 200)]
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+@pytest.mark.parametrize("patches, width", SWITCH["cpu"])
+def test_cost_model_switches_once(patches, width, device, dtype):
+    choices = [folding_pays(64, k, patches, width, 8, dtype, device) for k in range(1, 200)]
     last = choices.index(False)
     assert all(choices[:last]) and not any(choices[last:])
-    assert last == SWITCH[patches, width]
+    assert last == SWITCH[device][patches, width]
 
 
 def test_cost_model_counts_the_products():
     """FLOP by hand at K = 36, P = 196, D = 512, H = 8: projections of 2 x 196 rows and of 36, three products each.
-    Folded, P counts as a multiple of 32."""
+    Folded, P counts as a multiple of 32, and one of four products of the backward's logits was kept."""
     texts, patches, width, heads = 36, 196, 512, 8
     projection, attention = 2 * 2 * patches * width**2, 2 * texts * patches * width
     padded = 2 * texts * 224 * width
     assert projected_cost(64, texts, patches, width, heads, 4).flop == 3 * projection + 7 * attention
-    assert folded_cost(64, texts, patches, width, heads, 4).flop == 8 * heads * padded + 7 * 2 * texts * width**2
+    kept, recomputed = (folded_cost(images, texts, patches, width, heads, 4).flop for images in (64, 10**9))
+    assert kept == 7 * heads * padded + 7 * 2 * texts * width**2
+    assert recomputed == pytest.approx(8 * heads * padded + 7 * 2 * texts * width**2)
+
+
+def test_gpu_kernels_compute_whole_tiles():
+    """6 to 8 texts of 8 heads fill the same tile of 64 latent queries; the ninth begins another. 196 patches count as
+    256."""
+    flop = [folded_cost(64, texts, 196, 512, 8, 2, "cuda").flop for texts in (6, 7, 8, 9)]
+    steps = [more - less for less, more in pairwise(flop)]
+    logits_and_means = 2 * 2 * 64 * 256 * 512
+    assert steps[0] == steps[1] and steps[2] - steps[0] == 2 * 2 * logits_and_means  # at half of the library's rate
+
+
+def test_cost_model_counts_what_is_launched(monkeypatch):
+    """Of a batch that is one chunk: kernels, and PyTorch's operators that compute. CUDA's own checks and copies apart,
+    which the CPU needs."""
+    triton_kernels = pytest.importorskip("betaclip.kernels.attention_pool.triton_kernels")
+    kernels = []
+    monkeypatch.setattr(triton_kernels, "_launch", lambda kernel, *_, **__: kernels.append(kernel))
+    monkeypatch.setattr(triton_kernels.architecture, "architecture", lambda device: "sm_90")
+    shapes = (256, 196, 512), (256, 36, 512), (512, 512), (512, 512), (512,)
+    large = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+    found = [*forward_and_backward(large, triton_kernels.Fused()), *kernels]
+    assert len(found) == FOLDED_LAUNCHES - 3, found  # three gradients of weights that 16 bits round
+    assert [name for name in found if name == "_to_copy"] == []
+    small = [t.requires_grad_() for t in arguments(2, 3, 7, 16, torch.float32)]
+    on_cpu_alone = ["abs", "ne", "eq", "mul", "all", "_local_scalar_dense"]  # whether squares overflowed
+    found = forward_and_backward(small, "sdpa")
+    assert len(found) - len(on_cpu_alone) == PROJECTED_LAUNCHES, found
+
+
+def forward_and_backward(leaves: list[torch.Tensor], backend: Backend) -> list[str]:
+    def run() -> None:
+        out = attention_pool(*leaves, 4, backend=backend)
+        torch.autograd.grad(out, leaves, torch.empty_like(out))
+
+    return launches(run)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip.kernels.architecture import choose
+from betaclip.kernels.attention_pool import operators
 from betaclip.kernels.attention_pool.cost import folding_pays
 from betaclip.kernels.attention_pool.folded import Eager, Pooling, attention_pool_bwd, attention_pool_fwd
 from betaclip.kernels.attention_pool.operators import (
@@ -20,20 +21,52 @@ from betaclip.kernels.attention_pool.operators import (
     folded,
     folded_backward,
 )
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
 
 
 def test_gradient_of_patches_costs_nothing_if_not_wanted():
+    assert products(need_dx=True) - products(need_dx=False) == 2
+
+
+def products(need_dx: bool = True, keep: bool = True, kept_bytes: int | None = None) -> float:
+    """The products of a backward between latent queries and patches, for two images, one at a time."""
     b, k, p, d, heads = 2, 3, 7, 16, 4
-    tensors = arguments(b, k, p, d)
-    pooling = Pooling(*tensors, None, None, heads, None)
-    out, lse = attention_pool_fwd(pooling, Eager())
-    flop = []
-    for need_dx in (True, False):
-        with FlopCounterMode(display=False) as counter:
-            attention_pool_bwd(pooling, out, lse, torch.ones_like(out), need_dx, Eager())
-        flop.append(counter.get_total_flops())
-    assert flop[0] - flop[1] == 2 * b * (2 * k * heads) * p * d
+    pooling = Pooling(*arguments(b, k, p, d), None, None, heads, None)
+    attention = Eager(scratch_bytes=1, kept_bytes=kept_bytes)
+    out, *statistics = attention_pool_fwd(pooling, attention, keep)
+    with FlopCounterMode(display=False) as counter:
+        attention_pool_bwd(pooling, out, *statistics, torch.ones_like(out), need_dx, attention)
+    return (counter.get_total_flops() - 2 * b * 5 * k * d**2) / (2 * b * k * heads * p * d)
+
+
+def test_weights_that_the_forward_kept_are_not_computed_again():
+    one = 8 * 3 * 4 * 7  # bytes of an image's
+    assert [products(keep=False), products(kept_bytes=one - 1), products(kept_bytes=2 * one - 1), products()] == [
+        6,
+        6,
+        5.5,
+        5,
+    ]
+    x, *rest = arguments(2, 3, 7, 16)
+    with torch.no_grad():
+        assert run_keeps(x.requires_grad_(), rest) == 0
+    assert run_keeps(x, rest) == 2 * one
+    assert run_keeps(x.detach(), rest) == 0
+
+
+def run_keeps(x: Tensor, rest: list[Tensor]) -> int:
+    """Bytes of weights that a call keeps."""
+    kept = []
+
+    def run(pooling: Pooling, attention: Eager, keep: bool) -> tuple[Tensor, ...]:
+        results = attention_pool_fwd(pooling, attention, keep)
+        kept.append(results[3].nbytes)
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "attention_pool_fwd", run)
+        attention_pool(x, *rest, 4, backend="folded")
+    return sum(kept)
 
 
 @pytest.mark.parametrize("wanted", [{i} for i in range(5)] + [{0, 3}, {1, 2, 4}])
@@ -97,11 +130,11 @@ def test_opcheck(backend):
     mask = some_masked(3, 5)
     sink = torch.randn(3, 4, 4, dtype=torch.float64, device=DEVICE)
     for *given, norm_eps in ((v_bias, None, None, 1e-12), (None, mask, None, 1e-12), (v_bias, mask, sink, None)):
-        opcheck(folded, *tensors, *given, 4, norm_eps, backend)
-        out, lse = folded(*tensors, *given, 4, norm_eps, backend)
+        opcheck(folded, *tensors, *given, True, 4, norm_eps, backend)
+        results = folded(*tensors, *given, True, 4, norm_eps, backend)
         for need_dx in (True, False):
-            incoming = torch.ones_like(out)
-            opcheck(folded_backward, *tensors, *given, out, lse, incoming, need_dx, 4, norm_eps, backend)
+            incoming = torch.ones_like(results[0])
+            opcheck(folded_backward, *tensors, *given, *results, incoming, need_dx, 4, norm_eps, backend)
 
 
 @pytest.mark.parametrize("backend", ["auto", "folded", "sdpa", "reference"])
@@ -174,15 +207,16 @@ def saved_bytes(function: Callable[[], Tensor], excluded: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("backend", ["folded", "triton"])
 def test_keeps_no_more_than_queries_and_results(backend):
-    """O(K D) per image beside the patches themselves: neither keys, values, normalised patches nor weights."""
+    """O(K D + P) per image beside the patches themselves: neither keys, values nor normalised patches; on the CPU also
+    the weights, as long as they fit."""
     require(backend, torch.float32)
     b, k, p, d, heads = 2, 3, 40, 32, 4
     leaves = [t.requires_grad_() for t in arguments(b, k, p, d, torch.float32)]
     kept = saved_bytes(lambda: attention_pool(*leaves, heads, backend=backend), leaves)
-    lse = 4 * b * k * heads
-    assert 4 * b * k * d <= kept <= 2 * 4 * b * k * d + lse
+    lse, norms, weights = 4 * b * k * heads, 4 * b * p, 4 * b * k * heads * p if backend == "folded" else 0
+    assert 4 * b * k * d + weights <= kept <= 2 * 4 * b * k * d + lse + norms + weights
     kept = saved_bytes(lambda: attention_pool(*leaves, heads, add_zero_attn=True, backend=backend), leaves)
-    assert kept <= 2 * 4 * b * k * d + 2 * lse
+    assert kept <= 2 * 4 * b * k * d + 2 * lse + norms + weights
 
 
 @pytest.mark.parametrize(
@@ -254,7 +288,12 @@ def test_auto_follows_the_cost_model(texts, expected, monkeypatch):
 def test_tiles_of_the_interpreter_are_small():
     """The sizes above take several tiles in every direction, the last of which is not full."""
     _, queries, patches, width, heads = SIZES[1]
-    for table in (FORWARD, BACKWARD):
+    latents = queries * heads
+    for table, counts in (
+        (FORWARD, (latents, patches, width)),
+        (BACKWARD, (latents, patches, width)),
+        (PATCH_GRADIENT, (patches, width, 2 * latents)),
+    ):
         tile = choose(table, "interpreter", 4)
-        for count, block in ((queries * heads, tile.block_m), (patches, tile.block_n), (width, tile.block_d)):
-            assert count > block and count % block
+        for count, block in zip(counts, (tile.block_m, tile.block_n, tile.block_d), strict=True):
+            assert count > block and (count % block or count == 2 * latents)
