@@ -220,7 +220,9 @@ def test_machine_code_keeps_everything_in_registers(cuobjdump):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program, last", [("emulation", "all passed"), ("accumulator_map", "coordinates of y: 0 wrong")])
+@pytest.mark.parametrize(
+    "program, last", [("emulation", "all passed"), ("accumulator_map", "coordinates of y: 0 wrong")]
+)
 def test_program(program, last, build_library):
     """The kernels' own host and device code, and CuTe's maps, on the CPU; as it ran when something last changed."""
     assert last in build_library.build(f"{program}.out").read_text().splitlines()[-1]
