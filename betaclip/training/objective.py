@@ -39,13 +39,13 @@ class Objective(nn.Module):
             raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
         if config.text_queue and not weights.get("beta_cal"):
             raise ConfigError(f"loss.text_queue: expected 0 without the loss term beta_cal, got {config.text_queue}")
-        if config.equal_texts == "left_out":
-            for name, given in (
-                ("loss.gather_global published", config.gather_global == "published" and weights["global"]),
-                ("the loss term multi_positive", weights.get("multi_positive")),
-            ):
-                if given:
-                    raise ConfigError(f"loss.equal_texts: expected negatives with {name}, got left_out")
+        comparing_all = {
+            "loss.gather_global published": config.gather_global == "published" and weights["global"] > 0,
+            "the loss term multi_positive": weights.get("multi_positive", 0.0) > 0,
+        }
+        for what, used in comparing_all.items():
+            if used and config.equal_texts == "left_out":
+                raise ConfigError(f"loss.equal_texts: expected negatives with {what}, got left_out")
         if config.sampled_pictures is not None and not weights.get("text_conditioned"):
             expected = "None without the loss term text_conditioned"
             raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {config.sampled_pictures}")
