@@ -83,7 +83,7 @@ def install(folder: Path) -> None:
 
 
 def build(target: str = LIBRARY) -> Path:
-    """Bring the library, or a program of PROGRAMS, up to date with its sources, headers, flags and compiler.
+    """Bring the library, or what a program of PROGRAMS prints (``NAME.out``), up to date with all that it is made of.
 
     Returns:
         Its path.
@@ -125,6 +125,9 @@ def _ninja_file() -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         *(f"build {name}: program {_escaped(CSRC / 'tests' / name)}.cpp | compiler" for name in PROGRAMS),
+        "rule print",
+        "  command = ./$in > $out.new && mv $out.new $out",
+        *(f"build {name}.out: print {name}" for name in PROGRAMS),
     ]
     return "\n".join(lines) + "\n"
 

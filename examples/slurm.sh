@@ -22,9 +22,11 @@ trap 'kill -TERM "$step"' TERM
 
 # A job that is queued again keeps its number, so --run.resume finds its folder.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# torch 2.11's torchrun kills 30 seconds after it has passed a signal on; later ones can be told to wait for the checkpoint.
+wait=$(torchrun --help | grep -q -e --shutdown-timeout && echo --shutdown-timeout 240)
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$host:29500" --rdzv-id "$SLURM_JOB_ID" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 240 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 $wait \
     -m betaclip train --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" --run.resume "$@" &
 step=$!
 

@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,7 +220,9 @@ class Cluster:
         path.chmod(0o755)
 
     def torchrun(self, then: str) -> None:
-        self.write("torchrun", f"printf '%s\\n' \"$@\" > {self.folder}/torchrun.txt\n{then}")
+        real, file = sys.executable, self.folder / "torchrun.txt"
+        helps = f'[ "$*" = --help ] && exec {real} -m torch.distributed.run --help'
+        self.write("torchrun", f"{helps}\nprintf '%s\\n' \"$@\" > {file}\n{then}")
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         slurm = {"JOB_ID": "12", "JOB_NAME": "betaclip", "JOB_NODELIST": "node[7-8]", "JOB_NUM_NODES": "2"}

@@ -220,6 +220,7 @@ def test_compile_with_the_loss():
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch's export fails here: <size> is not tracked with proxy")
 @pytest.mark.parametrize("backend", ["folded", "sdpa"])
 def test_export(backend):
     """A named backend is exported once, for any number of images and of texts; "auto" depends on both."""

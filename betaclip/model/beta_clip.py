@@ -224,6 +224,7 @@ class BetaCLIP(nn.Module):
             - ``pooled_embeds`` (B, K, D), the image as each text pools it, if ``pooled``.
             - ``mask`` (B, K) bool, True where there is a text. Elsewhere both embeddings are 0, unless ``texts`` have a
               padding text there, which is encoded and pooled like others.
+            - ``text_ids`` (B, K) int64, equal for equal texts, also of other batches; -1 where the mask is False.
             - ``logit_scale`` and ``pool_logit_scale`` (), inverse temperatures, after exp.
             - ``logit_bias`` (), if the towers have one.
             - with ``other_pictures``, ``conditioned_negatives`` (B, K, J), the cosines of each text with what it pools
@@ -242,13 +243,14 @@ class BetaCLIP(nn.Module):
             image_embeds, patches = self.encode_image(images)
         with _range("text tower"):
             distinct = self._encode_distinct(texts)
-            index, filled, mask = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
+            index, filled, mask, ids = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
             # Empty slots take the appended row of zeros.
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1))).clone()  # FSDP2 warns of views
         out = {
             "image_embeds": image_embeds,
             "text_embeds": text_embeds,
             "mask": mask,
+            "text_ids": ids,
             "logit_scale": self.logit_scale.exp(),
             "pool_logit_scale": self.pool.logit_scale.exp(),
         }
@@ -293,16 +295,18 @@ class BetaCLIP(nn.Module):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _slots(texts: RaggedTexts, texts_per_image: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _slots(texts: RaggedTexts, texts_per_image: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B, K) index of the distinct text in each slot, U in empty slots; (B, K) bool, True where a text fills the slot;
-    and the same where that is no padding."""
+    the same where that is no padding; and (B, K) ids of the texts, -1 where there is none or padding."""
     slots, filled = texts.slots(texts_per_image)
     index, mask = torch.full_like(slots, len(texts.packing.ends)), filled
     index[filled] = texts.packing.distinct[slots[filled]]
     if texts.levels is not None:
         mask = torch.zeros_like(filled)
         mask[filled] = texts.levels[slots[filled]] >= 0
-    return index, filled, mask
+    ids = torch.full_like(slots, -1)
+    ids[mask] = texts.ids[slots[mask]]
+    return index, filled, mask, ids
 
 
 def create_model(config: ModelConfig) -> BetaCLIP:

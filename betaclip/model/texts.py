@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,6 +85,22 @@ class RaggedTexts:
     def packing(self) -> Packing:
         """The text tower's plan for these texts. It is cached and pickled, so a data worker can make it ahead."""
         return pack(self.tokens, self.lengths)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """(N,) int64, at least 0: numbers of the texts that depend on nothing but their tokens, equal for equal texts.
+
+        Sums of the tokens times odd random numbers, one for each position: two different texts get the same number with
+        a probability of 2^-45 or so.
+        """
+        if not len(self.lengths):
+            return self.lengths.new_empty(0)
+        starts = (self.lengths.cumsum(0) - self.lengths).numpy()
+        position = np.arange(len(self.tokens)) - starts.repeat(self.lengths.numpy())
+        factors = np.random.PCG64(0).random_raw(int(self.lengths.max())) | 1  # the same on every machine
+        products = (self.tokens.numpy().astype(np.uint64) + 1) * factors[position]  # modulo 2^64
+        sums = np.add.reduceat(products, starts)
+        return torch.from_numpy((sums >> np.uint64(1)).astype(np.int64))
 
     @property
     def counts(self) -> Tensor:

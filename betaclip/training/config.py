@@ -45,6 +45,9 @@ class LossConfig:
     pictures that are encoded together; by default all of these, as in FLAIR."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of further loss terms, by name: multi_positive and text_conditioned are FLAIR's."""
+    equal_texts: Literal["negatives", "left_out"] = "negatives"
+    """What texts of different images with equal tokens are. negatives: each other's negatives, as in the released code.
+    left_out: neither positives nor negatives of each other's images in β-CAL, its text_queue and the global loss."""
     padding: Literal["ignore", "published"] = "ignore"
     """Images may have different numbers of texts. ignore: β-CAL contrasts the texts that there are. published: each
     image gets as many sentences and phrases as the richest one by padding texts, which are encoded, stay in the softmax

@@ -59,13 +59,14 @@ class Remembers(Protocol):
 class GlobalLoss:
     """CLIP's loss between whole images (CLS) and captions, always over all ranks."""
 
-    needs = frozenset({"image_embeds", "text_embeds", "mask", "logit_scale"})
+    needs = frozenset({"image_embeds", "text_embeds", "text_ids", "mask", "logit_scale"})
     captions_only = True
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
         self.backend, self.strict = config.backend, config.strict
         self.gather = several_ranks and (_GATHER[config.gather] or True)
         self.detached = several_ranks and config.gather_global == "published"
+        self.left_out = config.equal_texts == "left_out"
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         if self.detached:
@@ -76,7 +77,8 @@ class GlobalLoss:
         # K = 1 with a mask, which ClipLoss does not take: an image may have no text at all.
         return beta_cal_ce_loss(
             out["image_embeds"].unsqueeze(1), out["text_embeds"][:, :1], out["logit_scale"], beta=0.0,
-            mask=out["mask"][:, :1], backend=self.backend, gather=self.gather, strict=self.strict,
+            mask=out["mask"][:, :1], text_ids=out["text_ids"][:, :1] if self.left_out else None,
+            backend=self.backend, gather=self.gather, strict=self.strict,
         )  # fmt: skip
 
 
@@ -87,9 +89,10 @@ class BetaCALTerm:
 
     def __init__(self, config: LossConfig, several_ranks: bool) -> None:
         gather = several_ranks and _GATHER[config.gather]
-        outputs = {"pooled_embeds", "text_embeds", "mask", "pool_logit_scale"}
+        outputs = {"pooled_embeds", "text_embeds", "text_ids", "mask", "pool_logit_scale"}
         # In the softmax form a bias cancels.
         self.needs = frozenset(outputs | {"logit_bias"} if config.form == "bce" else outputs)
+        self.left_out = config.equal_texts == "left_out"
         self.loss = BetaCALLoss(
             config.form, config.beta, config.alpha, padding=config.padding, backend=config.backend, gather=gather,
             strict=config.strict,
@@ -99,12 +102,14 @@ class BetaCALTerm:
 
     def __call__(self, out: dict[str, Tensor]) -> Tensor:
         texts, mask = out["text_embeds"], out["mask"]
-        extra = {} if self.queue is None else self.queue.given(texts)
+        options = {} if self.queue is None else self.queue.given(texts, with_ids=self.left_out)
+        if self.left_out:
+            options["text_ids"] = out["text_ids"]
         loss: Tensor = self.loss(
-            out["pooled_embeds"], texts, out["pool_logit_scale"], mask=mask, logit_bias=out.get("logit_bias"), **extra
+            out["pooled_embeds"], texts, out["pool_logit_scale"], mask=mask, logit_bias=out.get("logit_bias"), **options
         )
         if self.queue is not None:
-            self.queue.add(texts, mask)
+            self.queue.add(texts, mask, out["text_ids"])
         return loss
 
     def state(self) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ class Objective(nn.Module):
 
     Raises:
         ConfigError: a weight is negative, all are 0, a name is not in LOSS_TERMS, the conditioned negatives have a
-            weight but no number, there is a queue of texts without β-CAL, or a number of sampled pictures below 1 or
-            without its term.
+            weight but no number, there is a queue of texts without β-CAL, equal texts are left out of a term that
+            cannot leave them out, or a number of sampled pictures is below 1 or without its term.
     """
 
     def __init__(self, config: LossConfig | None = None, several_ranks: bool = False) -> None:
@@ -39,6 +39,13 @@ class Objective(nn.Module):
             raise ConfigError(f"loss.conditioned_negatives: expected {expected}, got {config.conditioned_negatives}")
         if config.text_queue and not weights.get("beta_cal"):
             raise ConfigError(f"loss.text_queue: expected 0 without the loss term beta_cal, got {config.text_queue}")
+        comparing_all = {
+            "loss.gather_global published": config.gather_global == "published" and weights["global"] > 0,
+            "the loss term multi_positive": weights.get("multi_positive", 0.0) > 0,
+        }
+        for what, used in comparing_all.items():
+            if used and config.equal_texts == "left_out":
+                raise ConfigError(f"loss.equal_texts: expected negatives with {what}, got left_out")
         if config.sampled_pictures is not None and not weights.get("text_conditioned"):
             expected = "None without the loss term text_conditioned"
             raise ConfigError(f"loss.sampled_pictures: expected {expected}, got {config.sampled_pictures}")

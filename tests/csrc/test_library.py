@@ -220,10 +220,12 @@ def test_machine_code_keeps_everything_in_registers(cuobjdump):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["emulation", "accumulator_map"])
-def test_program(program, build_library):
-    """The kernels' own host and device code, and CuTe's maps, on the CPU."""
-    run(build_library.build(program))
+@pytest.mark.parametrize(
+    "program, last", [("emulation", "all passed"), ("accumulator_map", "coordinates of y: 0 wrong")]
+)
+def test_program(program, last, build_library):
+    """The kernels' own host and device code, and CuTe's maps, on the CPU; as it ran when something last changed."""
+    assert last in build_library.build(f"{program}.out").read_text().splitlines()[-1]
 
 
 def test_pipeline_model(tmp_path):

@@ -56,10 +56,12 @@ def test_forward(texts):
         "text_embeds": (IMAGES, most, 12),
         "pooled_embeds": (IMAGES, most, 12),
         "mask": (IMAGES, most),
+        "text_ids": (IMAGES, most),
         "logit_scale": (),
         "pool_logit_scale": (),
     }
     assert out["mask"].sum(1).tolist() == texts.counts.tolist() and 0 in texts.counts
+    assert torch.equal(out["text_ids"][out["mask"]], texts.ids) and (out["text_ids"] >= 0).equal(out["mask"])
     embeds = iter(beta_clip.clip.encode_text(padded(texts, 77)))
     for image, picture in enumerate(pictures().split(1)):
         cls, patches = beta_clip.encode_image(picture)
@@ -92,6 +94,7 @@ def test_padding_texts(texts):
         assert torch.equal(out[name], plain[name])
     slots, filled = texts.slots()
     assert torch.equal(out["mask"], filled & (levels[slots] >= 0)) and 0 < out["mask"].sum() < filled.sum()
+    assert torch.equal(out["text_ids"], plain["text_ids"].masked_fill(~out["mask"], -1))
     assert beta_clip.end_token == 91
 
 
@@ -110,7 +113,7 @@ def test_nothing(images, checkpointing):
     beta_clip = model(gradient_checkpointing=checkpointing)
     out = beta_clip(pictures(images), RaggedTexts.of([[]] * images))
     assert out["pooled_embeds"].shape == (images, 0, 12)
-    sum(value.sum() for name, value in out.items() if name != "mask").backward()
+    sum(value.sum() for value in out.values() if value.requires_grad).backward()
     for name, parameter in beta_clip.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         if not name.endswith("logit_scale") and not (images and name.startswith("clip.visual")):

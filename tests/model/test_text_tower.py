@@ -10,6 +10,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from support.adapters import Adapter, hooked
 from support.towers import END, START, clip_model, gradients, hierarchy, padded
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -216,7 +217,8 @@ def attention_by_sequences(q, k, v, q_starts, k_starts, q_longest, k_longest, *,
         assert 0 < b - a <= q_longest and 0 < d - c <= k_longest
         whole = [t.transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d])]
         causal = {(-1, 0): True, (-1, -1): False}[window_size]
-        outs.append(F.scaled_dot_product_attention(*whole, is_causal=causal).transpose(0, 1))
+        with sdpa_kernel(SDPBackend.MATH):  # the flash kernel of torch 2.11 for CPUs does not take these
+            outs.append(F.scaled_dot_product_attention(*whole, is_causal=causal).transpose(0, 1))
     return torch.cat(outs)
 
 

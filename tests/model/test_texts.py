@@ -28,6 +28,16 @@ def test_slots():
     assert index.shape == valid.shape == (3, 3) and valid.sum() == 3
 
 
+def test_ids():
+    """They depend on the tokens alone: on their values, places and number."""
+    texts = RaggedTexts.of([[[1, 5, 9], [1, 9], [1, 5, 9]], [[5, 1, 9], [1, 5, 9, 0]], [[1, 5, 9]]], None)
+    ids = texts.ids.tolist()
+    assert ids[0] == ids[2] == ids[5] == RaggedTexts.of([[[1, 5, 9]]]).ids[0] and len(set(ids)) == 4 and min(ids) >= 0
+    every = RaggedTexts.of([[[a, b, c] for a in range(16) for b in range(16) for c in range(16)]])
+    assert len(set(every.ids.tolist())) == 16**3
+    assert RaggedTexts.of([]).ids.shape == (0,)
+
+
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 3), (1, 2), (1, 3), (2, 3), (3, 3)])
 def test_of_images(begin, end):
     part, truth = (

@@ -36,6 +36,20 @@ def test_sum_of_both_losses(form):
     torch.testing.assert_close(losses["loss"], 2 * whole + 0.5 * parts)
 
 
+@pytest.mark.parametrize("form", ["ce", "bce"])
+def test_equal_texts_left_out(form):
+    out = outputs()
+    out["text_ids"] = torch.arange(B * K).view(B, K)
+    out["text_ids"][1, 0] = out["text_ids"][3, 0] = out["text_ids"][2, 1] = out["text_ids"][0, 0]
+    losses, with_all = (Objective(LossConfig(form, equal_texts=kind))(out) for kind in ("left_out", "negatives"))
+    image, text, mask = out["image_embeds"], out["text_embeds"], out["mask"]
+    whole = ClipLoss()(image, text[:, 0], out["logit_scale"], text_ids=out["text_ids"][:, 0])
+    parts = BetaCALLoss(form)(out["pooled_embeds"], text, out["pool_logit_scale"], mask=mask, text_ids=out["text_ids"])
+    torch.testing.assert_close(losses["global_loss"], whole)
+    torch.testing.assert_close(losses["beta_cal_loss"], parts)
+    assert losses["global_loss"] < with_all["global_loss"] and losses["beta_cal_loss"] < with_all["beta_cal_loss"]
+
+
 @pytest.mark.parametrize(
     ("weights", "names", "untouched"),
     [
@@ -132,6 +146,12 @@ def test_rejects():
         ConfigError, match=r"loss\.weights: expected one of global, beta_cal, conditioned, .*'globel'; .* 'global'"
     ):
         Objective(LossConfig(weights={"globel": 1.0}))
+    for options, name in (
+        ({"gather_global": "published"}, "loss.gather_global published"),
+        ({"weights": {"multi_positive": 1.0}}, "the loss term multi_positive"),
+    ):
+        with pytest.raises(ConfigError, match=f"loss.equal_texts: expected negatives with {name}, got left_out"):
+            Objective(LossConfig(equal_texts="left_out", **options))
     for number, weights, least in ((0, {"conditioned": 1.0}, "1 for the loss term conditioned"), (-1, {}, "0")):
         message = rf"loss\.conditioned_negatives: expected at least {least}, got {number}"
         with pytest.raises(ConfigError, match=message):
