@@ -55,9 +55,7 @@ class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the activation of OpenAI's CLIP, with fewer passes over memory than that formula."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            torch.compiler.is_compiling()
-        ):  # compilers fuse the formula, and torch 2.11's would lose the gradient of apply
+        if torch.compiler.is_compiling():  # compilers fuse this formula; torch 2.11's would lose the gradient of apply
             return x * torch.sigmoid(1.702 * x)
         return _QuickGELU.apply(x)[0]
 

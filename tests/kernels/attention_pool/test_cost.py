@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.attention_pool import arguments
-from support.dispatches import launches
+from support.dispatches import Dispatches
 
 from betaclip.kernels.attention_pool.cost import (
     FOLDED_LAUNCHES,
@@ -73,8 +73,7 @@ def test_cost_model_counts_what_is_launched(monkeypatch):
 
 
 def forward_and_backward(leaves: list[torch.Tensor], backend: Backend) -> list[str]:
-    def run() -> None:
+    with Dispatches() as dispatches:
         out = attention_pool(*leaves, 4, backend=backend)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
-
-    return launches(run)
+    return dispatches.launches

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.calls import CountedCalls
+from support.dispatches import Dispatches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from betaclip.kernels.similarity import chunks
@@ -34,7 +34,7 @@ def test_a_chunk_costs_two_calls():
     counts = []
     for n, m in ((32, 48), (64, 96)):
         x, y = torch.randn(n, 8), torch.randn(m, 8)
-        with CountedCalls() as calls:
+        with Dispatches() as calls:
             sums = Accumulators(x, y, 8, 16, True, True)
             total = sum(1 for _ in sums.chunks())
             sums.finish(torch.tensor(1.0), torch.tensor(1.0))

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from support.calls import CountedCalls
+from support.dispatches import Dispatches
 from support.similarity import DEVICE, dense_logsumexp, require
 
 from betaclip import BetaCALLoss
@@ -193,7 +193,7 @@ def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypa
     image, text = (torch.empty(1024, 36, 512, device="meta", requires_grad=True) for _ in range(2))
     backend = triton_kernels.Triton(TILES["sm_90", 2], CHUNK_ROWS["sm_90", 2])
     loss = BetaCALLoss(form, backend=backend, gather=False)
-    with CountedCalls() as calls:
+    with Dispatches() as calls:
         loss(image, text, torch.empty((), device="meta", requires_grad=True)).backward()
     assert counts == launches
     assert calls.names["aten.addmm.out"] == 50 and calls.names["aten.zero_.default"] <= 2
