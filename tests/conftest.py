@@ -23,11 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """One process per core if a folder is named; a single one, whose output is seen at once, for tests named by file
-    or by function, and for all where they share a GPU."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than cores if a folder is named, since many tests wait for other processes; a single one, whose
+    output is seen at once, for tests named by file or by function, and for all where they share a GPU."""
     folders = any(os.path.isdir(argument) for argument in config.args)
-    return None if folders and not torch.cuda.is_available() else 0
+    return (os.cpu_count() or 1) + 1 if folders and not torch.cuda.is_available() else 0
 
 
 def pytest_configure() -> None:
@@ -60,7 +60,7 @@ def _compiled_afresh() -> Iterator[None]:
     """Let each test compile as a new process would: PyTorch compiles a function anew for 8 kinds of arguments at most."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["frames"]:
+    if dynamo is not None and dynamo.utils.counters:
         dynamo.reset()
         dynamo.utils.counters.clear()
 

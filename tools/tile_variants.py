@@ -112,11 +112,11 @@ def pool_variants(device: torch.device, itemsize: int) -> Variants:
     }
 
 
-def build_loss(backend: Any, form: str, batch: Batch) -> Loss:
+def build_loss(backend: Any, form: str, batch: Batch, keep: int = 0) -> Loss:
     if isinstance(backend, Cuda):
         x, y = batch.image.flatten(0, 1), batch.text.flatten(0, 1)
         require("cuda", x, similarity.BACKENDS["cuda"](x, y))
-    loss = BetaCALLoss(form, BETA, backend=backend, gather=False)
+    loss = BetaCALLoss(form, BETA, backend=backend, gather=False, keep=keep)
     return lambda b: loss(b.image, b.text, b.scale)
 
 
