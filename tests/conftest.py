@@ -57,7 +57,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _compiled_afresh() -> Iterator[None]:
-    """Let each test compile as a new process would: PyTorch compiles a function anew for 8 kinds of arguments at most."""
+    """Let each test compile as a new process would: PyTorch compiles a function for 8 kinds of arguments at most."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters:
