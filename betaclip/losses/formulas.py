@@ -5,7 +5,6 @@ options add. The rows are then weighted and reduced, over ranks where several ar
 """
 
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import torch
@@ -280,12 +279,13 @@ def _weights_of_rows(batch: Batch, weights: Tensor | None) -> Tensor | None:
 def _logits_of_means(batch: Batch, layout: RowLayout, extra: ExtraTexts | None, group: ProcessGroup | None) -> Tensor:
     """(P, 2, B, K) the mean of each row's logits, image to text and text to image: those with the mean embedding."""
     taken, split = layout.image_id >= 0, batch.prefixes.split
-    further = repeat(None) if extra is None else split(extra.text)
+    images, texts = split(batch.image), split(batch.text)
+    further = [None] * len(images) if extra is None else split(extra.text)
     number = torch.stack((taken.sum() + (0 if extra is None else extra.valid.sum()), taken.sum()))
     if group is not None:
         number = group.sum(number)
     logits: list[Tensor] = []
-    for image, text, more in zip(split(batch.image), split(batch.text), further, strict=False):
+    for image, text, more in zip(images, texts, further, strict=True):
         unit = [unit_rows(t.to(batch.scale.dtype).masked_fill(~taken.unsqueeze(1), 0)) for t in (image, text)]
         of_texts = unit[1].sum(0) if more is None else unit[1].sum(0) + unit_rows(more).sum(0)
         total = torch.stack((of_texts, unit[0].sum(0)))
