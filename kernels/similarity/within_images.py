@@ -51,7 +51,7 @@ class Images(NamedTuple):
         return max(1, elements // max(self.texts_per_image * x.shape[1], 1))
 
     def buffer_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """Of a chunk's rows."""
+        """The shape of a buffer for a chunk's rows."""
         return min(self.chunk_images(x), self.num_images), self.texts_per_image, x.shape[1]
 
     def rows(self, x: Tensor, lo: int, hi: int) -> Tensor:

@@ -55,8 +55,8 @@ def test_gpu_kernels_compute_whole_tiles():
 
 
 def test_cost_model_counts_what_is_launched(monkeypatch):
-    """Of a batch that is one chunk: kernels, and PyTorch's operators that compute. CUDA's own checks and copies apart,
-    which the CPU needs."""
+    """A batch that is one chunk launches kernels, and PyTorch's operators that compute; the checks and copies that only
+    the CPU needs are not counted."""
     triton_kernels = pytest.importorskip("betaclip.kernels.attention_pool.triton_kernels")
     kernels = []
     monkeypatch.setattr(triton_kernels, "_launch", lambda kernel, *_, **__: kernels.append(kernel))

@@ -97,7 +97,7 @@ def test_matches_reference_in_half_precision(backend, dtype):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_key_of_zeros(backend, dtype, size, masked, normalize):
-    # Of one patch the gradient is what is left of a product whose part along the patch, larger by far, is taken away.
+    # The gradient of one patch is what is left of a product whose part along the patch, larger by far, is taken away.
     check(backend, dtype, size, masked, normalize, ulps=128, zero=True)
 
 
