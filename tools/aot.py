@@ -60,6 +60,7 @@ SOURCES = [
     "kernels/similarity/chunks.py",
     "kernels/similarity/contract.py",
     "kernels/similarity/exponent_range.py",
+    "kernels/similarity/triton_tiles.py",
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
 TARGETS = [(name, dtype) for name, size in TILES if name != "interpreter" for dtype in _DTYPES[size]]

@@ -362,7 +362,7 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
 
 
 def kept_images(pooling: Pooling, attention: Attention) -> int:
-    """Of how many images a forward keeps the weights."""
+    """The number of images of which a forward keeps the weights."""
     x = pooling.x
     budget = KEPT_BYTES[_kind(x)] if attention.kept_bytes is None else attention.kept_bytes
     each = pooling.q.shape[1] * pooling.num_heads * x.shape[1] * accumulation_dtype(x.dtype).itemsize

@@ -46,8 +46,8 @@ def test_passes_over_rows_of_any_norms(norms, scale, with_ids, passes, monkeypat
     require("triton", torch.float32)
     from betaclip.kernels.similarity import triton_kernels
 
-    tiles, dot = [], triton_kernels._dot
-    monkeypatch.setattr(triton_kernels, "_dot", lambda *args: tiles.append(1) or dot(*args))
+    tiles, dot = [], triton_kernels.dot
+    monkeypatch.setattr(triton_kernels, "dot", lambda *args: tiles.append(1) or dot(*args))
     n, m = 20, 37
     x, y = (F.normalize(torch.randn(rows, 16), dim=1) * norms(rows) for rows in (n, m))
     ids = [torch.arange(rows) % 9 - 1 for rows in (n, m)] if with_ids else [None, None]
@@ -113,7 +113,7 @@ def meeting_tiles(image: list, text: list, rows: list[int], sides: tuple[int, in
 )
 def test_only_tiles_with_meeting_ids_compare_them(image_ids, with_texts, skipped, monkeypatch):
     require("triton", torch.float32)
-    from betaclip.kernels.similarity import triton_kernels
+    from betaclip.kernels.similarity import triton_kernels, triton_tiles
 
     n, m = rows = [84, 45]
     x, y = (F.normalize(torch.randn(count, 16), dim=1) for count in rows)
@@ -125,14 +125,14 @@ def test_only_tiles_with_meeting_ids_compare_them(image_ids, with_texts, skipped
         text = [torch.full((count,), -1) for count in rows]
         text[0][[40, 83]], text[1][3] = 5, 5
         pairs[[40, 83], 3] = False
-    seen, included = set(), triton_kernels._included
+    seen, included = set(), triton_tiles._included
 
     def recorded(*args):
         offs_m, offs_n = args[4:6]
         seen.add((int(offs_m.handle.data[0]) // 32, int(offs_n.handle.data[0]) // 16))
         return included(*args)
 
-    monkeypatch.setattr(triton_kernels, "_included", recorded)
+    monkeypatch.setattr(triton_tiles, "_included", recorded)
     sides = [
         Operand(values, None if i is None else i.int(), None, values.dtype, None if t is None else t.int())
         for values, i, t in zip((x, y), image, text, strict=True)
