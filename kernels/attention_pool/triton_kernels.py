@@ -101,7 +101,7 @@ def _attention_pool_fwd_kernel(
                     sums += decay[:, None] * tl.load(sums_ptr + mean_offsets, mask=mask, other=0.0)
                 if start_n + BLOCK_N < P:
                     tl.store(sums_ptr + mean_offsets, sums, mask=mask)
-            if start_n + BLOCK_N >= P:
+            if not MANY_BLOCKS or start_n + BLOCK_N >= P:
                 means = (sums * share[:, None]).to(means_ptr.dtype.element_ty)
                 tl.store(means_ptr + mean_offsets, means, mask=mask)
         tl.debug_barrier()  # orders the threads' stores and loads of sums; no other program touches them
