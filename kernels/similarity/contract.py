@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.precision import accumulation_dtype, row_norms
 from betaclip.kernels.similarity.prefixes import prefix_factors, prefix_slices
 
@@ -54,8 +55,17 @@ class Operand:
         """(N, D) all rows in ``dtype``, zero where ``inverse_norm`` is; no copy if they can be used as they are."""
         if self.inverse_norm is None:
             return self.rows.to(dtype)
+        if row_kernels_serve(self.rows):
+            from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
+
+            return triton_rows.unit_rows(self.rows, self.inverse_norm, dtype)
         unit = torch.mul(self.rows, self.inverse_norm[:, None], out=self.rows.new_empty(self.rows.shape, dtype=dtype))
         return unit if self.complete else zero_rows(unit, self.inverse_norm)
+
+
+def row_kernels_serve(rows: Tensor) -> bool:
+    """Whether ``triton_rows`` takes the place of PyTorch's operators: on a GPU, but for float64."""
+    return rows.is_cuda and not triton_not_supported_reasons(rows)
 
 
 def zero_rows(rows: Tensor, inverse_norm: Tensor) -> Tensor:

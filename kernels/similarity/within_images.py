@@ -18,7 +18,7 @@ from torch import Tensor
 
 from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.precision import accumulation_dtype, inverse_row_norms, norm_eps
-from betaclip.kernels.similarity.contract import Operand, zero_rows
+from betaclip.kernels.similarity.contract import Operand, row_kernels_serve, zero_rows
 from betaclip.kernels.similarity.prefixes import columns, prefix_factors, sums_from_last
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
@@ -97,6 +97,10 @@ def inverse_norms(x: Tensor, image_id: Tensor, dtype: torch.dtype, padded: bool 
 
     padded: False if it is known that no image id is negative.
     """
+    if row_kernels_serve(x):
+        from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
+
+        return triton_rows.inverse_norms(x, image_id, norm_eps(dtype)), False
     inverse, ordinary = inverse_row_norms(x, dtype)
     if ordinary and not padded:
         return inverse, True
@@ -108,6 +112,13 @@ def cosines(x: Operand, y: Operand, images: Images) -> Tensor:
     assert x.inverse_norm is not None
     texts_per_image = images.texts_per_image
     out = x.inverse_norm.new_empty(len(x.slices), images.num_images, texts_per_image, texts_per_image)
+    if row_kernels_serve(x.rows) and not x.dims:
+        from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
+
+        assert y.inverse_norm is not None
+        with nvtx.annotate("within images", domain="betaclip"):
+            triton_rows.cosines(x.rows, y.rows, x.inverse_norm, y.inverse_norm, images.slots, out[0])
+        return out
     shape, dtype = images.buffer_shape(x.rows), exact_dtype(x.rows.new_empty(0, dtype=out.dtype))
     with nvtx.annotate("within images", domain="betaclip"), scratch([shape] * 2, dtype, out.device) as buffers:
         for lo, hi in images.chunks(x.rows):
@@ -139,15 +150,19 @@ def raw_gradients(
     A normalised row receives ``gain * dx`` from between the images (dx itself if gain is None, which may then be
     written over), and ``dcosines @ unit(other side)`` from within.
     """
+    in_place = not row_kernels_serve(x.rows) or bool(x.dims)
     outs = [
         between
-        if gain is None and images.slots is None and between.dtype == side.rows.dtype
+        if in_place and gain is None and images.slots is None and between.dtype == side.rows.dtype
         else on_huge_pages(between.new_empty(between.shape, dtype=side.rows.dtype))
         for side, between in ((x, dx), (y, dy))
     ]
     if images.slots is not None:
         for out in outs:
             out.zero_()
+    if not in_place:
+        _raw_gradients_by_kernels(x, y, images, (dx, dy), dcosines[0], gain, outs)
+        return outs[0], outs[1]
     shape, dtype = images.buffer_shape(x.rows), exact_dtype(dcosines)
     with nvtx.annotate("within images, backward", domain="betaclip"), scratch([shape] * 4, dtype, dx.device) as buffers:
         x_buffer, y_buffer, sum_buffer, product_buffer = buffers
@@ -178,6 +193,28 @@ def raw_gradients(
                 if not direct:
                     images.write_rows(out, lo, hi, g)
     return outs[0], outs[1]
+
+
+def _raw_gradients_by_kernels(
+    x: Operand,
+    y: Operand,
+    images: Images,
+    between: tuple[Tensor, Tensor],
+    dcosines: Tensor,
+    gain: Tensor | None,
+    outs: Sequence[Tensor],
+) -> None:
+    from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
+
+    assert x.inverse_norm is not None and y.inverse_norm is not None
+    inverse = x.inverse_norm, y.inverse_norm
+    with nvtx.annotate("within images, backward", domain="betaclip"):
+        if between[0].dim() == 2:
+            triton_rows.raw_gradient(x.rows, y.rows, *inverse, images.slots, between[0], dcosines, gain, outs[0])
+        if between[1].dim() == 2:
+            triton_rows.raw_gradient(
+                y.rows, x.rows, *inverse[::-1], images.slots, between[1], dcosines.mT, gain, outs[1]
+            )
 
 
 def _partial_products(u: Tensor, v: Tensor, slices: list[slice], out: Sequence[Tensor]) -> None:

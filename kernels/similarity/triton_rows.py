@@ -1,0 +1,254 @@
+"""What a loss does with rows and within images, in Triton: norms, normalised rows, cosines, the gradient of raw rows.
+
+These are the functions of ``within_images`` for tensors on a GPU, where each takes one launch and reads embeddings
+once or twice. Products are those of rows in float32, in Triton's most exact precision, whatever the process allows its
+library to round.
+
+Legend: N rows of D elements, which belong to B images with K slots each. m, n: slots of an image, of which a tile takes
+BLOCK_M and BLOCK_N; d: elements of a row. ``inverse``: 1 / |x|, 0 for rows that take no part, which are not read.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from betaclip.kernels import architecture
+from betaclip.kernels.precision import dot_precision
+
+# Elements that a program of the kernels without products holds at a time, 32 or 64 for each of its threads.
+_ELEMENTS = 4096
+_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["N", "eps"])
+def _inverse_norms_kernel(
+    x_ptr, image_id_ptr, inverse_ptr,  # (N, D), (N,), (N,)
+    N, stride_x, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    taken = tl.load(image_id_ptr + offs_m, mask=offs_m < N, other=-1) >= 0
+    rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x
+    total = tl.zeros((BLOCK_M,), dtype=tl.float64)  # in which squares cannot overflow
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        x = tl.load(rows + offs_d[None, :], mask=taken[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float64)
+        total += tl.sum(x * x, 1)
+    norm = tl.sqrt(total)
+    inverse = tl.where(total < float("inf"), 1.0 / tl.where(norm <= eps, float("inf"), norm), float("nan"))
+    tl.store(inverse_ptr + offs_m, tl.where(taken, inverse, 0.0).to(inverse_ptr.dtype.element_ty), mask=offs_m < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _unit_rows_kernel(
+    x_ptr, inverse_ptr, out_ptr,  # (N, D), (N,), (N, D)
+    N, stride_x, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inverse = tl.load(inverse_ptr + offs_m, mask=offs_m < N, other=0.0)
+    rows = offs_m.to(tl.int64)[:, None]
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
+        x = _unit(x_ptr + rows * stride_x, inverse, offs_d, D)
+        mask = (offs_m < N)[:, None] & (offs_d < D)
+        tl.store(out_ptr + rows * D + offs_d, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unit(row_ptrs, inverse, offs_d, D):
+    """(BLOCK_M, BLOCK_D) of the normalised rows, in float32."""
+    read = (inverse != 0.0)[:, None] & (offs_d < D)  # NaN, of a row that is not finite, differs from 0
+    return tl.load(row_ptrs + offs_d, mask=read, other=0.0).to(tl.float32) * inverse[:, None]
+
+
+@triton.jit
+def _slots(slots_ptr, inverse_ptr, image, offs_k, K, HAS_SLOTS: tl.constexpr):
+    """Rows in the slots of an image, and their inverse norms, 0 for empty slots; and which slots are not empty."""
+    filled = offs_k < K
+    rows = image * K + offs_k
+    if HAS_SLOTS:
+        rows = tl.load(slots_ptr + rows, mask=filled, other=-1)
+        filled = rows >= 0
+    return rows, tl.load(inverse_ptr + rows, mask=filled, other=0.0), filled
+
+
+@triton.jit(do_not_specialize=["K"])
+def _cosines_kernel(
+    x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N, D), (N,), (N,), (B, K)
+    out_ptr,  # (B, K, K)
+    K, stride_x, stride_y, D: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(K, BLOCK_M), tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    image = (pid // (tiles_m * tiles_n)).to(tl.int64)
+    offs_m = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_m, inverse_m, _ = _slots(slots_ptr, x_inverse_ptr, image, offs_m, K, HAS_SLOTS)
+    rows_n, inverse_n, _ = _slots(slots_ptr, y_inverse_ptr, image, offs_n, K, HAS_SLOTS)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
+        u = _unit(x_ptr + rows_m[:, None] * stride_x, inverse_m, offs_d, D)
+        v = _unit(y_ptr + rows_n[:, None] * stride_y, inverse_n, offs_d, D)
+        acc = tl.dot(u, v.T, acc, input_precision=PRECISION)
+    mask = (offs_m < K)[:, None] & (offs_n < K)[None, :]
+    tl.store(out_ptr + (image * K + offs_m)[:, None] * K + offs_n[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _received(
+    between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr,
+    image, rows_m, filled_m, offs_m, offs_d, K, stride_between, stride_y, stride_weight_m, stride_weight_n,
+    D: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_D) of the gradient of normalised rows: ``gain`` times that from between images, and the other
+    side's rows of the image in their weights."""
+    mask = filled_m[:, None] & (offs_d < D)
+    g = gain * tl.load(between_ptr + rows_m[:, None] * stride_between + offs_d, mask=mask, other=0.0)
+    for start_n in range(0, K, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        rows_n, inverse_n, _ = _slots(slots_ptr, y_inverse_ptr, image, offs_n, K, HAS_SLOTS)
+        weight_offsets = image * K * K + offs_m[:, None] * stride_weight_m + offs_n[None, :] * stride_weight_n
+        exists = (offs_m < K)[:, None] & (offs_n < K)[None, :]
+        weight = tl.load(weight_ptr + weight_offsets, mask=exists, other=0.0)
+        v = _unit(y_ptr + rows_n[:, None] * stride_y, inverse_n, offs_d, D)
+        g = tl.dot(weight, v, g, input_precision=PRECISION)
+    return g
+
+
+@triton.jit(do_not_specialize=["K", "stride_weight_m", "stride_weight_n"])
+def _gradient_kernel(
+    x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N, D), (N,), (N,), (B, K)
+    between_ptr, gain_ptr, weight_ptr, out_ptr,  # (N, D), (), (B, K, K), (N, D)
+    K, stride_x, stride_y, stride_between, stride_weight_m, stride_weight_n,
+    D: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(g - u <u, g>) / |x|, with u the normalised rows and g what they receive. g is formed twice: the inner product
+    takes all of it, and it does not fit into registers."""
+    tiles_m = tl.cdiv(K, BLOCK_M)
+    pid = tl.program_id(0)
+    image = (pid // tiles_m).to(tl.int64)
+    offs_m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_m, inverse_m, filled_m = _slots(slots_ptr, x_inverse_ptr, image, offs_m, K, HAS_SLOTS)
+    gain = 1.0
+    if HAS_GAIN:
+        gain = tl.load(gain_ptr)
+    radial = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
+        g = _received(
+            between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr, image, rows_m, filled_m, offs_m, offs_d,
+            K, stride_between, stride_y, stride_weight_m, stride_weight_n,
+            D, HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        radial += tl.sum(g * _unit(x_ptr + rows_m[:, None] * stride_x, inverse_m, offs_d, D), 1)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
+        g = _received(
+            between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr, image, rows_m, filled_m, offs_m, offs_d,
+            K, stride_between, stride_y, stride_weight_m, stride_weight_n,
+            D, HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        g -= radial[:, None] * _unit(x_ptr + rows_m[:, None] * stride_x, inverse_m, offs_d, D)
+        g *= inverse_m[:, None]
+        mask = filled_m[:, None] & (offs_d < D)
+        tl.store(out_ptr + rows_m[:, None] * D + offs_d, g.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def inverse_norms(x: Tensor, image_id: Tensor, eps: float) -> Tensor:
+    """(N,) float32 1 / |x|: 0 for rows of a negative image id or of a norm up to ``eps``, NaN for rows that are not
+    finite; also where squares overflow."""
+    x, out = _rows(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    block_m, block_d = _blocks(x)
+    with _guard(x):
+        _inverse_norms_kernel[(-(-x.shape[0] // block_m),)](
+            x, image_id, out, x.shape[0], x.stride(0), eps,
+            D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def unit_rows(x: Tensor, inverse_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, D) normalised rows, zero where ``inverse_norm`` is, whatever the rows hold."""
+    x, out = _rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    block_m, block_d = _blocks(x)
+    with _guard(x):
+        _unit_rows_kernel[(-(-x.shape[0] // block_m),)](
+            x, inverse_norm, out, x.shape[0], x.stride(0),
+            D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def cosines(x: Tensor, y: Tensor, x_inverse: Tensor, y_inverse: Tensor, slots: Tensor | None, out: Tensor) -> None:
+    """Write those of the rows of each image into ``out`` (B, K, K)."""
+    x, y = _rows(x), _rows(y)
+    images, texts, _ = out.shape
+    options = _product_options(x, texts)
+    tiles = -(-texts // options["BLOCK_M"]) * -(-texts // options["BLOCK_N"])
+    with _guard(x):
+        _cosines_kernel[(images * tiles,)](
+            x, y, x_inverse, y_inverse, slots, out, texts, x.stride(0), y.stride(0),
+            HAS_SLOTS=slots is not None, **options,
+        )  # fmt: skip
+
+
+def raw_gradient(
+    x: Tensor,
+    y: Tensor,
+    x_inverse: Tensor,
+    y_inverse: Tensor,
+    slots: Tensor | None,
+    between: Tensor,
+    weights: Tensor,
+    gain: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write the gradient of x into ``out`` (N, D), from that of its normalised rows: ``gain * between`` (N, D), and
+    ``weights`` (B, K, K) times the normalised rows of y."""
+    x, y = _rows(x), _rows(y)
+    images, texts, _ = weights.shape
+    options = _product_options(x, texts)
+    with _guard(x):
+        _gradient_kernel[(images * -(-texts // options["BLOCK_M"]),)](
+            x, y, x_inverse, y_inverse, slots, between, gain, weights, out,
+            texts, x.stride(0), y.stride(0), between.stride(0), weights.stride(1), weights.stride(2),
+            HAS_SLOTS=slots is not None, HAS_GAIN=gain is not None, **options,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _blocks(x: Tensor) -> tuple[int, int]:
+    """Rows and columns that a program holds at a time."""
+    block_d = min(triton.next_power_of_2(max(x.shape[1], 16)), 1024)
+    return _ELEMENTS // block_d, block_d
+
+
+def _product_options(x: Tensor, texts: int) -> dict[str, Any]:
+    """Tiles of 32 slots, or of 16 where those would compute a quarter more. Larger ones, and steps of 64, spill."""
+    padded = {block: -(-texts // block) * block for block in (16, 32)}
+    block = 32 if padded[32] <= 1.25 * padded[16] else 16
+    target = architecture.architecture(x.device)
+    return {
+        "D": x.shape[1],
+        "BLOCK_M": block,
+        "BLOCK_N": block,
+        "BLOCK_D": 32,
+        "PRECISION": dot_precision(target, torch.float32),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def _guard(x: Tensor) -> AbstractContextManager[Any]:
+    """A kernel starts on the current device, wherever its tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
