@@ -99,17 +99,23 @@ def _cosines_kernel(
     tl.store(out_ptr + (image * K + offs_m)[:, None] * K + offs_n[None, :], acc, mask=mask)
 
 
-@triton.jit
-def _received(
-    between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr,
-    image, rows_m, filled_m, offs_m, offs_d, K, stride_between, stride_y, stride_weight_m, stride_weight_n,
-    D: tl.constexpr, HAS_SLOTS: tl.constexpr,
+@triton.jit(do_not_specialize=["K", "stride_weight_m", "stride_weight_n"])
+def _received_kernel(
+    y_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N,), (B, K)
+    between_ptr, gain_ptr, weight_ptr, out_ptr,  # (N, D), (), (B, K, K), (N, D)
+    K, stride_y, stride_weight_m, stride_weight_n,
+    D: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_GAIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_D) of the gradient of normalised rows: ``gain`` times that from between images, and the other
-    side's rows of the image in their weights."""
-    mask = filled_m[:, None] & (offs_d < D)
-    g = gain * tl.load(between_ptr + rows_m[:, None] * stride_between + offs_d, mask=mask, other=0.0)
+    """What the other side's normalised rows of the image give in their weights, and ``gain * between``. A program
+    writes what it alone has read, so that ``out_ptr`` may be ``between_ptr``."""
+    tiles_m, tiles_d = tl.cdiv(K, BLOCK_M), tl.cdiv(D, BLOCK_D)
+    pid = tl.program_id(0)
+    image = (pid // (tiles_m * tiles_d)).to(tl.int64)
+    offs_m = pid // tiles_d % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = (pid % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    rows_m, _, filled_m = _slots(slots_ptr, y_inverse_ptr, image, offs_m, K, HAS_SLOTS)
+    g = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start_n in range(0, K, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         rows_n, inverse_n, _ = _slots(slots_ptr, y_inverse_ptr, image, offs_n, K, HAS_SLOTS)
@@ -118,47 +124,34 @@ def _received(
         weight = tl.load(weight_ptr + weight_offsets, mask=exists, other=0.0)
         v = _unit(y_ptr + rows_n[:, None] * stride_y, inverse_n, offs_d, D)
         g = tl.dot(weight, v, g, input_precision=PRECISION)
-    return g
-
-
-@triton.jit(do_not_specialize=["K", "stride_weight_m", "stride_weight_n"])
-def _gradient_kernel(
-    x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N, D), (N,), (N,), (B, K)
-    between_ptr, gain_ptr, weight_ptr, out_ptr,  # (N, D), (), (B, K, K), (N, D)
-    K, stride_x, stride_y, stride_between, stride_weight_m, stride_weight_n,
-    D: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_GAIN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(g - u <u, g>) / |x|, with u the normalised rows and g what they receive. g is formed twice: the inner product
-    takes all of it, and it does not fit into registers."""
-    tiles_m = tl.cdiv(K, BLOCK_M)
-    pid = tl.program_id(0)
-    image = (pid // tiles_m).to(tl.int64)
-    offs_m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_m, inverse_m, filled_m = _slots(slots_ptr, x_inverse_ptr, image, offs_m, K, HAS_SLOTS)
-    gain = 1.0
+    mask = filled_m[:, None] & (offs_d < D)
+    between = tl.load(between_ptr + rows_m[:, None] * D + offs_d, mask=mask, other=0.0)
     if HAS_GAIN:
-        gain = tl.load(gain_ptr)
+        between *= tl.load(gain_ptr)
+    tl.store(out_ptr + rows_m[:, None] * D + offs_d, g + between, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _through_norm_kernel(
+    x_ptr, inverse_ptr, g_ptr, out_ptr,  # (N, D), (N,), (N, D), (N, D)
+    N, stride_x, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(g - u <u, g>) / |x|, with u the normalised rows and g what they receive; 0 for rows that take no part."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inverse = tl.load(inverse_ptr + offs_m, mask=offs_m < N, other=0.0)
+    rows = offs_m.to(tl.int64)[:, None]
+    taken = (inverse != 0.0)[:, None]
     radial = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
-        g = _received(
-            between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr, image, rows_m, filled_m, offs_m, offs_d,
-            K, stride_between, stride_y, stride_weight_m, stride_weight_n,
-            D, HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        radial += tl.sum(g * _unit(x_ptr + rows_m[:, None] * stride_x, inverse_m, offs_d, D), 1)
+        g = tl.load(g_ptr + rows * D + offs_d, mask=taken & (offs_d < D), other=0.0)
+        radial += tl.sum(g * _unit(x_ptr + rows * stride_x, inverse, offs_d, D), 1)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)[None, :]
-        g = _received(
-            between_ptr, gain, weight_ptr, y_ptr, y_inverse_ptr, slots_ptr, image, rows_m, filled_m, offs_m, offs_d,
-            K, stride_between, stride_y, stride_weight_m, stride_weight_n,
-            D, HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        g -= radial[:, None] * _unit(x_ptr + rows_m[:, None] * stride_x, inverse_m, offs_d, D)
-        g *= inverse_m[:, None]
-        mask = filled_m[:, None] & (offs_d < D)
-        tl.store(out_ptr + rows_m[:, None] * D + offs_d, g.to(out_ptr.dtype.element_ty), mask=mask)
+        g = tl.load(g_ptr + rows * D + offs_d, mask=taken & (offs_d < D), other=0.0)
+        g -= radial[:, None] * _unit(x_ptr + rows * stride_x, inverse, offs_d, D)
+        mask = (offs_m < N)[:, None] & (offs_d < D)
+        tl.store(out_ptr + rows * D + offs_d, (g * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def inverse_norms(x: Tensor, image_id: Tensor, eps: float) -> Tensor:
@@ -208,19 +201,27 @@ def raw_gradient(
     between: Tensor,
     weights: Tensor,
     gain: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write the gradient of x into ``out`` (N, D), from that of its normalised rows: ``gain * between`` (N, D), and
-    ``weights`` (B, K, K) times the normalised rows of y."""
-    x, y = _rows(x), _rows(y)
+) -> Tensor:
+    """The gradient of x (N, D), from that of its normalised rows: ``gain * between`` (N, D), and ``weights`` (B, K, K)
+    times the normalised rows of y. ``between`` is written over where ``gain`` is None."""
+    x, y, between = _rows(x), _rows(y), between.contiguous()
     images, texts, _ = weights.shape
-    options = _product_options(x, texts)
+    received = between if gain is None else torch.empty_like(between)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    options = _product_options(x, texts) | {"BLOCK_D": 128}
+    programs = images * -(-texts // options["BLOCK_M"]) * -(-x.shape[1] // options["BLOCK_D"])
+    block_m, block_d = _blocks(x)
     with _guard(x):
-        _gradient_kernel[(images * -(-texts // options["BLOCK_M"]),)](
-            x, y, x_inverse, y_inverse, slots, between, gain, weights, out,
-            texts, x.stride(0), y.stride(0), between.stride(0), weights.stride(1), weights.stride(2),
+        _received_kernel[(programs,)](
+            y, y_inverse, slots, between, gain, weights, received,
+            texts, y.stride(0), weights.stride(1), weights.stride(2),
             HAS_SLOTS=slots is not None, HAS_GAIN=gain is not None, **options,
         )  # fmt: skip
+        _through_norm_kernel[(-(-x.shape[0] // block_m),)](
+            x, x_inverse, received, out, x.shape[0], x.stride(0),
+            D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
+        )  # fmt: skip
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:

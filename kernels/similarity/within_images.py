@@ -150,19 +150,17 @@ def raw_gradients(
     A normalised row receives ``gain * dx`` from between the images (dx itself if gain is None, which may then be
     written over), and ``dcosines @ unit(other side)`` from within.
     """
-    in_place = not row_kernels_serve(x.rows) or bool(x.dims)
+    if row_kernels_serve(x.rows) and not x.dims:
+        return _raw_gradients_by_kernels(x, y, images, (dx, dy), dcosines[0], gain)
     outs = [
         between
-        if in_place and gain is None and images.slots is None and between.dtype == side.rows.dtype
+        if gain is None and images.slots is None and between.dtype == side.rows.dtype
         else on_huge_pages(between.new_empty(between.shape, dtype=side.rows.dtype))
         for side, between in ((x, dx), (y, dy))
     ]
     if images.slots is not None:
         for out in outs:
             out.zero_()
-    if not in_place:
-        _raw_gradients_by_kernels(x, y, images, (dx, dy), dcosines[0], gain, outs)
-        return outs[0], outs[1]
     shape, dtype = images.buffer_shape(x.rows), exact_dtype(dcosines)
     with nvtx.annotate("within images, backward", domain="betaclip"), scratch([shape] * 4, dtype, dx.device) as buffers:
         x_buffer, y_buffer, sum_buffer, product_buffer = buffers
@@ -196,25 +194,19 @@ def raw_gradients(
 
 
 def _raw_gradients_by_kernels(
-    x: Operand,
-    y: Operand,
-    images: Images,
-    between: tuple[Tensor, Tensor],
-    dcosines: Tensor,
-    gain: Tensor | None,
-    outs: Sequence[Tensor],
-) -> None:
+    x: Operand, y: Operand, images: Images, between: tuple[Tensor, Tensor], dcosines: Tensor, gain: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
 
     assert x.inverse_norm is not None and y.inverse_norm is not None
+    dx, dy = between
     inverse = x.inverse_norm, y.inverse_norm
     with nvtx.annotate("within images, backward", domain="betaclip"):
-        if between[0].dim() == 2:
-            triton_rows.raw_gradient(x.rows, y.rows, *inverse, images.slots, between[0], dcosines, gain, outs[0])
-        if between[1].dim() == 2:
-            triton_rows.raw_gradient(
-                y.rows, x.rows, *inverse[::-1], images.slots, between[1], dcosines.mT, gain, outs[1]
-            )
+        if dx.dim() == 2:  # else not needed
+            dx = triton_rows.raw_gradient(x.rows, y.rows, *inverse, images.slots, dx, dcosines, gain)
+        if dy.dim() == 2:
+            dy = triton_rows.raw_gradient(y.rows, x.rows, *inverse[::-1], images.slots, dy, dcosines.mT, gain)
+    return dx.to(x.rows.dtype), dy.to(y.rows.dtype)
 
 
 def _partial_products(u: Tensor, v: Tensor, slices: list[slice], out: Sequence[Tensor]) -> None:
