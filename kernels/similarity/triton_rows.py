@@ -9,6 +9,7 @@ BLOCK_M and BLOCK_N; d: elements of a row. ``inverse``: 1 / |x|, 0 for rows that
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from betaclip.kernels import architecture
 from betaclip.kernels.precision import dot_precision
+from betaclip.kernels.similarity.exponent_range import MAX_SINGLE_EXP_SPREAD
 
 # Elements that a program of the kernels without products holds at a time, 32 or 64 for each of its threads.
 _ELEMENTS = 4096
@@ -114,7 +116,7 @@ def _received_kernel(
     image = (pid // (tiles_m * tiles_d)).to(tl.int64)
     offs_m = pid // tiles_d % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = (pid % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    rows_m, _, filled_m = _slots(slots_ptr, y_inverse_ptr, image, offs_m, K, HAS_SLOTS)
+    rows_m, inverse_m, filled_m = _slots(slots_ptr, y_inverse_ptr, image, offs_m, K, HAS_SLOTS)
     g = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start_n in range(0, K, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -152,6 +154,78 @@ def _through_norm_kernel(
         g -= radial[:, None] * _unit(x_ptr + rows * stride_x, inverse, offs_d, D)
         mask = (offs_m < N)[:, None] & (offs_d < D)
         tl.store(out_ptr + rows * D + offs_d, (g * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _largest(ptr, N, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of N numbers, at least 0; or the largest of SIGN times the numbers that are finite."""
+    largest = tl.full((BLOCK,), 0.0 if MAGNITUDE else -float("inf"), dtype=tl.float32)
+    for start in range(0, N, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        value = tl.load(ptr + offs, mask=offs < N, other=0.0) * SIGN
+        if MAGNITUDE:
+            largest = tl.maximum(largest, tl.abs(value))
+        else:
+            finite = (offs < N) & (tl.abs(value) < float("inf"))
+            largest = tl.maximum(largest, tl.where(finite, value, -float("inf")))
+    return tl.max(largest, 0)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _logsumexp_ranges_kernel(
+    lse_x_ptr, lse_y_ptr, dlse_x_ptr, dlse_y_ptr,  # (P, N), (P, M), (P, N), (P, M)
+    ranges_ptr,  # (P, 3): the largest incoming gradient, the largest lse_x, the smallest lse_y
+    N, M, BLOCK: tl.constexpr,
+):  # fmt: skip
+    prefix = tl.program_id(0).to(tl.int64)
+    of_x, of_y = prefix * N, prefix * M
+    ranges_ptr += 3 * prefix
+    gradient_x = _largest(dlse_x_ptr + of_x, N, 1.0, True, BLOCK)
+    gradient_y = _largest(dlse_y_ptr + of_y, M, 1.0, True, BLOCK)
+    tl.store(ranges_ptr, tl.maximum(gradient_x, gradient_y))
+    tl.store(ranges_ptr + 1, _largest(lse_x_ptr + of_x, N, 1.0, False, BLOCK))
+    tl.store(ranges_ptr + 2, -_largest(lse_y_ptr + of_y, M, -1.0, False, BLOCK))
+
+
+@triton.jit
+def _statistic_and_weight(lse_ptr, dlse_ptr, stat_ptr, weight_ptr, factor, read, write, offs, N, filled_n):
+    exists, filled = offs < N, offs < filled_n
+    stat = tl.load(lse_ptr + read + offs, mask=exists, other=-float("inf"))
+    stat = tl.where(stat == -float("inf"), float("inf"), stat)
+    gradient = tl.load(dlse_ptr + read + offs, mask=exists, other=0.0)
+    weight = tl.where(factor > 0.0, gradient / tl.where(factor > 0.0, factor, 1.0), 0.0)
+    tl.store(stat_ptr + write + offs, stat, mask=filled)
+    tl.store(weight_ptr + write + offs, weight, mask=filled)
+    return stat, weight
+
+
+@triton.jit(do_not_specialize=["P", "N", "M", "filled_n", "filled_m"])
+def _logsumexp_vectors_kernel(
+    lse_x_ptr, lse_y_ptr, dlse_x_ptr, dlse_y_ptr, ranges_ptr,  # (P, N), (P, M), (P, N), (P, M), (P, 3)
+    factor_ptr, stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
+    P, N, M, filled_n, filled_m, amplification, MAX_SPREAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``chunks.LogsumexpVectors``, (P, filled_n) and (P, filled_m)."""
+    pid, prefix = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    factor = 0.0
+    for other in range(0, P):
+        factor = tl.maximum(factor, tl.load(ranges_ptr + 3 * other))
+    factor /= amplification
+    largest_x, min_lse = tl.load(ranges_ptr + 3 * prefix + 1), tl.load(ranges_ptr + 3 * prefix + 2)
+    if pid == 0:
+        tl.store(factor_ptr, factor)
+        tl.store(single_exp_ok_ptr + prefix, (largest_x - min_lse < MAX_SPREAD).to(tl.int32))
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    stat, _ = _statistic_and_weight(
+        lse_x_ptr, dlse_x_ptr, stat_x_ptr, weight_x_ptr, factor, prefix * N, prefix * filled_n, offs, N, filled_n
+    )
+    factor_x = tl.where(stat == float("inf"), 0.0, tl.exp(stat - min_lse))
+    tl.store(factor_x_ptr + prefix * filled_n + offs, factor_x, mask=offs < filled_n)
+    stat, weight = _statistic_and_weight(
+        lse_y_ptr, dlse_y_ptr, stat_y_ptr, weight_y_ptr, factor, prefix * M, prefix * filled_m, offs, M, filled_m
+    )
+    factor_y = tl.where(stat == float("inf"), 0.0, tl.exp(min_lse - stat)) * weight
+    tl.store(factor_y_ptr + prefix * filled_m + offs, factor_y, mask=offs < filled_m)
 
 
 def inverse_norms(x: Tensor, image_id: Tensor, eps: float) -> Tensor:
@@ -208,7 +282,7 @@ def raw_gradient(
     images, texts, _ = weights.shape
     received = between if gain is None else torch.empty_like(between)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    options = _product_options(x, texts) | {"BLOCK_D": 128}
+    options = _product_options(x, texts) | {"BLOCK_D": 64}
     programs = images * -(-texts // options["BLOCK_M"]) * -(-x.shape[1] // options["BLOCK_D"])
     block_m, block_d = _blocks(x)
     with _guard(x):
@@ -222,6 +296,28 @@ def raw_gradient(
             D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
         )  # fmt: skip
     return out
+
+
+def logsumexp_vectors(
+    lse_x: Tensor, lse_y: Tensor, dlse_x: Tensor, dlse_y: Tensor, amplification: float, multiple: int
+) -> tuple[Tensor, ...]:
+    """The common factor and the fields of ``chunks.LogsumexpVectors``, from (P, N) and (P, M) in float32."""
+    given = [t.contiguous() for t in (lse_x, lse_y, dlse_x, dlse_y)]
+    (prefixes, n), m = lse_x.shape, lse_y.shape[1]
+    new = partial(torch.empty, dtype=lse_x.dtype, device=lse_x.device)
+    rows, columns = (-(-size // multiple) * multiple for size in (n, m))
+    factor, ranges = new(()), new((prefixes, 3))
+    single_exp_ok = torch.empty((prefixes, 1), dtype=torch.int32, device=lse_x.device)
+    stat_x, weight_x, factor_x = new((3, prefixes, rows))
+    stat_y, weight_y, factor_y = new((3, prefixes, columns))
+    vectors = stat_x, stat_y, weight_x, weight_y, single_exp_ok, factor_x, factor_y
+    with _guard(lse_x):
+        _logsumexp_ranges_kernel[(prefixes,)](*given, ranges, n, m, BLOCK=_ELEMENTS, num_warps=8)
+        _logsumexp_vectors_kernel[(-(-max(rows, columns) // 1024), prefixes)](
+            *given, ranges, factor, *vectors, prefixes, n, m, rows, columns, amplification,
+            MAX_SPREAD=MAX_SINGLE_EXP_SPREAD[lse_x.dtype], BLOCK=1024, num_warps=_WARPS,
+        )  # fmt: skip
+    return factor, *vectors
 
 
 def _rows(x: Tensor) -> Tensor:

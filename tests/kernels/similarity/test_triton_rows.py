@@ -7,7 +7,7 @@ from support.precision import HALF
 pytest.importorskip("triton")
 from support.similarity import DEVICE
 
-from betaclip.kernels.similarity import triton_rows, within_images
+from betaclip.kernels.similarity import chunks, triton_rows, within_images
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.within_images import Images
 
@@ -81,3 +81,18 @@ def test_cosines_and_gradients(dtype, gain, batch, monkeypatch):
     for ours, theirs in zip(found, truth, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, rtol=max(ulp, 1e-5), atol=max(ulp, 1e-5) * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_logsumexp_vectors(multiple):
+    """Rows without any pair, and rows whose sum overflowed, in sight."""
+    lse_x, lse_y, dlse_x, dlse_y = (torch.randn(2, n, device=DEVICE) for n in (45, 1100, 45, 1100))
+    lse_x[0, 3], lse_y[0, 7], lse_y[1, 9], lse_x[1, 5] = -torch.inf, -torch.inf, torch.inf, 300
+    dlse_x[0, 3], dlse_y[0, 7] = 0, 0
+    factor, truth = chunks.logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, torch.float16, multiple)
+    found = triton_rows.logsumexp_vectors(
+        lse_x, lse_y, dlse_x, dlse_y, chunks.amplification(torch.float16, 2), multiple
+    )
+    assert truth.single_exp_ok.tolist() == [[1], [0]]
+    for ours, theirs in zip(found, (factor, *truth), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
