@@ -60,6 +60,8 @@ SOURCES = [
     "kernels/similarity/chunks.py",
     "kernels/similarity/contract.py",
     "kernels/similarity/exponent_range.py",
+    "kernels/similarity/prefix_rows.py",
+    "kernels/similarity/prefixes.py",
     "kernels/similarity/triton_tiles.py",
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
@@ -115,25 +117,30 @@ def compile_launches(architecture: str) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def launch_similarity(dtype: torch.dtype) -> None:
-    """Launch at small, usual and largest depths and at one that TMA cannot read, with and without ids and bias."""
-    for depth, with_ids, with_texts, bias in (
-        (512, True, False, True),
-        (512, True, True, True),
-        (512, False, False, False),
-        (64, True, False, False),
-        (1024, True, False, True),
-        (100, True, False, True),
+    """Launch at small, usual and largest depths and at one that TMA cannot read, with and without ids and bias, and for
+    several prefixes."""
+    for depth, with_ids, with_texts, bias, dims in (
+        (512, True, False, True, ()),
+        (512, True, True, True, ()),
+        (512, False, False, False, ()),
+        (64, True, False, False, ()),
+        (1024, True, False, True, ()),
+        (100, True, False, True, ()),
+        (512, True, True, True, (128, 256, 512)),
     ):
-        _launch_similarity(dtype, depth, with_ids, with_texts, bias)
+        _launch_similarity(dtype, depth, with_ids, with_texts, bias, dims)
 
 
-def _launch_similarity(dtype: torch.dtype, depth: int, with_ids: bool, with_texts: bool, bias: bool) -> None:
+def _launch_similarity(
+    dtype: torch.dtype, depth: int, with_ids: bool, with_texts: bool, bias: bool, dims: tuple[int, ...]
+) -> None:
     """Call every launcher once, with N and M that are no multiples of a tile."""
     n, m = 300, 200
     x_id, y_id = (torch.arange(rows, dtype=torch.int32) if with_ids else None for rows in (n, m))
-    x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype, x_id if with_texts else None)
-    y = Operand(torch.zeros(m, depth, dtype=dtype), y_id, None, dtype, y_id if with_texts else None)
-    scale, b, of_x, of_y = torch.tensor(10.0), torch.tensor(-1.0) if bias else None, torch.zeros(n), torch.zeros(m)
+    x = Operand(torch.zeros(n, depth, dtype=dtype), x_id, None, dtype, x_id if with_texts else None, dims=dims)
+    y = Operand(torch.zeros(m, depth, dtype=dtype), y_id, None, dtype, y_id if with_texts else None, dims=dims)
+    scale, b = torch.tensor(10.0), torch.tensor(-1.0) if bias else None
+    of_x, of_y = (torch.zeros(len(x.slices), rows) for rows in (n, m))
     Triton().similarity_logsumexp_fwd(x, y, scale)
     Triton().similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
     Triton().similarity_softplus_fwd(x, y, scale, b)
@@ -195,7 +202,9 @@ def amd_code(text: str) -> tuple[machine_code.Code, int, int]:
 def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize: int) -> dict[str, Any]:
     amd = "amdgcn" in kernel.asm
     text = kernel.asm["amdgcn" if amd else "ptx"]
-    rows, cols, depth, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "D", "BLOCK_D"))
+    rows, cols, block = (constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    ends = constants.get("ENDS") or (constants["D"],)  # of prefixes, for which a tile's other instructions count once
+    depth = ends[-1]
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
     # Its kernel of the patches' gradient sums over rows of weights: here as many as D.
     name = kernel.metadata.name
@@ -214,7 +223,7 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     )
     return {
         "kernel": kernel.metadata.name,
-        "launch": " ".join([f"D={depth}", *(flag.lower() for flag in FLAGS if constants.get(flag))]),
+        "launch": " ".join([f"D={','.join(map(str, ends))}", *(flag.lower() for flag in FLAGS if constants.get(flag))]),
         "spilled": spilled,
         "shared": kernel.metadata.shared,
         "registers": registers,

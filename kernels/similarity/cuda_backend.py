@@ -58,11 +58,11 @@ class Cuda:
     ) -> tuple[Tensor, Tensor, Tensor]:
         launch = _Launch(x, y, scale)
         sums = Accumulators(launch.x, launch.y, launch.depth, self.chunk_rows, need_dx, need_dy)
-        factor, vectors = logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, x.dtype)
+        factor, vectors = logsumexp_vectors(*(t[None] for t in (lse_x, lse_y, dlse_x, dlse_y)), x.dtype)
         pointers = {name: cuda.pointer(vector) for name, vector in vectors._asdict().items()}
         gradient = cuda.LogsumexpGradient(narrow=pointers.pop("single_exp_ok"), **pointers)
         for row, col, row_end, col_end, ds in sums.chunks():
-            part = cuda.Chunk(ds.data_ptr(), ds.stride(0), row, row_end, col, col_end)
+            part = cuda.Chunk(ds.data_ptr(), ds.stride(1), row, row_end, col, col_end)
             launch("betaclip_logsumexp_ds", gradient, part)
         return sums.finish(scale, factor)
 
@@ -92,7 +92,7 @@ class Cuda:
         weight = torch.where(factor > 0, drows / factor, 0)
         workspace_of = functools.cache(functools.partial(launch.workspace, "betaclip_softplus_workspace_bytes"))
         for row, col, row_end, col_end, ds in sums.chunks():
-            part = cuda.Chunk(ds.data_ptr(), ds.stride(0), row, row_end, col, col_end)
+            part = cuda.Chunk(ds.data_ptr(), ds.stride(1), row, row_end, col, col_end)
             workspace = workspace_of(row_end - row, col_end - col)
             launch("betaclip_softplus_ds", bias, weight, part, rows, sigmoid, workspace, workspace.numel())
         dbias = scale.new_zeros(()) if sigmoid is None else (sigmoid * drows).sum()

@@ -32,6 +32,23 @@ TILES: dict[tuple[str, int], Tile] = {
     ("interpreter", 4): _INTERPRETER,
 }
 
+# With several prefixes, except in the forward of the log-sum-exp. A tile's cosines outlive its epilogue, where the
+# gradient also sums dS * cosine: these are the largest tiles with which no kernel spills.
+PREFIX_TILES: dict[tuple[str, int], Tile] = {
+    ("sm_120", 2): Tile(64, 64, 64, 8, 3, tma=True),
+    ("sm_120", 4): Tile(64, 32, 32, 8, 3, tma=True),
+    ("sm_100", 2): Tile(64, 64, 64, 8, 4, tma=True),
+    ("sm_100", 4): Tile(64, 64, 32, 8, 4, tma=True),
+    ("sm_90", 2): Tile(128, 64, 64, 8, 4, tma=True),
+    ("sm_90", 4): Tile(64, 64, 32, 8, 3, tma=True),
+    ("sm_80", 2): Tile(64, 64, 32, 8, 4),
+    ("sm_80", 4): Tile(64, 64, 16, 8, 4),
+    ("gfx942", 2): Tile(128, 64, 32, 8, 2),
+    ("gfx942", 4): Tile(64, 64, 32, 4, 2),
+    ("interpreter", 2): _INTERPRETER,
+    ("interpreter", 4): _INTERPRETER,
+}
+
 # Rows and columns of the square of dS that the backward holds at a time, if memory allows. The two products over it
 # should run at full rate: results of 4096 x 512 in tiles of 128 x 256 occupy 64 of an H100's 132 multiprocessors, those
 # of 8192 x 512 fill 97 %. 8192 x 8192 in 16 bits (128 MiB) leave L2, but an H100 writes them at 0.6 TB/s and reads them

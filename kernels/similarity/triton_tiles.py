@@ -12,24 +12,71 @@ import triton.language as tl
 
 @triton.jit
 def dot(
-    x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, x_ptr, y_ptr, start_m, start_n, N, M, stride_x, stride_y, prefix, ENDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) <x_i, y_j> of the rows from ``start_m`` and ``start_n``."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    """(BLOCK_M, BLOCK_N) ``acc`` plus <x_i, y_j> of the rows from ``start_m`` and ``start_n``, over the columns of the
+    slice with which the prefix ends."""
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    for start_d in range(0, D, BLOCK_D):
+    begin, end = 0, ENDS[0]
+    for longer in tl.static_range(1, len(ENDS)):
+        begin, end = tl.where(prefix >= longer, ENDS[longer - 1], begin), tl.where(prefix >= longer, ENDS[longer], end)
+    for start_d in range(begin, end, BLOCK_D):
         if TMA:
             a, b = x_ptr.load([start_m, start_d]), y_ptr.load([start_n, start_d])
         else:
             offs_d = start_d + tl.arange(0, BLOCK_D)
             x_offsets = offs_m.to(tl.int64)[:, None] * stride_x + offs_d[None, :]
             y_offsets = offs_n.to(tl.int64)[:, None] * stride_y + offs_d[None, :]
-            a = tl.load(x_ptr + x_offsets, mask=(offs_m < N)[:, None] & (offs_d < D)[None, :], other=0.0)
-            b = tl.load(y_ptr + y_offsets, mask=(offs_n < M)[:, None] & (offs_d < D)[None, :], other=0.0)
+            a = tl.load(x_ptr + x_offsets, mask=(offs_m < N)[:, None] & (offs_d < end)[None, :], other=0.0)
+            b = tl.load(y_ptr + y_offsets, mask=(offs_n < M)[:, None] & (offs_d < end)[None, :], other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
+
+
+@triton.jit
+def lengthened(acc, x_ratio_ptr, y_ratio_ptr, prefix, PREFIXES: tl.constexpr, offs_m, offs_n, N, M):
+    """The cosines of a prefix as the sum to which the product over the next slice adds."""
+    if PREFIXES > 1:  # noqa: SIM102  the compiler leaves out what follows
+        if prefix + 1 < PREFIXES:
+            x_ratio, y_ratio = _ratios(x_ratio_ptr, y_ratio_ptr, prefix, offs_m, offs_n, N, M)
+            acc *= tl.abs(x_ratio)[:, None] * tl.abs(y_ratio)[None, :]
+    return acc
+
+
+@triton.jit
+def through_norms(
+    ds, cosines, x_ratio_ptr, y_ratio_ptr, x_radial_ptr, y_radial_ptr, tile, tiles_n,
+    prefix, PREFIXES: tl.constexpr, offs_m, offs_n, N, M,
+):  # fmt: skip
+    """dS of a prefix, 0 where it counts as zero in a row. Sums over dS * cosine are added to those of other tiles, but
+    for the longest prefix. One tile adds to each sum, and the next chunk after this one: in order."""
+    if PREFIXES > 1:  # noqa: SIM102  the compiler leaves out what follows
+        if prefix + 1 < PREFIXES:
+            x_ratio, y_ratio = _ratios(x_ratio_ptr, y_ratio_ptr, prefix, offs_m, offs_n, N, M)
+            ds = tl.where((x_ratio > 0)[:, None] & (y_ratio > 0)[None, :], ds, 0.0)
+            radial = ds * cosines
+            x_radial_ptr += ((tile % tiles_n).to(tl.int64) * (PREFIXES - 1) + prefix) * N
+            y_radial_ptr += ((tile // tiles_n).to(tl.int64) * (PREFIXES - 1) + prefix) * M
+            tl.atomic_add(x_radial_ptr + offs_m, tl.sum(radial, 1), mask=offs_m < N, sem="relaxed", scope="cta")
+            tl.atomic_add(y_radial_ptr + offs_n, tl.sum(radial, 0), mask=offs_n < M, sem="relaxed", scope="cta")
+    return ds
+
+
+@triton.jit
+def _ratios(x_ratio_ptr, y_ratio_ptr, prefix, offs_m, offs_n, N, M):
+    """Norms of a prefix over those of the next, filled up to whole tiles; negative where the prefix counts as zero."""
+    x_ratio = tl.load(x_ratio_ptr + prefix * pitch(N, offs_m, offs_n) + offs_m)
+    y_ratio = tl.load(y_ratio_ptr + prefix * pitch(M, offs_m, offs_n) + offs_n)
+    return x_ratio, y_ratio
+
+
+@triton.jit
+def pitch(rows, offs_m, offs_n):
+    """The length of vectors over ``rows`` that are filled up to whole tiles of either side."""
+    SIDE: tl.constexpr = max(offs_m.shape[0], offs_n.shape[0])
+    return tl.cdiv(rows, SIDE).to(tl.int64) * SIDE
 
 
 @triton.jit
@@ -135,12 +182,28 @@ def exp(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def store_ds(ds_ptr, ds, top, left, stride_ds, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store the tile of a (rows, cols) chunk at (top, left); columns up to a multiple of 16, for which the chunk has
-    room, so that threads store 16 bytes at a time."""
-    offs_m, offs_n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
-    mask = (offs_m < rows)[:, None] & (offs_n < tl.cdiv(cols, 16) * 16)[None, :]
-    tl.store(ds_ptr + offs_m[:, None] * stride_ds + offs_n[None, :], ds.to(ds_ptr.dtype.element_ty), mask=mask)
+def store_ds(
+    ds_ptr, ds, top, left, stride_prefix, stride_ds, rows, cols, x_ratio_ptr, y_ratio_ptr,
+    prefix, PREFIXES: tl.constexpr, offs_m, offs_n, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the tile of a (rows, cols) chunk at (top, left): columns up to a multiple of 16, for which the chunk has
+    room, so that threads store 16 bytes at a time. After that of the longest prefix, add to each shorter one's the sum
+    of the longer ones': kept in registers, they would leave no room for the product."""
+    in_chunk_m, in_chunk_n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
+    mask = (in_chunk_m < rows)[:, None] & (in_chunk_n < tl.cdiv(cols, 16) * 16)[None, :]
+    pointers = ds_ptr + in_chunk_m[:, None] * stride_ds + in_chunk_n[None, :]
+    tl.store(pointers + prefix * stride_prefix.to(tl.int64), ds.to(ds_ptr.dtype.element_ty), mask=mask)
+    if PREFIXES > 1:  # noqa: SIM102  the compiler leaves out what follows
+        if prefix + 1 == PREFIXES:
+            # Loads and stores of the same pointers have the same layout, so that a thread loads what it has stored. The
+            # barrier makes this right in any layout.
+            tl.debug_barrier()
+            for longer in range(PREFIXES - 1):
+                shorter = PREFIXES - 2 - longer
+                of_shorter = pointers + shorter * stride_prefix.to(tl.int64)
+                ds = lengthened(ds, x_ratio_ptr, y_ratio_ptr, shorter, PREFIXES, offs_m, offs_n, N, M)
+                ds += tl.load(of_shorter, mask=mask, other=0.0).to(ds.dtype)
+                tl.store(of_shorter, ds.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -77,6 +77,7 @@ def test_extreme_logits(form, scale):
 @pytest.mark.parametrize("backend", ["cuda", *BACKENDS])
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision(form, backend, request):
+    """Triton's one pass rounds dS of each prefix once more, to sum it."""
     if backend == "cuda":
         request.getfixturevalue("cuda")
     b = batch()
@@ -85,7 +86,7 @@ def test_half_precision(form, backend, request):
     ours = BetaCALLoss(form, backend=backend, dims=DIMS)(image, text, 10.0, logit_bias=-1.0)
     truth = separate(BetaCALLoss(form), DIMS, *exact, 10.0, logit_bias=-1.0)
     for a, t in zip(gradients(ours, [image, text]), gradients(truth, exact), strict=True):
-        assert (a.double() - t).norm() <= 4e-3 * t.norm()
+        assert (a.double() - t).norm() <= (6e-3 if backend == "triton" else 4e-3) * t.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)

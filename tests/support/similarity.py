@@ -1,6 +1,7 @@
 """Operands, truth and tolerances for tests of the similarity operations."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ import torch.nn.functional as F
 from support.precision import HALF
 from torch import Tensor
 
+from betaclip.kernels.precision import accumulation_dtype
 from betaclip.kernels.similarity.blockwise import Blockwise
+from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
 from betaclip.kernels.similarity.cuda_backend import Cuda
 from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
 from betaclip.kernels.similarity.operators import BACKENDS, Backend
+from betaclip.kernels.similarity.reference import Reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["blockwise", "triton", "cuda"]
@@ -47,6 +51,60 @@ def operands(n: int, m: int, d: int, dtype: torch.dtype = torch.float64, *, grou
         None if x_group is None else x_group.to(**to),
         None if y_group is None else y_group.to(**to),
     ]
+
+
+def prefix_operands(
+    n: int, m: int, dims: tuple[int, ...], dtype: torch.dtype, *, groups: bool = True
+) -> tuple[Operand, Operand]:
+    """Rows to be normalised, D = dims[-1]; with ids some are padded and hold NaN. A prefix of one row is zero, that of
+    another small, and so is a whole row."""
+    sides = []
+    for rows, shift in ((n, 0), (m, 3)):
+        values = torch.randn(rows, dims[-1], dtype=torch.float64, device=DEVICE)
+        values[shift + 1, : dims[0]], values[shift + 2, : dims[0]], values[shift + 3] = 0, 1e-2, 0
+        values, image, text = values.to(dtype), None, None
+        accumulation = accumulation_dtype(dtype)
+        norms = values.to(accumulation).norm(dim=1)
+        inverse = torch.where(norms > 0, norms.reciprocal(), 0)
+        if groups:
+            image = torch.randint(-1, 12, (rows,), dtype=torch.int32, device=DEVICE).sort().values
+            text = torch.randint(-2, 9, (rows,), dtype=torch.int32, device=DEVICE)
+            values[image < 0], inverse[image < 0] = torch.nan, 0
+        sides.append(Operand(values, image, inverse, dtype, text, dims=dims))
+    return sides[0], sides[1]
+
+
+def prefix_results(
+    backend: SimilarityBackend, sides: tuple[Operand, Operand], scale: float, need_dx: bool = True, need_dy: bool = True
+) -> list[Tensor]:
+    """Statistics of all prefixes and their gradients, for incoming gradients that differ from row to row."""
+    (x, y), dtype = sides, sides[0].accumulation
+    s, bias = (torch.tensor(v, dtype=dtype, device=DEVICE) for v in (scale, -scale / 10))
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    incoming = [
+        torch.rand(len(x.dims), len(side.rows), dtype=torch.float64, device=DEVICE, generator=generator).to(dtype)
+        for side in (x, y, x)
+    ]
+    lse = backend.similarity_logsumexp_fwd(x, y, s)
+    gradients = backend.similarity_logsumexp_bwd(x, y, s, *lse, *incoming[:2], need_dx, need_dy)
+    sums = backend.similarity_softplus_fwd(x, y, s, bias)
+    return [*lse, *gradients, sums, *backend.similarity_softplus_fwd_bwd(x, y, s, bias, incoming[2], need_dx, need_dy)]
+
+
+def check_prefixes(backend: SimilarityBackend, sides: tuple[Operand, Operand], scale: float, *needs: bool) -> None:
+    """Against the dense form in float64. In half precision rows are rounded, and dS twice; large logits are rounded."""
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[sides[0].dtype]
+    tolerance *= max(1.0, abs(scale) / 20)
+    exact = [
+        replace(side, rows=side.rows.double(), inverse_norm=side.inverse_norm.double(), dtype=torch.float64)
+        for side in sides
+    ]
+    found = prefix_results(backend, sides, scale, *needs)
+    for index, (a, t) in enumerate(zip(found, prefix_results(Reference(), exact, scale, *needs), strict=True)):
+        assert a.shape == t.shape and torch.equal(a.isfinite(), t.isfinite()), index
+        a, t = (v.double()[t.isfinite()] for v in (a, t))
+        size = 1.0 if t.numel() == 0 else max(float(t.abs().max()), 1e-3)
+        assert t.numel() == 0 or float((a - t).abs().max()) <= tolerance * size, index
 
 
 def dense_logsumexp(x, y, scale, x_group, y_group):

@@ -29,6 +29,21 @@ def test_sums_of_chunks(need_dx, need_dy, chunk_rows, monkeypatch):
     torch.testing.assert_close(dscale, 0.5 * (dense * (x @ y.T)).sum())
 
 
+def test_places_with_a_gradient_of_their_own():
+    x, y = torch.randn(50, 9, dtype=torch.float64), torch.randn(33, 9, dtype=torch.float64)
+    dense, places = torch.randn(2, 50, 33, dtype=torch.float64), [slice(0, 4), slice(4, 9)]
+    sums = Accumulators(x, y, 9, 16, True, True, places=places)
+    for row, col, row_end, col_end, ds in sums.chunks():
+        ds.copy_(dense[:, row:row_end, col:col_end])
+    dx, dy, dscale = sums.finish(torch.tensor(3.0), torch.tensor(0.5))
+    for place, ds in zip(places, dense, strict=True):
+        torch.testing.assert_close(dx[:, place], 1.5 * ds @ y[:, place])
+        torch.testing.assert_close(dy[:, place], 1.5 * ds.T @ x[:, place])
+    torch.testing.assert_close(
+        dscale, 0.5 * sum((ds * (x[:, p] @ y[:, p].T)).sum() for p, ds in zip(places, dense, strict=True))
+    )
+
+
 def test_a_chunk_costs_two_calls():
     """The two products, and nothing else."""
     counts = []
@@ -52,7 +67,7 @@ class ShortOfMemory(TorchDispatchMode):
         self.limit = limit
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func == torch.ops.aten.new_empty.default and min(args[1]) > self.limit:
+        if func == torch.ops.aten.new_empty.default and min(args[1][-2:]) > self.limit:
             raise torch.OutOfMemoryError("out of memory")
         return func(*args, **(kwargs or {}))
 
@@ -62,7 +77,7 @@ def test_chunks_shrink_where_memory_is_short(limit, chunk_rows, multiple, expect
     x = torch.empty(7000, 8, device="meta")
     with ShortOfMemory(limit):
         sums = Accumulators(x, x, 8, chunk_rows, True, True, multiple)
-    assert sums.chunk_rows == expected and sums.workspace.shape == (expected, -(-expected // 16) * 16)
+    assert sums.chunk_rows == expected and sums.workspace.shape == (1, expected, -(-expected // 16) * 16)
 
 
 def test_no_memory_at_all_is_an_error():

@@ -1,5 +1,7 @@
 """Values and gradients of the similarity operators, against the dense form in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,10 @@ from support.similarity import (
     DEVICE,
     DTYPES,
     FAST,
+    check_prefixes,
     operands,
+    prefix_operands,
+    prefix_results,
     require,
     small,
     value_and_gradients,
@@ -17,12 +22,20 @@ from support.similarity import (
 from torch import Tensor
 
 from betaclip.kernels.similarity.blockwise import Blockwise
-from betaclip.kernels.similarity.contract import Operand
+from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
 from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
 from betaclip.kernels.similarity.operators import (
     BACKENDS,
     local_backend,
 )
+
+
+def triton_backend() -> SimilarityBackend:
+    """With chunks of dS so small that a test has several of them."""
+    from betaclip.kernels.similarity.triton_kernels import Triton
+
+    return Triton(chunk_rows=32 if DEVICE == "cpu" else 1024)
+
 
 # N, M, D: aligned to the interpreter's tiles; ragged rows; ragged everything. No two sizes of a case are equal.
 SIZES = [(96, 64, 32), (101, 64, 32), (75, 131, 40)]
@@ -65,6 +78,55 @@ def test_cuda_matches_reference_at_odd_depths(check, dtype, d, cuda):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_matches_reference_on_gpu(check, backend, dtype, d):
     check(backend, dtype, 20.0, 5003, 4211, d, True)
+
+
+@pytest.mark.parametrize(
+    "dtype, n, m, dims, groups",
+    [
+        (torch.float64, 37, 20, (24, 32, 70), True),  # slices that end within a step of a tile
+        (torch.float64, 20, 35, (32, 96), False),
+        (torch.float16, 35, 20, (8, 40), True),
+        (torch.bfloat16, 37, 20, (32, 64), True),
+    ],
+)
+def test_prefixes_in_one_pass(dtype, n, m, dims, groups):
+    require("triton", dtype)
+    check_prefixes(triton_backend(), prefix_operands(n, m, dims, dtype, groups=groups), 20.0)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_prefixes_and_gradients_of_one_side(needs):
+    require("triton", torch.float64)
+    check_prefixes(triton_backend(), prefix_operands(34, 20, (5, 31), torch.float64), 9.0, *needs)
+
+
+@pytest.mark.parametrize("scale", [0.0, -30.0, 400.0])
+def test_prefixes_at_extreme_logits(scale):
+    """At 400 the statistics of some rows lie far below the shift, and one exponential does not serve both sides."""
+    require("triton", torch.float32)
+    sides = prefix_operands(34, 20, (4, 8), torch.float32, groups=False)
+    sides[0].rows[:, 0] += 3
+    sides[1].rows[:, 0] += 3
+    sides[0].rows[7] *= -1
+    sides[1].rows[5, :4] *= -1
+    sides = tuple(replace(side, inverse_norm=side.rows.norm(dim=1).reciprocal()) for side in sides)
+    check_prefixes(triton_backend(), sides, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dims", [(128, 256, 512), (64, 100, 768)])
+def test_prefixes_in_one_pass_on_gpu(dims, dtype):
+    """Several chunks of dS, the last of them ragged."""
+    check_prefixes(triton_backend(), prefix_operands(3001, 2207, dims, dtype), 20.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_prefixes_are_deterministic_on_gpu(dtype):
+    sides = prefix_operands(1003, 711, (64, 256, 512), dtype)
+    for first, second in zip(*(prefix_results(triton_backend(), sides, 20.0) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
 
 
 @CHECKS

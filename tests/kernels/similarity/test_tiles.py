@@ -3,7 +3,7 @@
 import pytest
 
 from betaclip.kernels.architecture import choose
-from betaclip.kernels.similarity.tiles import CHUNK_ROWS, TILES, rectangles
+from betaclip.kernels.similarity.tiles import CHUNK_ROWS, PREFIX_TILES, TILES, rectangles
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ def test_rectangles_cover_the_matrix(row_tiles, col_tiles, programs):
 
 
 def test_a_chunk_is_whole_tiles():
+    assert TILES.keys() == PREFIX_TILES.keys() == CHUNK_ROWS.keys()
     for architecture, itemsize in TILES:
-        tile = choose(TILES, architecture, itemsize)
-        assert choose(CHUNK_ROWS, architecture, itemsize) % max(tile.block_m, tile.block_n) == 0
+        for table in (TILES, PREFIX_TILES):
+            tile = choose(table, architecture, itemsize)
+            assert choose(CHUNK_ROWS, architecture, itemsize) % max(tile.block_m, tile.block_n) == 0

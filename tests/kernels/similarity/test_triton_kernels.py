@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.dispatches import Dispatches
-from support.similarity import DEVICE, dense_logsumexp, require
+from support.similarity import DEVICE, dense_logsumexp, prefix_operands, prefix_results, require
+from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip import BetaCALLoss
 from betaclip.kernels.architecture import Tile
@@ -57,6 +58,29 @@ def test_passes_over_rows_of_any_norms(norms, scale, with_ids, passes, monkeypat
     all_tiles = -(-n // 16) * -(-m // 16)
     assert all_tiles <= len(tiles) <= passes * all_tiles
     assert (len(tiles) > all_tiles) == (passes > 1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts products in Triton's interpreter")
+def test_products_of_prefixes_are_those_of_the_longest(monkeypatch):
+    """A tile takes each slice of the rows once, in each pass; so do the two library products over a chunk of dS."""
+    require("triton", torch.float32)
+    from betaclip.kernels.similarity import triton_kernels
+
+    slices, dot = Counter(), triton_kernels.dot
+
+    def counted(*args):
+        place = (int(a.handle.data[0]) if hasattr(a, "handle") else a for a in (*args[3:5], args[9]))
+        slices[tuple(place)] += 1
+        return dot(*args)
+
+    monkeypatch.setattr(triton_kernels, "dot", counted)
+    n, m, dims = 20, 37, (16, 32, 64)
+    sides = prefix_operands(n, m, dims, torch.float32, groups=False)
+    with FlopCounterMode(display=False) as flop:
+        prefix_results(triton_kernels.Triton(tile=TILE, chunk_rows=32), sides, 10.0)
+    tiles = -(-n // TILE.block_m) * -(-m // TILE.block_n)
+    assert len(slices) == tiles * len(dims) and set(slices.values()) == {4}  # both operations, forward and backward
+    assert flop.get_total_flops() == 2 * 4 * n * m * dims[-1]  # dx and dy of both operations
 
 
 def sorted_ids(rows: int) -> torch.Tensor:
@@ -141,12 +165,12 @@ def test_only_tiles_with_meeting_ids_compare_them(image_ids, with_texts, skipped
     s = (5 * x.double() @ y.double().T).masked_fill(~pairs, -torch.inf)
     meeting = meeting_tiles(image, text, rows, (32, 16))
     assert len(meeting) == 9 - skipped
-    sums = backend.similarity_softplus_fwd_bwd(*sides, scale, None, torch.ones(n), True, True)[0]
+    (sums,) = backend.similarity_softplus_fwd_bwd(*sides, scale, None, torch.ones(1, n), True, True)[0]
     torch.testing.assert_close(sums.double(), s.exp().log1p().sum(1), rtol=1e-5, atol=1e-5)
     assert seen == meeting
     seen.clear()
     lse, truth = backend.similarity_logsumexp_fwd(*sides, scale), [s.logsumexp(1), s.logsumexp(0)]
-    torch.testing.assert_close(torch.cat(lse).double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(lse, 1)[0].double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
     if image_ids != padded_ids:  # the second pass, for the row without any pair, compares ids everywhere
         assert seen == meeting
     seen.clear()
@@ -171,10 +195,14 @@ def test_ids_in_any_order():
     [
         ("ce", {"fwd": 1, "merge": 2, "bwd": 25, "id_ranges": 2}, 840),
         ("bce", {"softplus": 25, "id_ranges": 1}, 670),
+        ("ce of prefixes", {"fwd": 1, "merge": 6, "bwd": 25, "id_ranges": 2}, 2100),
+        ("bce of prefixes", {"softplus": 25, "id_ranges": 1}, 2000),
     ],
 )
 def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypatch):
     """36 864 texts, forward and backward, on meta tensors, with the tile and chunk of sm_90: 25 chunks of dS."""
+    form, _, prefixes = form.partition(" of ")
+    dims = (512, 256, 128) if prefixes else None
     triton_kernels = pytest.importorskip("betaclip.kernels.similarity.triton_kernels")
     counts = Counter()
 
@@ -192,9 +220,11 @@ def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypa
     monkeypatch.setattr(triton_kernels, "aligned", lambda t, multiple: t)  # meta tensors have no addresses
     image, text = (torch.empty(1024, 36, 512, device="meta", requires_grad=True) for _ in range(2))
     backend = triton_kernels.Triton(TILES["sm_90", 2], CHUNK_ROWS["sm_90", 2])
-    loss = BetaCALLoss(form, backend=backend, gather=False)
+    loss = BetaCALLoss(form, backend=backend, gather=False, dims=dims)
     with Dispatches() as calls:
         loss(image, text, torch.empty((), device="meta", requires_grad=True)).backward()
     assert counts == launches
-    assert calls.names["aten.addmm.out"] == 50 and calls.names["aten.zero_.default"] <= 2
+    assert calls.names["aten.addmm.out"] == 50 * (3 if dims else 1) and calls.names["aten.zero_.default"] <= (
+        3 if dims else 2
+    )
     assert calls.names.total() <= most_calls
