@@ -1,0 +1,136 @@
+"""Both passes of the log-sum-exp as nvcc compiled them for the device, on the CPU: csrc/tests/device_passes.cu.
+
+The emulation in csrc/tests runs the same sources, but as the host's compiler translates them.
+"""
+
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+from support import ptx
+from support.paths import ROOT
+from support.programs import load_program
+
+TILE, BAND, CONSUMERS, CLUSTER = 128, 8, 2, 2  # csrc/tiles.h
+GROUPS, JOB = "QQi4xq", "2q6i2Q2q6q3Q"  # the structures' fields
+SCALE, REFERENCE = 100.0, 27.0  # of unit rows
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    build = load_program(ROOT / "csrc" / "build_library.py")
+    if reason := build.reason_not_to_build():
+        pytest.skip(reason)
+    return ptx.parse(build.build("device_passes.ptx").read_text())
+
+
+class Memory:
+    """Global memory: arrays, one behind the other; their addresses."""
+
+    def __init__(self):
+        self.bytes = np.zeros(2**20, np.uint8)
+        self.end = 256
+
+    def put(self, values):
+        place = self.end
+        assert place + values.nbytes <= len(self.bytes)
+        self.bytes[place : place + values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+        self.end = -(-(place + values.nbytes) // 256) * 256
+        return place
+
+    def get(self, place, size, dtype):
+        return self.bytes[place : place + size].view(dtype).copy()
+
+
+def log_sum_exps(kernels, logits, x_group, y_group):
+    """Run what betaclip_logsumexp_forward launches on a device with two multiprocessors, from logits in place of rows.
+
+    Returns:
+        lse_x and lse_y; which rows and which columns the first pass lost.
+    """
+    memory, counts = Memory(), logits.shape
+    rows, cols = tiles = [-(-count // TILE) for count in counts]
+    strip_tiles = -(-rows // CLUSTER)
+    products = np.zeros((CLUSTER * strip_tiles * TILE, cols * TILE), "f4")
+    products[: counts[0], : counts[1]] = logits / SCALE
+    given = memory.put(products)
+    scale, reference, any_lost = (memory.put(np.array([v], "f4")) for v in (SCALE, REFERENCE, 0))
+    groups = [
+        struct.pack(GROUPS, memory.put(group.astype("i4")), 0, absent, len(group))
+        for absent, group in enumerate((x_group, y_group))
+    ]
+    part_counts = CONSUMERS, CONSUMERS * CLUSTER  # one range, two strips
+    parts = [memory.put(np.zeros(shape, "f4")) for shape in zip(part_counts, counts, strict=True)]
+    lost = [memory.put(np.full(4 * count, 2**32 - 1, "u4")) for count in tiles]
+    lse = [memory.put(np.full(count, np.nan, "f4")) for count in counts]
+    job = struct.pack(JOB, 0, 0, *tiles, CLUSTER, 1, strip_tiles, cols, *parts, *counts, *[0] * 6, any_lost, *lost)
+    sides = [
+        group + struct.pack("QqQQ", *rest) for group, *rest in zip(groups, parts, part_counts, lost, lse, strict=True)
+    ]
+
+    def consume(name, *parameters, bytes_of_sum):
+        shared = 4 * TILE * 8 + (BAND + 4) * TILE * bytes_of_sum
+        terms = b"".join(groups) + struct.pack(f"{len(parameters)}Q", *parameters)
+        for program, which in product(range(CLUSTER), range(CONSUMERS)):
+            arguments = [terms, job, struct.pack("Q", given), struct.pack("i", program), struct.pack("i", which)]
+            ptx.launch(kernels[name], (1,), TILE, arguments, memory.bytes, shared)
+
+    def merge(name, *parameters):
+        (kernel,) = (kernel for mangled, kernel in kernels.items() if name in mangled)
+        arguments = [*sides, *(struct.pack("Q", place) for place in parameters)]
+        ptx.launch(kernel, (max(tiles), 2), TILE, arguments, memory.bytes)
+
+    consume("first_pass", scale, reference, bytes_of_sum=4)
+    merge("merge_first_kernel", reference, any_lost)
+    bits = [memory.get(place, 16 * count, "u1") for place, count in zip(lost, tiles, strict=True)]
+    were_lost = [np.unpackbits(b, bitorder="little").astype(bool) for b in bits]
+    consume("second_pass", scale, bytes_of_sum=8)
+    merge("merge_second_kernel")
+    return *(memory.get(place, 4 * count, "f4") for place, count in zip(lse, counts, strict=True)), *were_lost
+
+
+def logits(n, m, rows=(), cols=()):
+    """Some of which nothing is lost but these rows and columns."""
+    values = np.random.default_rng(0).uniform(20, 40, (n, m))
+    values[list(rows)] -= 130
+    values[:, list(cols)] = -100
+    return values
+
+
+SECOND = [i for i in range(45) if i % 16 >= 8]  # of the rows that a thread has, 8 apart: the second ones
+CASES = {
+    "every row and column": (np.full((45, 71), -100.0), range(45), range(71)),
+    "second rows": (logits(45, 30, SECOND), SECOND, []),
+    "first rows": (logits(45, 30, set(range(45)) - set(SECOND)), set(range(45)) - set(SECOND), []),
+    "columns": (logits(30, 45, [], SECOND), [], SECOND),
+    "rows and columns of some tiles": (
+        logits(300, 140, [0, 9, 127, 137, 299], [3, 139]),
+        [0, 9, 127, 137, 299],
+        [3, 139],
+    ),
+    "none": (logits(45, 30), [], []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_sum_exps(case, kernels):
+    """What a first pass loses comes right in the second, whatever else is lost; nothing else changes."""
+    values, rows, cols = CASES[case]
+    n, m = values.shape
+    lse_x, lse_y, lost_x, lost_y = log_sum_exps(kernels, values, np.full(n, 1), np.full(m, 2))
+    assert set(lost_x.nonzero()[0]) == set(rows) and set(lost_y.nonzero()[0]) == set(cols)
+    np.testing.assert_allclose(lse_x, np.logaddexp.reduce(values, 1), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(lse_y, np.logaddexp.reduce(values, 0), rtol=0, atol=2e-5)
+
+
+def test_rows_without_pairs(kernels):
+    """Those of the other side's group are lost and those of none are not; both have -inf, and others what is theirs."""
+    values = logits(45, 71, SECOND)
+    x_group, y_group = np.full(45, 1), np.full(71, 2)
+    x_group[[3, 8]], x_group[[4, 9]], y_group[[5, 14]] = 2, -1, -1
+    kept = np.where((x_group[:, None] == y_group) | (x_group[:, None] < 0) | (y_group < 0), -np.inf, values)
+    lse_x, lse_y, lost_x, lost_y = log_sum_exps(kernels, values, x_group, y_group)
+    assert set(lost_x.nonzero()[0]) == {3, *SECOND} - {9} and not lost_y.any()
+    np.testing.assert_allclose(lse_x, np.logaddexp.reduce(kept, 1), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(lse_y, np.logaddexp.reduce(kept, 0), rtol=0, atol=2e-5)
