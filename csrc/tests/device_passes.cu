@@ -1,5 +1,5 @@
-// Both passes of the log-sum-exp as nvcc compiles them for the device, but for the products, which are given: its PTX
-// runs on the CPU (tests/csrc/test_device_code.py).
+// Both passes of the log-sum-exp and that of softplus as nvcc compiles them for the device, but for the products, which
+// are given: the PTX runs on the CPU (tests/csrc/test_device_code.py).
 #include "../consumer.h"
 #include "../statistics.cuh"
 #include "../warpgroup.cuh"
@@ -67,6 +67,12 @@ __global__ void __launch_bounds__(kWarpgroup)
     second_pass(const __grid_constant__ ExactLogSumExpTerms::Params params, const __grid_constant__ Job job,
                 const float *products, int program, int which) {
   consume<ExactLogSumExpTerms>(params, job, products, program, which);
+}
+
+__global__ void __launch_bounds__(kWarpgroup)
+    softplus_pass(const __grid_constant__ SoftplusTerms<false>::Params params, const __grid_constant__ Job job,
+                  const float *products, int program, int which) {
+  consume<SoftplusTerms<false>>(params, job, products, program, which);
 }
 
 // Static kernels are compiled only where something refers to them.
