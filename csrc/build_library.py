@@ -22,6 +22,7 @@ ROOT = CSRC.parent
 BUILD = ROOT / "build" / "cuda"
 LIBRARY, RECORD = "libbetaclip.so", "build.json"
 PROGRAMS = ("emulation", "accumulator_map")  # tests' programs that run the kernels' sources on the CPU
+DEVICE_CODE = "device_passes"  # and what nvcc translates for the device, for tests to run on the CPU
 VARIABLE = "BETACLIP_BUILD_CUDA"
 ARCHITECTURE = "90a"
 # Only the headers of this wheel are needed; as an ordinary requirement it would bring in some 320 MB of other wheels.
@@ -83,7 +84,10 @@ def install(folder: Path) -> None:
 
 
 def build(target: str = LIBRARY) -> Path:
-    """Bring the library, or what a program of PROGRAMS prints (``NAME.out``), up to date with all that it is made of.
+    """Bring a target up to date with all that it is made of.
+
+    Args:
+        target: the library, what a program of PROGRAMS prints (``NAME.out``), or the PTX of DEVICE_CODE (``NAME.ptx``).
 
     Returns:
         Its path.
@@ -128,6 +132,11 @@ def _ninja_file() -> str:
         "rule print",
         "  command = ./$in > $out.new && mv $out.new $out",
         *(f"build {name}.out: print {name}" for name in PROGRAMS),
+        "rule translate",
+        "  command = $nvcc $flags $in -MD -MF $out.d -ptx -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        f"build {DEVICE_CODE}.ptx: translate {_escaped(CSRC / 'tests' / DEVICE_CODE)}.cu | compiler",
     ]
     return "\n".join(lines) + "\n"
 

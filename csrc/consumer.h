@@ -117,7 +117,8 @@ class Consumer {
   BETACLIP_HD void tile(const Accumulators &accumulators, int buffer, int64_t row, int64_t col, Sum *row_sums,
                         Sum (&col_sums)[kLines]) {
     const DsTile ds_tile = job_.ds.tile(row, col);
-    Sum slot_sums[kSlots][kRowSums] = {};
+    // In one dimension: of an array of arrays nvcc 13.0 gives the first alone what its class initialises itself with.
+    typename Terms::RowTerms slot_terms[kSlots] = {};
     typename Terms::Row slot_rows[kSlots];
     BETACLIP_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -134,7 +135,7 @@ class Consumer {
         BETACLIP_UNROLL
         for (int k = 0; k < kAtOnce; ++k) {
           ds[k] = terms_.template term<kVariant>(accumulators(accumulator_register(slot, first + k)), slot_rows[slot],
-                                                 cols[k], slot_sums[slot], &col_sums[first + k]);
+                                                 cols[k], &slot_terms[slot], &col_sums[first + k]);
         }
         if constexpr (Terms::kStores) {
           uint32_t words[4];
@@ -146,14 +147,16 @@ class Consumer {
         }
       }
     }
-    if (Terms::kRowSums > 0) add_row_sums(slot_sums, row_sums);
+    if (Terms::kRowSums > 0) add_row_sums(slot_terms, row_sums);
   }
 
   // Four lanes share four rows; lane q keeps slot q.
-  BETACLIP_HD void add_row_sums(const Sum (&slot_sums)[kSlots][kRowSums], Sum *row_sums) {
+  BETACLIP_HD void add_row_sums(const typename Terms::RowTerms (&slot_terms)[kSlots], Sum *row_sums) {
     BETACLIP_UNROLL
     for (int s = 0; s < kRowSums; ++s) {
-      Sum sums[kSlots] = {slot_sums[0][s], slot_sums[1][s], slot_sums[2][s], slot_sums[3][s]};
+      Sum sums[kSlots];
+      BETACLIP_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) sums[slot] = slot_terms[slot].sum(s);
       reduce_halves<4>(sums, warpgroup_, 2);
       reduce_halves<2>(sums, warpgroup_, 1);
       Sum &total = row_sums[s * ConsumerStorage<Terms>::kBand + kept_row()];
@@ -172,6 +175,7 @@ class Consumer {
     const PartialSums &sums = job_.sums;
     for (int s = 0; s < Terms::kRowSums; ++s) {
       const int64_t part = int64_t(s) * kConsumers * job_.grid.ranges + kConsumers * place_.range + which_;
+      BETACLIP_NO_UNROLL  // how often an unrolled loop runs would take a register from all tiles
       for (int32_t tile = walk.band(); tile < walk.band_end(); ++tile) {
         const int64_t row = int64_t(tile) * kTile + kept_row();
         if (row < sums.row_count) {

@@ -4,12 +4,14 @@
 //   Tiles             which tiles it visits: all, or those of lost rows and columns
 //   Sum               the kind of its sums
 //   Row, Col          what it needs of row i and column j; staged in shared memory, one element per thread
+//   RowTerms          what the terms of a row add up in, over the columns of a tile that a thread has; sum(s) is their
+//                     sum number s
 //   row(i), col(j)    read them; beyond the end they belong to group -1
 //   kRowSums          sums over columns that it forms
 //   kColSums          sums over rows, 0 or 1
 //   kStores           whether it writes dS
 //   variant()         0 or 1, the same for a whole launch, chooses term<0> or term<1>
-//   term<variant>()   adds to the sums; returns dS_ij
+//   term<variant>()   adds to both sides' sums; returns dS_ij
 //
 // The log-sum-exp and its gradient round S to float32 before they subtract a statistic from it. So S is the same number
 // in all of them, and S - lse is at most 0 but for the rounding of lse: fused multiply-adds would add S's own rounding
@@ -17,6 +19,8 @@
 // scales them to octaves. Values of excluded pairs are replaced and never multiplied away, so that NaN in padded rows
 // reaches nothing.
 #pragma once
+
+#include <cstring>
 
 #include "host_device.h"
 #include "sums.h"
@@ -55,19 +59,34 @@ BETACLIP_HD float read_or(const float *values, int64_t index, int64_t end, float
   return index < end ? values[index] : otherwise;
 }
 
-// log(1 + e) for 0 <= e <= 1, to 2e-7 of its value, also where 1 + e rounds to 1: a polynomial of least relative error,
-// since multiply-adds are cheaper than the special function unit.
-BETACLIP_HD float log1p_of_at_most_1(float e) {
-  float p = 0.00523262398f * e - 0.0295049571f;
-  p = p * e + 0.0782254932f;
-  p = p * e - 0.136632069f;
-  p = p * e + 0.191059885f;
-  p = p * e - 0.248429775f;
-  p = p * e + 0.333190962f;
-  p = p * e - 0.499994931f;
-  p = p * e + 0.99999997f;
-  return p * e;
+// log(1 + p) for 0 <= p < 2^64, to 1e-7 of its value, also where 1 + p rounds to 1. 1 + p is 2^k (1 + r), with r from
+// -1/4 to 1/2; the polynomial has the least relative error.
+BETACLIP_HD float log1p_of(float p) {
+  const float sum = 1.0f + p;
+  uint32_t bits;
+  memcpy(&bits, &sum, sizeof bits);
+  const uint32_t k = (bits - 0x3f400000u) & 0xff800000u;  // where float32 has its exponent
+  const uint32_t scale_bits = 0x3f800000u - k;
+  float scale;  // 2^-k
+  memcpy(&scale, &scale_bits, sizeof scale);
+  const float r = p * scale + (scale - 1.0f);
+  float q = 0.054132482f * r - 0.12067368f;
+  q = q * r + 0.14983916f;
+  q = q * r - 0.16822812f;
+  q = q * r + 0.19977078f;
+  q = q * r - 0.24993442f;
+  q = q * r + 0.3333355f;
+  q = q * r - 0.5000006f;
+  return float(k) * 8.2629582e-8f + (q * (r * r) + r);  // log(2) / 2^23
 }
+
+// Terms of a row that need nothing but to be added up.
+template <class Sum>
+struct PlainTerms {
+  Sum total = Sum();
+
+  BETACLIP_HD Sum sum(int) const { return total; }
+};
 
 // Sums of exp(S - reference) in both directions.
 struct LogSumExpTerms {
@@ -81,6 +100,7 @@ struct LogSumExpTerms {
     Ids ids;
   };
   using Col = Row;
+  using RowTerms = PlainTerms<Sum>;
   static constexpr int kRowSums = 1, kColSums = 1;
   static constexpr bool kStores = false;
 
@@ -93,9 +113,9 @@ struct LogSumExpTerms {
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
-  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sum, float *col_sum) const {
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, RowTerms *terms, float *col_sum) const {
     const float e = takes_part(row.ids, col.ids) ? fast_exp(rounded_product(product, scale) - reference) : 0.0f;
-    *row_sum += e;
+    terms->total += e;
     *col_sum += e;
     return 0.0f;
   }
@@ -113,6 +133,7 @@ struct ExactLogSumExpTerms {
     Ids ids;
   };
   using Col = Row;
+  using RowTerms = PlainTerms<Sum>;
   static constexpr int kRowSums = 1, kColSums = 1;
   static constexpr bool kStores = false;
 
@@ -125,9 +146,9 @@ struct ExactLogSumExpTerms {
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
-  BETACLIP_HD float term(float product, const Row &row, const Col &col, Sum *row_sum, Sum *col_sum) const {
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, RowTerms *terms, Sum *col_sum) const {
     const float s = takes_part(row.ids, col.ids) ? rounded_product(product, scale) : -kInfinity;
-    row_sum->add(s);
+    terms->total.add(s);
     col_sum->add(s);
     return 0.0f;
   }
@@ -148,6 +169,7 @@ struct LogSumExpGradientTerms {
     float stat, weight, factor;
   };
   using Col = Row;
+  using RowTerms = PlainTerms<Sum>;
   static constexpr int kRowSums = 0, kColSums = 0;
   static constexpr bool kStores = true;
 
@@ -170,7 +192,7 @@ struct LogSumExpGradientTerms {
   BETACLIP_HD int variant() const { return narrow ? 1 : 0; }
 
   template <int kVariant>
-  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *, float *) const {
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, RowTerms *, float *) const {
     const float s = rounded_product(product, scale);
     float ds;
     if (kVariant == 1) {
@@ -182,7 +204,8 @@ struct LogSumExpGradientTerms {
   }
 };
 
-// softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|).
+// softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|). Factors
+// 1 + e are multiplied, so that a tile takes one logarithm per thread and row, where it took one per pair.
 template <bool kGradient>
 struct SoftplusTerms {
   using Tiles = EveryTile;
@@ -197,6 +220,13 @@ struct SoftplusTerms {
   };
   struct Col {
     Ids ids;
+  };
+  struct RowTerms {
+    float positive = 0.0f;  // the sum of max(S, 0)
+    float growth = 0.0f;    // the product of 1 + e, less 1: e may be far below 1; at most 2^32 - 1 over 32 columns
+    float sigmoid = 0.0f;   // the sum of these
+
+    BETACLIP_HD float sum(int s) const { return s == 0 ? positive + log1p_of(growth) : sigmoid; }
   };
   static constexpr int kRowSums = kGradient ? 2 : 1, kColSums = 0;
   static constexpr bool kStores = kGradient;
@@ -214,13 +244,14 @@ struct SoftplusTerms {
   BETACLIP_HD int variant() const { return 0; }
 
   template <int kVariant>
-  BETACLIP_HD float term(float product, const Row &row, const Col &col, float *row_sums, float *) const {
+  BETACLIP_HD float term(float product, const Row &row, const Col &col, RowTerms *terms, float *) const {
     const float s = takes_part(row.ids, col.ids) ? product * scale + bias : -kInfinity;
     const float e = fast_exp(-fabsf(s));
-    row_sums[0] += (s < 0.0f ? 0.0f : s) + log1p_of_at_most_1(e);
+    terms->positive += s < 0.0f ? 0.0f : s;
+    terms->growth += terms->growth * e + e;
     if (!kGradient) return 0.0f;
     const float sigmoid = fast_divide(s < 0.0f ? e : 1.0f, 1.0f + e);
-    row_sums[1] += sigmoid;
+    terms->sigmoid += sigmoid;
     return row.weight * sigmoid;
   }
 };

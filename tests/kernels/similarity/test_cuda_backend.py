@@ -221,6 +221,51 @@ def test_rows_of_any_norms(least, greatest, scale, cuda):
         assert (gradient - expected).norm() <= 1e-2 * expected.norm()
 
 
+LOST = {  # some of a range; a thread has rows 8 apart, a warp 16
+    "all": lambda i: i >= 0,
+    "none": lambda i: i < 0,
+    "one": lambda i: i == 41,
+    "first": lambda i: i % 16 < 8,
+    "second": lambda i: i % 16 >= 8,
+}
+
+
+@pytest.mark.parametrize("n, m, d", [(45, 71, 16), pytest.param(300, 200, 64, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "rows, cols",
+    [("all", "all"), ("first", "none"), ("second", "none"), ("one", "none"), ("none", "second"), ("second", "one")],
+)
+def test_rows_far_below_what_norms_allow(rows, cols, n, m, d, cuda):
+    """The second pass does these rows and columns, of which all logits are near -60 or -80, and no others. Some rows
+    have no pair: those of no image, and some of image 2."""
+    lost_x, lost_y = (LOST[which](torch.arange(count)) for which, count in ((rows, n), (cols, m)))
+    x, y = (0.002 * torch.randn(count, d) for count in (n, m))
+    x[:, :2] += torch.where(lost_x[:, None], torch.tensor([-0.8, 0.6]), torch.tensor([0.6, 0.8]))
+    y[:, :2] += torch.where(lost_y[:, None], torch.tensor([0.0, -1.0]), torch.tensor([0.96, 0.28]))
+    x_image_id, y_image_id = torch.full((n,), 1), torch.full((m,), 2)
+    x_image_id[[3, 10]], x_image_id[[4, 11]], y_image_id[[5, 12]] = 2, -1, -1
+    x, y, *ids = (t.to(DEVICE) for t in (x.bfloat16(), y.bfloat16(), x_image_id, y_image_id))
+
+    def ours(x, y):
+        return torch.cat(similarity_logsumexp(x, y, torch.tensor(100.0, device=DEVICE), *ids, backend="cuda"))
+
+    def dense(x, y):
+        return dense_logsumexp(x, y, 100.0, *ids)
+
+    weight = torch.rand(n + m, dtype=torch.float64, device=DEVICE)
+    lse, *gradients = value_and_gradients(ours, weight, x, y)
+    truth, *exact = value_and_gradients(dense, weight, x.double(), y.double())
+    has_pair = truth.isfinite()
+    assert torch.equal(
+        has_pair.nonzero().ravel().cpu(),
+        torch.tensor([i for i in range(n + m) if i not in (3, 4, 10, 11, n + 5, n + 12)]),
+    )
+    assert torch.equal((truth < -30)[has_pair], torch.cat((lost_x, lost_y)).to(DEVICE)[has_pair])
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-4)
+    for gradient, expected in zip(gradients, exact, strict=True):
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm()
+
+
 @pytest.mark.gpu
 @CHECKS
 @pytest.mark.parametrize("dtype", HALF)
