@@ -30,7 +30,8 @@ class BetaCALLoss(nn.Module):
             0 with ``text_ids``.
         strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
         keep: bytes of exponentials that the softmax form may keep from forward to backward, for 6·N²·D FLOP instead of
-            8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps none.
+            8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps the
+            cosines of batches of up to 724 texts on the CPU, at most 2 MiB, and nothing else.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
             the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
             :func:`beta_cal_ce_loss` has the details. None for whole embeddings.

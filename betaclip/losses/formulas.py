@@ -148,12 +148,14 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     valid_pairs = batch.valid_pairs()
     if valid_pairs is not None:
         targets = targets * valid_pairs
-    # (2, B or 1, K, K), for rows of image embeddings and for rows of texts, like all that follows; logits have an axis
-    # of prefixes before. A row without any target, such as one that is not valid, does not count.
+    # (2 or 1, B or 1, K, K), for rows of image embeddings and for rows of texts, like all that follows; logits have an
+    # axis of prefixes before. A row without any target, such as one that is not valid, does not count.
     targets = targets if targets.dim() == 3 else targets.unsqueeze(0)
-    targets = torch.stack((targets, targets.mT))
-    totals = targets.sum(3).expand(2, layout.images, layout.texts_per_image)
+    targets = targets.unsqueeze(0) if inputs.pair_weights is None else torch.stack((targets, targets.mT))
+    totals = targets.sum(3)
     counted = totals != 0
+    shares = targets / torch.where(counted, totals, 1).unsqueeze(3)
+    counted = counted.expand(2, layout.images, layout.texts_per_image)
     call = Call(
         name, "ce", options.padding, False, conditioned=conditioned is not None, reduction=options.reduction,
         smoothed=options.label_smoothing > 0, weighted=weights is not None, extra=extra is not None,
@@ -167,19 +169,22 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     between = torch.stack([layout.to_slots(rows, -torch.inf) for rows in (between_x, between_y)], 1)
     logits = batch.scale * cosines
     logits = torch.stack((logits, logits.mT), 1)
-    contrasted = logits
-    if valid_pairs is not None and options.padding == "ignore":
+    contrasted = [logits, between.unsqueeze(4)]
+    excluded = None if valid_pairs is None or options.padding != "ignore" else ~valid_pairs
+    if excluded is not None:
         # The smallest finite number, so that an image without any text has finite gradients.
-        contrasted = logits.masked_fill(~valid_pairs, torch.finfo(logits.dtype).min)
-    of_target = _share((targets * logits).sum(4), totals)
+        contrasted[0] = logits.masked_fill(excluded, torch.finfo(logits.dtype).min)
+    if extra is not None:
+        of_extra = layout.to_slots(extra.logsumexp(batch, layout, backend(extra.text), options.keep), -torch.inf)
+        contrasted.append(torch.stack((of_extra, torch.full_like(of_extra, -torch.inf)), 1).unsqueeze(4))
+    within = torch.cat(contrasted, 4).log_softmax(4)[..., : layout.texts_per_image]
+    if excluded is not None:
+        within = within.masked_fill(excluded, 0)
+    rows = -(shares * within).sum(4)
     if options.label_smoothing:
         uniform = _logits_of_means(batch, layout, extra, group)
-        of_target = torch.lerp(of_target, uniform, options.label_smoothing)
-    lse = torch.logaddexp(between, contrasted.logsumexp(4))
-    if extra is not None:  # not before lse is finite: two times -inf would make NaN of the gradients of padded rows
-        of_extra = layout.to_slots(extra.logsumexp(batch, layout, backend(extra.text), options.keep), -torch.inf)
-        lse = torch.stack((torch.logaddexp(of_extra, lse[:, 0]), lse[:, 1]), 1)
-    rows = torch.where(counted, batch.prefixes.sum(lse - of_target), 0)
+        rows = rows + options.label_smoothing * ((shares * logits).sum(4) - uniform)
+    rows = torch.where(counted, batch.prefixes.sum(rows), 0)
     if conditioned is not None:
         terms, exist = conditioned.softmax_terms(cosines[-1].diagonal(dim1=1, dim2=2), batch.scale)
         terms = batch.prefixes.weights[-1] * terms
@@ -191,7 +196,7 @@ def softmax_loss(inputs: Inputs, options: Options, name: str = "BetaCALLoss") ->
     if options.reduction == "none":
         return batch.as_given((rows[0] + rows[1]) / 2 + options.conditioned_weight * rows[2:].sum(0))
     means = _mean(*over_ranks(rows.sum((1, 2)), counted.sum((1, 2)), group))
-    mean = means[:2].sum() / 2
+    mean = means[:2].mean()
     return mean if conditioned is None else mean + options.conditioned_weight * means[2]
 
 
@@ -260,11 +265,6 @@ def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tu
     if options.label_smoothing and inputs.text_ids is not None:
         raise ValueError("label_smoothing: expected 0 with text_ids, whose pairs have no logit to share a target")
     return prepare_text_ids(batch, *ids, group is not None)
-
-
-def _share(target: Tensor, total: Tensor) -> Tensor:
-    """(P, 2, B, K) sum_j q_ij S_ij from sum_j w_ij S_ij and sum_j w_ij; 0 for a row without a target."""
-    return target / torch.where(total != 0, total, 1)
 
 
 def _weights_of_rows(batch: Batch, weights: Tensor | None) -> Tensor | None:

@@ -81,7 +81,7 @@ def prepare(
         assert layout.slots is not None
         return Batch(image_embeds, text_embeds, scale, layout, layout.slots >= 0, dtype, depth, prefixes)
     images, texts_per_image, _ = image_embeds.shape
-    ids = torch.arange(images, dtype=torch.int32, device=image_embeds.device).repeat_interleave(texts_per_image)
+    ids = torch.arange(images * texts_per_image, dtype=torch.int32, device=image_embeds.device) // texts_per_image
     if mask is not None:
         ids = torch.where(mask.flatten(), ids, -1)
     layout = RowLayout(images, texts_per_image, ids, None)

@@ -41,6 +41,7 @@ class Blockwise:
     The default tile is large enough for the matrix product's full rate, and small enough for the cache. Pairs of the
     same image are looked for among ``search_rows`` rows at a time.
 
+    max_matrix: up to so many pairs of embeddings of one batch are left to ``all_cosines``.
     kept: flat room in accumulation dtype for exponentials, which the forward of the log-sum-exp fills and its backward
     reads: those of as many tiles as fit, in order, of the longest prefix. None: nothing is kept.
     """
@@ -49,6 +50,7 @@ class Blockwise:
     rows: int = 1152
     cols: int = 1152
     search_rows: int = 192
+    max_matrix: int = 2**19
     kept: Tensor | None = None
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from betaclip.kernels.backends import (
 )
 from betaclip.kernels.memory import on_huge_pages
 from betaclip.kernels.similarity import cuda_backend
+from betaclip.kernels.similarity.all_cosines import AllCosines
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
 from betaclip.kernels.similarity.each_prefix import EachPrefix
@@ -142,14 +143,14 @@ def contrast_logsumexp(
         scale: () in accumulation dtype.
         layout: which image each row belongs to.
         dtype: of the normalised rows in the matrix products.
-        backend, keep: as for ``similarity_logsumexp``.
+        backend: an object, or a name that ``resolve_backend`` returned.
+        keep: as for ``similarity_logsumexp``.
         dims: lengths of P prefixes of the embeddings, ascending up to D, each normalised by itself; empty for whole
             embeddings alone, P = 1.
 
     Returns:
         (P, N) image to text, (P, N) text to image, and (P, B, K, K) cosines, in accumulation dtype.
     """
-    backend = resolve_backend("similarity_logsumexp", backend, image, text, dtype)
     return two_sided_logsumexp(
         image, text, scale, layout.image_id, None, layout.text_id, None, layout.slots,
         layout.images, layout.texts_per_image, dims, dtype, backend, keep=keep,
@@ -181,7 +182,6 @@ def contrast_softplus(
     gradient, if it is wanted, is formed together with the value, which saves forming the logits again. Otherwise sums
     are (P, N) those of each row. The other arguments are those of :func:`contrast_logsumexp`.
     """
-    backend = resolve_backend("similarity_softplus", backend, image, text, dtype)
     return SoftplusSums.apply(
         image, text, scale, bias, layout.image_id, None, layout.text_id, None, layout.slots, row_weights, total,
         torch.is_grad_enabled(),
@@ -195,7 +195,8 @@ def resolve_backend(
     """A name is resolved for the dtype of the products."""
     if not isinstance(backend, str):
         return backend
-    return resolve(operation, backend, BACKENDS, x[:0].to(dtype), y[:0].to(dtype), strict=strict)
+    x, y = (rows.new_empty((0, rows.shape[1]), dtype=dtype) for rows in (x, y))
+    return resolve(operation, backend, BACKENDS, x, y, strict=strict)
 
 
 # What the operators share: x is (N, D), y (M, D). With ``images`` B > 0 they are embeddings of B images with up to
@@ -213,12 +214,16 @@ def _logsumexp(  # type: ignore[no-untyped-def]
     keep, images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-sum-exps (P, N) and (P, M), cosines, and up to ``keep`` bytes of exponentials for the backward."""
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
+    layout = Images(images, texts_per_image, slots)
     kept = on_huge_pages(scale.new_empty(_kept_elements(x, y, scale, keep, backend)))
+    few = _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
+    if few is not None:
+        return *few.logsumexp(scale), few.within_images(), kept
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
         lse_x, lse_y = chosen.similarity_logsumexp_fwd(*operands, scale)
-    return lse_x, lse_y, _cosines(operands, scale, Images(images, texts_per_image, slots)), kept
+    return lse_x, lse_y, _cosines(operands, scale, layout), kept
 
 
 @without_autocast
@@ -228,23 +233,36 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
     images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
+    layout = Images(images, texts_per_image, slots)
+    few = _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept, filled=True)
+    if few is not None:
+        dlogits = few.logsumexp_gradient(scale, lse_x, lse_y, dlse_x, dlse_y)
+        dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
+        return dx.to(x.dtype), dy.to(y.dtype), dscale
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     with nvtx.annotate("between images, backward", domain="betaclip"):
         chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
         dx, dy, dscale = chosen.similarity_logsumexp_bwd(
             *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
         )
-    dx, dy = _finish(operands, dx, dy, dcosines, Images(images, texts_per_image, slots))
+    dx, dy = _finish(operands, dx, dy, dcosines, layout)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
 @without_autocast
 def _softplus(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
-    with_gradients, need_dx, need_dy, images, texts_per_image, dims, dtype, backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with_gradients, need_dx, need_dy, keep, images, texts_per_image, dims, dtype, backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums of rows (P, N) and cosines; if wanted, also the gradients of the rows' weighted total by the normalised
-    rows, scale and bias, in accumulation dtype."""
+    rows, scale and bias, in accumulation dtype; and up to ``keep`` bytes of cosines for the backward."""
+    layout = Images(images, texts_per_image, slots)
+    kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
+    nothing = (scale.new_zeros(shape) for shape in ((0,), (0,), (), ()))
+    if not with_gradients:
+        few = _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
+        if few is not None:
+            return few.softplus_sums(scale, bias), few.within_images(), *nothing, kept
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     with nvtx.annotate("between images", domain="betaclip"):
         chosen = local_backend("similarity_softplus", backend, *operands)
@@ -255,21 +273,28 @@ def _softplus(  # type: ignore[no-untyped-def]
             )
         else:
             rows = chosen.similarity_softplus_fwd(*operands, scale, bias)
-            dx, dy, dscale, dbias = (scale.new_zeros(shape) for shape in ((0,), (0,), (), ()))
-    return rows, _cosines(operands, scale, Images(images, texts_per_image, slots)), dx, dy, dscale, dbias
+            dx, dy, dscale, dbias = nothing
+    return rows, _cosines(operands, scale, layout), dx, dy, dscale, dbias, kept
 
 
 @without_autocast
 def _softplus_backward(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, formed, dsums, dcosines, need_dx, need_dy,
-    images, texts_per_image, dims, dtype, backend: Backend,
+    x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, formed, kept, dsums, dcosines, need_dx,
+    need_dy, images, texts_per_image, dims, dtype, backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, dscale and dbias ().
 
     ``dsums`` is the incoming gradient of the rows (P, N); or that of their total (), whose gradients are ``formed``.
     """
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     layout = Images(images, texts_per_image, slots)
+    if not formed:
+        few = _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept, filled=True)
+        if few is not None:
+            dlogits = few.softplus_gradient(scale, bias, dsums)
+            dbias = dlogits.sum()
+            dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
+            return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
+    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     if formed:
         dx, dy, dscale, dbias = formed
         dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums)
@@ -279,6 +304,27 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
         _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(*operands, scale, bias, dsums, need_dx, need_dy)
     dx, dy = _finish(operands, dx, dy, dcosines, layout)
     return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
+
+
+def _few_rows(x: Tensor, images: int, dims: Sequence[int], backend: Backend) -> bool:
+    """Whether ``AllCosines`` serves embeddings (N, D) of images, unless their norms are extreme; by shapes alone."""
+    blocks = Blockwise() if backend == "blockwise" else backend
+    if not isinstance(blocks, Blockwise) or x.device.type != "cpu" or not images or dims:
+        return False
+    return 0 < x.shape[0] <= min(blocks.rows, blocks.cols) and x.shape[0] ** 2 <= blocks.max_matrix
+
+
+def _all_cosines(  # type: ignore[no-untyped-def]
+    operation: str, x, y, image_id, text_id, images: Images, dims, backend: Backend, room: Tensor, filled: bool = False
+) -> AllCosines | None:
+    """The matrix of a few rows that runs ``operation`` instead of tiles; None if these have to. The columns of
+    embeddings of images have the ids of the rows."""
+    few = None
+    if _few_rows(x, images.num_images, dims, backend):
+        few = AllCosines.of(x, y, image_id, text_id, images, room, filled)
+    if few is not None and isinstance(backend, str):
+        count_run(operation, backend)
+    return few
 
 
 def _kept_elements(x: Tensor, y: Tensor, scale: Tensor, keep: int, backend: Backend) -> int | torch.SymInt:
@@ -360,14 +406,14 @@ softplus = define_operator(
     "similarity_softplus",
     _softplus,
     f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, Tensor? row_weights, bool with_gradients, "
-    f"bool need_dx, bool need_dy, {_OPTIONS}",
-    6,
+    f"bool need_dx, bool need_dy, SymInt keep, {_OPTIONS}",
+    7,
 )
 softplus_backward = define_operator(
     "similarity_softplus_backward",
     _softplus_backward,
-    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, Tensor[] formed, Tensor dsums, Tensor dcosines, "
-    f"bool need_dx, bool need_dy, {_OPTIONS}",
+    f"Tensor x, Tensor y, Tensor scale, Tensor? bias, {_IDS}, Tensor[] formed, Tensor kept, Tensor dsums, "
+    f"Tensor dcosines, bool need_dx, bool need_dy, {_OPTIONS}",
     4,
 )
 logsumexp_backward.register_autograd(refuse_second_derivative)
@@ -395,20 +441,19 @@ def _(  # type: ignore[no-untyped-def]
 @softplus.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, row_weights,
-    with_gradients, need_dx, need_dy, images, texts_per_image, dims, dtype, backend,
+    with_gradients, need_dx, need_dy, keep, images, texts_per_image, dims, dtype, backend,
 ):  # fmt: skip
     gradients = (_fake_gradient(t, with_gradients and need, scale.dtype) for t, need in ((x, need_dx), (y, need_dy)))
-    rows, cosines_ = (
-        scale.new_empty(max(len(dims), 1), x.shape[0]),
-        _empty_cosines(scale, images, texts_per_image, dims),
-    )
-    return rows, cosines_, *gradients, torch.empty_like(scale), torch.empty_like(scale)
+    rows = scale.new_empty(max(len(dims), 1), x.shape[0])
+    kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
+    cosines_ = _empty_cosines(scale, images, texts_per_image, dims)
+    return rows, cosines_, *gradients, torch.empty_like(scale), torch.empty_like(scale), kept
 
 
 @softplus_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-    formed, dsums, dcosines, need_dx, need_dy, *options,
+    formed, kept, dsums, dcosines, need_dx, need_dy, *options,
 ):  # fmt: skip
     return _fake_gradient(x, need_dx), _fake_gradient(y, need_dy), torch.empty_like(scale), torch.empty_like(scale)
 
@@ -445,28 +490,38 @@ class LogSumExp(torch.autograd.Function):
 
 
 class SoftplusSums(torch.autograd.Function):
-    """Sums of rows; with ``total`` their sum, weighted if weights are given, whose gradient is formed early."""
+    """Sums of rows; with ``total`` their sum, weighted if weights are given, whose gradient is formed early unless rows
+    are so few that their cosines are kept instead."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots,
-        row_weights, total, grad_enabled, *options,
+        row_weights, total, grad_enabled, images, texts_per_image, dims, dtype, backend,
     ):  # fmt: skip
         rows = x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots
-        needs = ctx.needs_input_grad[:2]
-        early = total and grad_enabled and any(ctx.needs_input_grad)
-        sums, cosines_, *formed = run_operator(softplus, _softplus, *rows, row_weights, early, *needs, *options)
-        ctx.save_for_backward(*rows, *(formed if early else ()))
-        ctx.options = options
+        options = images, texts_per_image, dims, dtype, backend
+        needs, wanted = ctx.needs_input_grad[:2], grad_enabled and any(ctx.needs_input_grad)
+        # Graphs serve any number of rows.
+        few = wanted and not torch.compiler.is_compiling() and _few_rows(x, images, dims, backend)
+        early, keep = total and wanted and not few, x.shape[0] ** 2 * scale.itemsize if few else 0
+        sums, cosines_, *formed, kept = run_operator(
+            softplus, _softplus, *rows, row_weights, early, *needs, keep, *options
+        )
+        ctx.save_for_backward(*rows, row_weights, kept, *(formed if early else ()))
+        ctx.options, ctx.total = options, total
         if total:
             # Element by element, since autocast would make a product of vectors half precision.
             sums = sums.sum() if row_weights is None else (sums * row_weights).sum()
         return sums, cosines_
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsums: Tensor, dcosines: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors  # once: checkpoints compute them at each access
-        rows, formed = saved[:9], list(saved[9:])
-        gradients = run_operator(softplus_backward, _softplus_backward, *rows, formed, *incoming, *needs, *ctx.options)
+        rows, row_weights, kept, formed = saved[:9], saved[9], saved[10], list(saved[11:])
+        if ctx.total and not formed:
+            dsums = dsums.expand(1, len(rows[0])) if row_weights is None else dsums * row_weights
+        gradients = run_operator(
+            softplus_backward, _softplus_backward, *rows, formed, kept, dsums, dcosines, *needs, *ctx.options
+        )
         return needed_gradients(ctx, *gradients)

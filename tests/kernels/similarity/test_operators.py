@@ -122,18 +122,19 @@ def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend,
     pairs = x.shape[0] * y.shape[0]
     for elements in (0, pairs, 2 * pairs):  # of which the operator makes an output no larger than the matrix
         opcheck(logsumexp, x, y, scale, *ids, elements * scale.itemsize, *options)
-    opcheck(softplus, x, y, scale, None, *ids, None, False, False, False, *options)
+    for elements in (0, pairs) if images and not dims else (0,):  # cosines of whole embeddings alone are kept
+        opcheck(softplus, x, y, scale, None, *ids, None, False, False, False, elements * scale.itemsize, *options)
     lse_x, lse_y, cosines, kept = logsumexp(x, y, scale, *ids, pairs * scale.itemsize, *options)
     assert kept.shape == (pairs if backend == "blockwise" else 0,)
     incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
     for need in ((True, True), (True, False), (False, True), (False, False)):
         opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, kept, *incoming, cosines, *need, *options)
-        forward = (x, y, scale, bias, *ids, incoming[0], True, *need, *options)
+        forward = (x, y, scale, bias, *ids, incoming[0], True, *need, 0, *options)
         opcheck(softplus, *forward)
-        rows, _, *formed = softplus(*forward)
+        rows, _, *formed, kept_cosines = softplus(*forward)
         for early, dsums in (([], rows), (formed, torch.ones_like(scale))):
             if images or not early:
-                backward = (x, y, scale, bias, *ids, early, dsums, cosines, *need, *options)
+                backward = (x, y, scale, bias, *ids, early, kept_cosines, dsums, cosines, *need, *options)
                 opcheck(softplus_backward, *backward)
 
 
