@@ -34,8 +34,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from betaclip.kernels.attention_pool.rows import inverse_norms_into
 from betaclip.kernels.memory import scratch
-from betaclip.kernels.precision import accumulation_dtype, add_product, inverse_norms
+from betaclip.kernels.precision import accumulation_dtype, add_product
 
 # For a chunk of images. CPU: large enough for the products to run at full rate, small enough for the outer caches.
 # GPU: any batch that fits is one chunk, because each chunk costs some 20 launches.
@@ -340,7 +341,7 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
         for part, rows, q in chunks:
             (z, means), tiles = chunks.part(buffers, part)
             if rows.inverse_norm is not None and pooling.norm_eps is not None:
-                inverse_norms(x[part], pooling.norm_eps, rows.inverse_norm)
+                inverse_norms_into(x[part], pooling.norm_eps, rows.inverse_norm)
             _product_into(_latents_by_head(z), chunks.by_head(q), chunks.k_weight, pooling.scale)
             attention.forward(
                 rows, z.flatten(1, 2), means.flatten(1, 2), lse[part] if attention.keeps_lse else None,

@@ -3,40 +3,13 @@
 This is less work than folding where the queries are so many that projecting every patch pays.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip.kernels.attention_pool.folded import Pooling
-from betaclip.kernels.precision import accumulation_dtype, inverse_norms, unit_rows
-
-
-class _UnitPatches(torch.autograd.Function):
-    """x / |x| of (B, P, D), and 1 / |x| (B, P, 1), in a third of the passes over memory that the formula takes.
-
-    The gradient is written in terms of the results, so that it is differentiable as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        inverse = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
-        inverse_norms(x, eps, inverse)
-        inverse = inverse.unsqueeze(2)
-        unit = torch.mul(x, inverse, out=torch.empty_like(x))
-        ctx.save_for_backward(unit, inverse)
-        ctx.set_materialize_grads(False)
-        return unit, inverse
-
-    @staticmethod
-    def backward(ctx: Any, dunit: Tensor | None, dinverse: Tensor | None) -> tuple[Tensor | None, None]:
-        unit, inverse = ctx.saved_tensors
-        if dunit is None:
-            dunit = torch.zeros_like(unit)
-        along = (unit * dunit).sum(2, keepdim=True, dtype=inverse.dtype)
-        if dinverse is not None:  # only in a second derivative
-            along = along + inverse * dinverse
-        return torch.addcmul(dunit, unit, along.to(unit.dtype), value=-1).mul_(inverse), None
+from betaclip.kernels.attention_pool.rows import UnitRows
+from betaclip.kernels.precision import accumulation_dtype, unit_rows
 
 
 def _unit_patches(pooling: Pooling) -> Pooling:
@@ -89,7 +62,7 @@ def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
     """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink."""
     unit = pooling
     if pooling.norm_eps is not None:
-        unit = pooling._replace(x=_UnitPatches.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
+        unit = pooling._replace(x=UnitRows.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
     k_bias = None if unit.sink is None else k_bias
     k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, unit.v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)

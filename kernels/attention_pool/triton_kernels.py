@@ -295,13 +295,19 @@ def _launch(
     kernel: Any, programs: int, tile: Tile, x: Patches, tensors: tuple[Any, ...], latents: int, *rest: int, **flags: Any
 ) -> None:
     rows = x.rows if x.rows.stride(2) == 1 else x.rows.contiguous()
-    guard = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
-    with guard:  # Triton launches on the current device, not on that of the tensors
-        kernel[(programs,)](
-            rows, *tensors, rows.shape[1], latents, rows.stride(0), rows.stride(1), *rest,
-            D=rows.shape[2], NORMALIZE=x.inverse_norm is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-            PRECISION=dot_precision(architecture.architecture(rows.device), rows.dtype),
-            ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **flags,
-        )  # fmt: skip
+    launch(
+        kernel, programs, (rows, *tensors, rows.shape[1], latents, rows.stride(0), rows.stride(1), *rest),
+        D=rows.shape[2], NORMALIZE=x.inverse_norm is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+        PRECISION=dot_precision(architecture.architecture(rows.device), rows.dtype),
+        ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **flags,
+    )  # fmt: skip
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Start a kernel on the device of its first argument: Triton launches on the current one."""
+    device = arguments[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[(programs,)](*arguments, **constants)
