@@ -155,8 +155,8 @@ def runs_at_once(x: Tensor) -> bool:
 
 
 def run_operator(operator: Callable[..., Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the ``operator``, or its ``function`` directly where that comes to the same: an operator's own call costs the
-    host as much as ten of PyTorch's. The first argument is a tensor, the last the backend.
+    """Call the ``operator``, or its ``function`` directly where that comes to the same: an operator of a library costs
+    the host ten calls of PyTorch's own. The first argument is a tensor, the last the backend.
 
     A backend that is an object cannot be an operator's argument.
     """
