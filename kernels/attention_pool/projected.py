@@ -26,9 +26,11 @@ def _softmax_mask(mask: Tensor) -> Tensor:
     return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
-def _finish(out: Tensor, pooling: Pooling) -> Tensor:
-    """(B, K, D) from the heads' (B, H, K, D / H)"""
+def _finish(out: Tensor, pooling: Pooling, bias: Tensor | None = None) -> Tensor:
+    """(B, K, D) from the heads' (B, H, K, D / H), plus the bias (D,)"""
     out = out.transpose(1, 2).flatten(2)
+    if bias is not None:
+        out = out + bias
     empty = pooling.empty()
     return out if empty is None else out.masked_fill(empty, 0)
 
@@ -59,18 +61,20 @@ def reference(pooling: Pooling) -> Tensor:
 
 
 def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
-    """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink."""
+    """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink.
+
+    Without a sink the weights sum to 1 and pass a bias of the values on as it is: it is added to the few results."""
     unit = pooling
     if pooling.norm_eps is not None:
         unit = pooling._replace(x=UnitRows.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
-    k_bias = None if unit.sink is None else k_bias
-    k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, unit.v_bias)
+    k_bias, v_bias, added = (None, None, unit.v_bias) if unit.sink is None else (k_bias, unit.v_bias, None)
+    k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)
     if unit.sink is not None:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         mask = None if mask is None else F.pad(mask, (0, 1), value=True)
     q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
-    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=unit.scale), unit)
+    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=unit.scale), unit, added)
 
 
 def mean_attention(pooling: Pooling) -> Tensor:

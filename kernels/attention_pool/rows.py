@@ -68,5 +68,5 @@ class UnitRows(torch.autograd.Function):
 
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| along the last dimension of (B, P, D); 0, as is the gradient, where x counts as zero."""
-    unit: Tensor = UnitRows.apply(x, norm_eps(x.dtype))[0]  # type: ignore[no-untyped-call]
+    unit: Tensor = UnitRows.apply(x, norm_eps(x.dtype))[0]
     return unit

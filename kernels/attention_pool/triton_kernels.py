@@ -193,7 +193,8 @@ def _attention_pool_products_kernel(
         for start_d in range(0, P, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask = (offs_m < 2 * L)[:, None] & (offs_d < pitch)[None, :]
-            weights = tl.load(weights_ptr + offs_m.to(tl.int64)[:, None] * pitch + offs_d[None, :], mask=mask, other=0.0)
+            weight_offsets = offs_m.to(tl.int64)[:, None] * pitch + offs_d[None, :]
+            weights = tl.load(weights_ptr + weight_offsets, mask=mask, other=0.0)
             x_offsets = offs_d.to(tl.int64)[:, None] * stride_patch + offs_n[None, :]
             x = tl.load(x_ptr + x_offsets, mask=(offs_d < P)[:, None] & (offs_n < D)[None, :], other=0.0)
             acc = tl.dot(weights, x, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -296,7 +297,7 @@ class Fused:
 
 def _interleaved(pair: Tensor) -> Tensor:
     """(c, 2 L, ...) view of a pair, the rows query by query."""
-    return pair.movedim(0, 2).flatten(1, 3)
+    return pair.permute(1, 2, 0, 3, 4).flatten(1, 3)
 
 
 def _chosen(table: Mapping[tuple[str, int], Tile], t: Tensor) -> Tile:
