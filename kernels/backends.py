@@ -149,7 +149,7 @@ def runs_at_once(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None
     )
 
