@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from betaclip.kernels.attention_pool import rows
 from betaclip.kernels.attention_pool.operators import attention_pool, attention_weights
 from betaclip.kernels.backends import expect
 from betaclip.kernels.precision import DTYPES, accumulation_dtype, autocast_dtype, unit_rows
@@ -355,9 +356,9 @@ class TextConditionedPool(nn.Module):
             k_weight, k_bias = _after_norm(self.ln_k, k_weight, k_bias)
             v_weight, v_bias = _after_norm(self.ln_v, v_weight, v_bias)
         else:
-            queries = unit_rows(queries).to(dtype)
+            queries = rows.unit_rows(queries).to(dtype)
         if self.ln_1_kv is not None:
-            patches = self.ln_1_kv(unit_rows(patches))
+            patches = self.ln_1_kv(rows.unit_rows(patches))
         if self.ln_1 is not None:
             queries = self.ln_1(queries)
         patches, queries, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias = (

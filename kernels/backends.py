@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from betaclip.kernels.precision import autocast_off
 
@@ -143,12 +144,23 @@ def define_operator(name: str, function: Callable[..., Any], arguments: str, res
     return torch.library.custom_op(f"betaclip::{name}", function, mutates_args=(), schema=schema)
 
 
+def runs_at_once(x: Tensor) -> bool:
+    """Whether an operation on x is computed now, and nothing else sees it: no compiler, tracer, mode or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._get_tracing_state() is None
+        and _get_current_dispatch_mode() is None
+    )
+
+
 def run_operator(operator: Callable[..., Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the ``operator`` if the last argument is a backend's name, else its ``function`` directly.
+    """Call the ``operator``, or its ``function`` directly where that comes to the same: an operator of a library costs
+    the host ten calls of PyTorch's own. The first argument is a tensor, the last the backend.
 
     A backend that is an object cannot be an operator's argument.
     """
-    if isinstance(arguments[-1], str):
+    if isinstance(arguments[-1], str) and (torch.is_grad_enabled() or not runs_at_once(arguments[0])):
         return operator(*arguments)
     if torch.is_grad_enabled():  # only in a backward with create_graph=True; a forward runs without
         refuse_second_derivative()

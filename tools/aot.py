@@ -206,9 +206,9 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     ends = constants.get("ENDS") or (constants["D"],)  # of prefixes, for which a tile's other instructions count once
     depth = ends[-1]
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
-    # Its kernel of the patches' gradient sums over rows of weights: here as many as D.
+    # Its kernel of products sums over patches or over rows of weights: here as many as D.
     name = kernel.metadata.name
-    products = 1 + ("attention_pool" in name and "patches" not in name)
+    products = 1 + ("attention_pool" in name and "products" not in name)
     # 32 bytes of depth at a time; the two products have different sizes.
     tensor_flop = 2 * rows * cols * (32 // itemsize) // constants["num_warps"] if products == 1 else 0
     code, registers, spilled = amd_code(text) if amd else nvidia_code(kernel.asm["cubin"], tensor_flop)

@@ -23,7 +23,7 @@ from torch import Tensor
 from betaclip import BetaCALLoss, TextConditionedPool
 from betaclip.kernels.architecture import Tile, architecture, choose
 from betaclip.kernels.attention_pool.folded import SCRATCH_BYTES, Eager
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PRODUCTS
 from betaclip.kernels.similarity import operators as similarity
 from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.cuda_backend import Cuda
@@ -97,7 +97,7 @@ def pool_variants(device: torch.device, itemsize: int) -> Variants:
         return {**{name: Eager(scratch_bytes=size) for name, size in scratch.items()}, f"{CHOSEN}folded": Eager()}
     from betaclip.kernels.attention_pool.triton_kernels import Fused  # Triton may not be installed
 
-    tables = {"forward": FORWARD, "backward": BACKWARD, "patches": PATCH_GRADIENT}
+    tables = {"forward": FORWARD, "backward": BACKWARD, "products": PRODUCTS}
     chosen = {step: choose(table, architecture(device), itemsize) for step, table in tables.items()}
     without_tma = ("programs", "tma")  # which these kernels do not have
     return {

@@ -13,9 +13,9 @@ memory. P is a dimension of each image's products, which run at full rate only i
 as much as 224.
 
 **GPU.** Nothing stays in a cache: folding passes over latent queries 15 times (z, g, means, dz and their products) and
-over weights 6 times, and over the patches 6 times (norms, the three kernels, dx and the product that gives dz and the
-means). Its kernels compute whole tiles and run at half of the library's rate (their share of the matrix rate in
-``benchmarks/results/machine-code-sm_90.csv``). Both forms are launched in about 20 kernels, of which each costs a few
+over weights 6 times, and over the patches 5 times (norms, the three kernels, and dx). Its kernels compute whole tiles
+and run at half of the library's rate (their share of the matrix rate in
+``benchmarks/results/machine-code-sm_90.csv``). Both forms are launched in a dozen kernels, of which each costs a few
 microseconds; tests count them.
 """
 
@@ -28,10 +28,10 @@ from betaclip.kernels.attention_pool.folded import KEPT_BYTES
 _CACHED = 0.25  # cost of a byte that stays in the outer caches, relative to a byte of memory
 _CACHE_BYTES = 8 * 2**20  # arrays of the patches' size stay in these caches, too, if they are not larger
 _PANEL = 32
-_BLOCK_L, _BLOCK_P, _BLOCK_P_FORWARD = 64, 128, 256  # of the GPU kernels' tiles for 16 bits
+_BLOCK, _WIDE_BLOCK, _BLOCK_P_FORWARD = 64, 128, 256  # of the GPU kernels' tiles for 16 bits
 _KERNEL_FLOP = 2  # time of an operation in these kernels, relative to one in a library's product
 # Kernels that a GPU launches for forward and backward, one for each operation beside views.
-PROJECTED_LAUNCHES, FOLDED_LAUNCHES = 18, 19
+PROJECTED_LAUNCHES, FOLDED_LAUNCHES = 13, 14
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def folded_cost(
         flop = 2 * ((8 - kept) * latents * _padded(patches, _PANEL) * width + of_queries)
         scratch = latents * (18 * patches + 16 * width) * itemsize
         return Cost(flop, 3 * of_patches + _CACHED * scratch + 2 * kept * kept_bytes, FOLDED_LAUNCHES)
-    rows, columns = _padded(latents, _BLOCK_L), _padded(patches, _BLOCK_P)
-    of_kernels = 2 * rows * _padded(patches, _BLOCK_P_FORWARD) + 2 * rows * columns + 2 * latents * columns
-    flop = 2 * ((_KERNEL_FLOP * of_kernels + 2 * latents * patches) * width + of_queries)
-    return Cost(flop, 6 * of_patches + latents * (6 * patches + 15 * width) * itemsize, FOLDED_LAUNCHES)
+    pairs, rows, columns = 2 * latents, _padded(latents, _BLOCK), _padded(patches, _WIDE_BLOCK)
+    of_products = _padded(pairs, _WIDE_BLOCK) * _padded(patches, _BLOCK) + _padded(pairs, _BLOCK) * columns
+    of_kernels = 2 * rows * _padded(patches, _BLOCK_P_FORWARD) + 2 * rows * columns + of_products
+    flop = 2 * (_KERNEL_FLOP * of_kernels * width + of_queries)
+    return Cost(flop, 5 * of_patches + latents * (6 * patches + 15 * width) * itemsize, FOLDED_LAUNCHES)
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -34,8 +34,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from betaclip.kernels.attention_pool.rows import inverse_norms_into
 from betaclip.kernels.memory import scratch
-from betaclip.kernels.precision import accumulation_dtype, add_product, inverse_norms
+from betaclip.kernels.precision import accumulation_dtype, add_product
 
 # For a chunk of images. CPU: large enough for the products to run at full rate, small enough for the outer caches.
 # GPU: any batch that fits is one chunk, because each chunk costs some 20 launches.
@@ -296,8 +297,8 @@ class ImageChunks:
         """The scratch for these images: pairs (2, c, K, H, ...), and tiles (count, c, elements)."""
         *pairs, tiles = buffers
         count = part.stop - part.start
-        pairs = [pair.movedim(2, 0) if self.interleaves else pair for pair in pairs]
-        return [buffer[:, :count] for buffer in (*pairs, tiles)]
+        pairs = [pair.permute(2, 0, 1, 3, 4) if self.interleaves else pair for pair in pairs]
+        return [buffer if count == self.step else buffer[:, :count] for buffer in (*pairs, tiles)]
 
     def __iter__(self) -> Iterator[tuple[slice, Patches, Tensor]]:
         """The slice of images, their patches, and their queries (c, K, D)."""
@@ -305,12 +306,17 @@ class ImageChunks:
         norms = None if self.pooling.norm_eps is None else self.inverse_norm
         for lo in range(0, x.shape[0], self.step):
             part = slice(lo, min(lo + self.step, x.shape[0]))
-            others = (None if t is None else t[part] for t in (mask, norms, single))
-            yield part, Patches(x[part].to(self.dtype), *others), q[part].to(self.dtype)
+            others = (None if t is None else of_images(t, part) for t in (mask, norms, single))
+            yield part, Patches(of_images(x, part).to(self.dtype), *others), of_images(q, part).to(self.dtype)
 
     def by_head(self, t: Tensor) -> Tensor:
         """(H, c K, D / H) view of (c, K, D)"""
         return t.reshape(-1, self.heads, t.shape[2] // self.heads).transpose(0, 1)
+
+
+def of_images(t: Tensor, part: slice) -> Tensor:
+    """``t[part]``; ``t`` itself if that is all of it, since a view costs the host microseconds."""
+    return t if part.stop - part.start == t.shape[0] else t[part]
 
 
 def _kind(x: Tensor) -> str:
@@ -340,13 +346,13 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
         for part, rows, q in chunks:
             (z, means), tiles = chunks.part(buffers, part)
             if rows.inverse_norm is not None and pooling.norm_eps is not None:
-                inverse_norms(x[part], pooling.norm_eps, rows.inverse_norm)
+                inverse_norms_into(of_images(x, part), pooling.norm_eps, rows.inverse_norm)
             _product_into(_latents_by_head(z), chunks.by_head(q), chunks.k_weight, pooling.scale)
             attention.forward(
-                rows, z.flatten(1, 2), means.flatten(1, 2), lse[part] if attention.keeps_lse else None,
+                rows, z.flatten(1, 2), means.flatten(1, 2), of_images(lse, part) if attention.keeps_lse else None,
                 _kept_part(kept, part), tiles,
             )  # fmt: skip
-            _product_into(chunks.by_head(out[part]), _latents_by_head(means), chunks.v_weight.mT)
+            _product_into(chunks.by_head(of_images(out, part)), _latents_by_head(means), chunks.v_weight.mT)
     if pooling.v_bias is not None:
         out += pooling.v_bias
     if pooling.sink is not None:
@@ -388,31 +394,31 @@ def attention_pool_bwd(
     dout: Tensor,
     need_dx: bool,
     attention: Attention,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x (empty if not needed), dq (B, K, D), dk_weight and dv_weight (D, D) in accumulation dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x (empty if not needed), dq (B, K, D), and the gradients of k_weight and v_weight (2, D, D)."""
     x, patches = pooling.x, pooling.x.shape[1]
     chunks = ImageChunks(pooling, inverse_norm, attention, backward=True)
     dx = x.new_empty(x.shape if need_dx else (0,))
     dq = x.new_empty(pooling.q.shape)
     new = x.new_empty if len(x) else x.new_zeros  # the first chunk overwrites them
-    dk_weight, dv_weight = (new(w.shape, dtype=accumulation_dtype(x.dtype)) for w in (chunks.k_weight, chunks.v_weight))
+    dweights = new((2, *chunks.k_weight.shape), dtype=accumulation_dtype(x.dtype))
     with chunks.scratch() as buffers:
         for part, rows, q in chunks:
             zg, dz_and_means, weights, tiles = chunks.part(buffers, part)
-            do = dout[part].to(chunks.dtype)
+            do = of_images(dout, part).to(chunks.dtype)
             _product_into(_latents_by_head(zg[0]), chunks.by_head(q), chunks.k_weight, pooling.scale)
             _product_into(_latents_by_head(zg[1]), chunks.by_head(do), chunks.v_weight)
             attention.backward(
-                rows, zg, lse[part] if attention.keeps_lse else None, _kept_part(kept, part),
-                Result(out[part], do, pooling.v_bias), weights[..., :patches], dz_and_means,
-                dx[part] if need_dx else None, tiles,
+                rows, zg, of_images(lse, part) if attention.keeps_lse else None, _kept_part(kept, part),
+                Result(of_images(out, part), do, pooling.v_bias), weights[..., :patches], dz_and_means,
+                of_images(dx, part) if need_dx else None, tiles,
             )  # fmt: skip
             dz, means = (_latents_by_head(t) for t in dz_and_means)
             first = part.start == 0
-            _product_into(chunks.by_head(dq[part]), dz, chunks.k_weight.mT, pooling.scale)
-            add_product(dk_weight, chunks.by_head(q).mT, dz, first=first, factor=pooling.scale)
-            add_product(dv_weight, chunks.by_head(do).mT, means, first=first)
-    return dx, dq, dk_weight.flatten(0, 1), dv_weight.flatten(0, 1)
+            _product_into(chunks.by_head(of_images(dq, part)), dz, chunks.k_weight.mT, pooling.scale)
+            add_product(dweights[0], chunks.by_head(q).mT, dz, first=first, factor=pooling.scale)
+            add_product(dweights[1], chunks.by_head(do).mT, means, first=first)
+    return dx, dq, dweights.flatten(1, 2).to(x.dtype)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> None:

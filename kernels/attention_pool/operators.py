@@ -172,7 +172,8 @@ def _pooling(
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
     sink = _sink(q, k_bias, num_heads).expand(x.shape[0], -1, -1) if add_zero_attn else None
-    q = q.expand(x.shape[0], -1, -1)
+    if q.shape[0] != x.shape[0]:
+        q = q.expand(x.shape[0], -1, -1)
     return Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, norm_eps(x.dtype) if normalize else None)
 
 
@@ -253,9 +254,8 @@ def _folded_backward(  # type: ignore[no-untyped-def]
     num_heads,
     eps,
     backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (B, P, D) (empty if not needed) and dq (B, K, D) in the dtype of x; dk_weight and dv_weight (D, D) in
-    accumulation dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (B, P, D) (empty if not needed), dq (B, K, D), and the gradients of k_weight and v_weight (2, D, D)."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
     return attention_pool_bwd(pooling, out, lse, inverse_norm, kept, dout, need_dx, _running(backend, sink is not None))
 
@@ -274,7 +274,7 @@ folded_backward = define_operator(
     "attention_pool_backward",
     _folded_backward,
     f"{_TENSORS}, Tensor out, Tensor lse, Tensor inverse_norm, Tensor kept, Tensor dout, bool need_dx, {_OPTIONS}",
-    4,
+    3,
 )
 folded_backward.register_autograd(refuse_second_derivative)
 
@@ -293,9 +293,7 @@ def _(x, q, k_weight, v_weight, v_bias, mask, sink, keep, num_heads, eps, backen
 @folded_backward.register_fake
 def _(x, q, k_weight, v_weight, *others):  # type: ignore[no-untyped-def]
     need_dx = others[-4]
-    dtype = accumulation_dtype(x.dtype)
-    dk_weight, dv_weight = (w.new_empty(w.shape, dtype=dtype) for w in (k_weight, v_weight))
-    return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(q.shape), dk_weight, dv_weight
+    return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(q.shape), x.new_empty(2, *k_weight.shape)
 
 
 class _Folded(torch.autograd.Function):
@@ -312,16 +310,16 @@ class _Folded(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
         x, *_, mask, sink, out, lse, _, _ = tensors
         need_dx = ctx.needs_input_grad[0]
-        gradients = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
+        dx, dq, dweights = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
         if mask is not None:
             dout = dout.masked_fill(~mask.any(1)[:, None, None], 0)
-        dsink, dtype = None, accumulation_dtype(x.dtype)
+        dsink = None
         if sink is not None:
+            dtype = accumulation_dtype(x.dtype)
             # Its value is 0, so that its weight's gradient is -<dout, out> and that of its logit the weight times this.
             share, by_head = attended(lse.view(sink.shape), sink), (ctx.options[0], -1)
             products = (dout.to(dtype) * out.to(dtype)).unflatten(2, by_head).sum(3)
             dsink = (share - 1) * products
             dout = (dout.unflatten(2, by_head) * share.unsqueeze(3)).flatten(2)
-        dv_bias = dout.sum((0, 1), dtype=dtype) if ctx.needs_input_grad[4] else None
-        of_inputs = (None if g is None else g.to(x.dtype) for g in (*gradients, dv_bias))
-        return needed_gradients(ctx, *of_inputs, None, dsink)
+        dv_bias = dout.sum((0, 1)).to(x.dtype) if ctx.needs_input_grad[4] else None  # 16 bits are summed in float32
+        return needed_gradients(ctx, dx, dq, *dweights.unbind(), dv_bias, None, dsink)

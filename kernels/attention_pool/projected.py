@@ -3,40 +3,13 @@
 This is less work than folding where the queries are so many that projecting every patch pays.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip.kernels.attention_pool.folded import Pooling
-from betaclip.kernels.precision import accumulation_dtype, inverse_norms, unit_rows
-
-
-class _UnitPatches(torch.autograd.Function):
-    """x / |x| of (B, P, D), and 1 / |x| (B, P, 1), in a third of the passes over memory that the formula takes.
-
-    The gradient is written in terms of the results, so that it is differentiable as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        inverse = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
-        inverse_norms(x, eps, inverse)
-        inverse = inverse.unsqueeze(2)
-        unit = torch.mul(x, inverse, out=torch.empty_like(x))
-        ctx.save_for_backward(unit, inverse)
-        ctx.set_materialize_grads(False)
-        return unit, inverse
-
-    @staticmethod
-    def backward(ctx: Any, dunit: Tensor | None, dinverse: Tensor | None) -> tuple[Tensor | None, None]:
-        unit, inverse = ctx.saved_tensors
-        if dunit is None:
-            dunit = torch.zeros_like(unit)
-        along = (unit * dunit).sum(2, keepdim=True, dtype=inverse.dtype)
-        if dinverse is not None:  # only in a second derivative
-            along = along + inverse * dinverse
-        return torch.addcmul(dunit, unit, along.to(unit.dtype), value=-1).mul_(inverse), None
+from betaclip.kernels.attention_pool.rows import UnitRows
+from betaclip.kernels.precision import accumulation_dtype, unit_rows
 
 
 def _unit_patches(pooling: Pooling) -> Pooling:
@@ -53,9 +26,11 @@ def _softmax_mask(mask: Tensor) -> Tensor:
     return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
-def _finish(out: Tensor, pooling: Pooling) -> Tensor:
-    """(B, K, D) from the heads' (B, H, K, D / H)"""
+def _finish(out: Tensor, pooling: Pooling, bias: Tensor | None = None) -> Tensor:
+    """(B, K, D) from the heads' (B, H, K, D / H), plus the bias (D,)"""
     out = out.transpose(1, 2).flatten(2)
+    if bias is not None:
+        out = out + bias
     empty = pooling.empty()
     return out if empty is None else out.masked_fill(empty, 0)
 
@@ -86,18 +61,20 @@ def reference(pooling: Pooling) -> Tensor:
 
 
 def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
-    """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink."""
+    """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink.
+
+    Without a sink the weights sum to 1 and pass a bias of the values on as it is: it is added to the few results."""
     unit = pooling
     if pooling.norm_eps is not None:
-        unit = pooling._replace(x=_UnitPatches.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
-    k_bias = None if unit.sink is None else k_bias
-    k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, unit.v_bias)
+        unit = pooling._replace(x=UnitRows.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
+    k_bias, v_bias, added = (None, None, unit.v_bias) if unit.sink is None else (k_bias, unit.v_bias, None)
+    k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)
     if unit.sink is not None:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         mask = None if mask is None else F.pad(mask, (0, 1), value=True)
     q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
-    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=unit.scale), unit)
+    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=unit.scale), unit, added)
 
 
 def mean_attention(pooling: Pooling) -> Tensor:

@@ -9,8 +9,9 @@ logits and weights, so that no normalised patch exists.
   block of them is still in cache when it is read again.
 * backward: a program computes one tile of S = z x̂ᵀ and dA = g x̂ᵀ over D in steps of BLOCK_D and writes [dS; A] / |x|,
   the operand of the products that follow, and its latent queries' share of <x̂_p, dx̂_p>. There are no atomics.
-* patches: a program computes one tile of their gradient [dS; A]ᵀ [z; g] / |x| - <x̂, dx̂> x / |x|², so that x is read
-  and the gradient written only once.
+* products: a program computes one tile of [dz; means] = [dS; A] x / |x|, or of the patches' gradient
+  [dS; A]ᵀ [z; g] / |x| - <x̂, dx̂> x / |x|². Programs of one image follow each other, so that its patches, weights, z and
+  g come from memory once; the gradient is written only once.
 
 Masked patches and patches beyond P are not read, and have weight 0. Offsets of images and patches are 64-bit.
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from betaclip.kernels import architecture
 from betaclip.kernels.architecture import Tile, choose
 from betaclip.kernels.attention_pool.folded import Patches, Result
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PRODUCTS
 from betaclip.kernels.precision import accumulation_dtype, dot_precision
 
 
@@ -166,51 +167,71 @@ def _attention_pool_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["P", "L", "shares"])
-def _attention_pool_patches_kernel(
+def _attention_pool_products_kernel(
     x_ptr, zg_ptr, weights_ptr,  # (B, P, D), (B, 2 L, D), (B, 2 L, P)
-    radial_ptr, dx_ptr,  # (B, shares, P), (B, P, D)
+    radial_ptr,  # (B, shares, P)
+    products_ptr, dx_ptr,  # (B, 2 L, D), (B, P, D) if HAS_DX
     P, L, stride_image, stride_patch, pitch, shares,
-    D: tl.constexpr, NORMALIZE: tl.constexpr,
+    D: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # Here m are patches, n columns of x, and d the 2 L rows of zg and of weights that a tile sums over.
-    blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    # Here m are rows of a result, n columns of it, and d what is summed over: patches, or rows of zg and of weights.
+    blocks_l, blocks_n = tl.cdiv(2 * L, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    blocks_m = blocks_l
+    if HAS_DX:
+        blocks_m += tl.cdiv(P, BLOCK_M)
     pid = tl.program_id(0)
-    pid_b = (pid // (blocks_m * blocks_n)).to(tl.int64)
-    offs_m = pid // blocks_n % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_b, pid_m = (pid // (blocks_m * blocks_n)).to(tl.int64), pid // blocks_n % blocks_m
     offs_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += pid_b * stride_image
+    zg_ptr += pid_b * 2 * L * D
+    weights_ptr += pid_b * 2 * L * pitch
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for start_d in range(0, 2 * L, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        rows = pid_b * 2 * L + offs_d
-        exists = (offs_d < 2 * L)[:, None]
-        weight_offsets = rows[:, None] * pitch + offs_m[None, :]
-        weights = tl.load(weights_ptr + weight_offsets, mask=exists & (offs_m < pitch)[None, :], other=0.0)
-        z_offsets = rows[:, None] * D + offs_n[None, :]
-        zg = tl.load(zg_ptr + z_offsets, mask=exists & (offs_n < D)[None, :], other=0.0)
-        acc = tl.dot(weights.T, zg, acc, input_precision=PRECISION, out_dtype=ACC)
-    mask = (offs_m < P)[:, None] & (offs_n < D)[None, :]
-    if NORMALIZE:
-        radial = tl.zeros((BLOCK_M,), dtype=ACC)
-        for share in range(0, shares):
-            radial += tl.load(radial_ptr + (pid_b * shares + share) * P + offs_m, mask=offs_m < P, other=0.0)
-        x_offsets = pid_b * stride_image + offs_m.to(tl.int64)[:, None] * stride_patch + offs_n[None, :]
-        acc -= radial[:, None] * tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(ACC)
-    dx_offsets = (pid_b * P + offs_m)[:, None] * D + offs_n[None, :]
-    tl.store(dx_ptr + dx_offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    if pid_m < blocks_l:
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        for start_d in range(0, P, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask = (offs_m < 2 * L)[:, None] & (offs_d < pitch)[None, :]
+            weight_offsets = offs_m.to(tl.int64)[:, None] * pitch + offs_d[None, :]
+            weights = tl.load(weights_ptr + weight_offsets, mask=mask, other=0.0)
+            x_offsets = offs_d.to(tl.int64)[:, None] * stride_patch + offs_n[None, :]
+            x = tl.load(x_ptr + x_offsets, mask=(offs_d < P)[:, None] & (offs_n < D)[None, :], other=0.0)
+            acc = tl.dot(weights, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        offsets = (pid_b * 2 * L + offs_m)[:, None] * D + offs_n[None, :]
+        mask = (offs_m < 2 * L)[:, None] & (offs_n < D)[None, :]
+        tl.store(products_ptr + offsets, acc.to(products_ptr.dtype.element_ty), mask=mask)
+    elif HAS_DX:
+        offs_m = (pid_m - blocks_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+        for start_d in range(0, 2 * L, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            exists = (offs_d < 2 * L)[:, None]
+            weight_offsets = offs_d.to(tl.int64)[:, None] * pitch + offs_m[None, :]
+            weights = tl.load(weights_ptr + weight_offsets, mask=exists & (offs_m < pitch)[None, :], other=0.0)
+            zg_offsets = offs_d.to(tl.int64)[:, None] * D + offs_n[None, :]
+            zg = tl.load(zg_ptr + zg_offsets, mask=exists & (offs_n < D)[None, :], other=0.0)
+            acc = tl.dot(weights.T, zg, acc, input_precision=PRECISION, out_dtype=ACC)
+        mask = (offs_m < P)[:, None] & (offs_n < D)[None, :]
+        if NORMALIZE:
+            radial = tl.zeros((BLOCK_M,), dtype=ACC)
+            for share in range(0, shares):
+                radial += tl.load(radial_ptr + (pid_b * shares + share) * P + offs_m, mask=offs_m < P, other=0.0)
+            x_offsets = offs_m.to(tl.int64)[:, None] * stride_patch + offs_n[None, :]
+            acc -= radial[:, None] * tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(ACC)
+        dx_offsets = (pid_b * P + offs_m)[:, None] * D + offs_n[None, :]
+        tl.store(dx_ptr + dx_offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Fused:
     """``Attention`` by one kernel for each step, with products in the dtype of the patches.
 
-    forward_tile, backward_tile, patches_tile: replace the entries of the tables in ``tiles``.
+    forward_tile, backward_tile, products_tile: replace the entries of the tables in ``tiles``.
     """
 
     forward_tile: Tile | None = None
     backward_tile: Tile | None = None
-    patches_tile: Tile | None = None
+    products_tile: Tile | None = None
     scratch_bytes: int | None = None
     kept_bytes: int | None = 0
     keeps_lse: bool = True
@@ -265,20 +286,18 @@ class Fused:
         )  # fmt: skip
         if x.single is not None:
             weights[0].masked_fill_(x.single.unsqueeze(3), 0)
-        torch.bmm(pairs, x.rows, out=products)
-        if dx is None:
-            return
-        tile = self.patches_tile or _chosen(PATCH_GRADIENT, zg)
-        programs = images * -(-patches // tile.block_m) * -(-width // tile.block_n)
+        tile = self.products_tile or _chosen(PRODUCTS, zg)
+        rows = (2 * queries * heads, patches) if dx is not None else (2 * queries * heads,)
+        programs = images * -(-width // tile.block_n) * sum(-(-n // tile.block_m) for n in rows)
         _launch(
-            _attention_pool_patches_kernel, programs, tile, x, (zg, pairs, radial, dx), queries * heads,
-            pairs.stride(1), blocks,
+            _attention_pool_products_kernel, programs, tile, x, (zg, pairs, radial, products, dx), queries * heads,
+            pairs.stride(1), blocks, HAS_DX=dx is not None,
         )  # fmt: skip
 
 
 def _interleaved(pair: Tensor) -> Tensor:
     """(c, 2 L, ...) view of a pair, the rows query by query."""
-    return pair.movedim(0, 2).flatten(1, 3)
+    return pair.permute(1, 2, 0, 3, 4).flatten(1, 3)
 
 
 def _chosen(table: Mapping[tuple[str, int], Tile], t: Tensor) -> Tile:
@@ -295,13 +314,19 @@ def _launch(
     kernel: Any, programs: int, tile: Tile, x: Patches, tensors: tuple[Any, ...], latents: int, *rest: int, **flags: Any
 ) -> None:
     rows = x.rows if x.rows.stride(2) == 1 else x.rows.contiguous()
-    guard = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
-    with guard:  # Triton launches on the current device, not on that of the tensors
-        kernel[(programs,)](
-            rows, *tensors, rows.shape[1], latents, rows.stride(0), rows.stride(1), *rest,
-            D=rows.shape[2], NORMALIZE=x.inverse_norm is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-            PRECISION=dot_precision(architecture.architecture(rows.device), rows.dtype),
-            ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **flags,
-        )  # fmt: skip
+    launch(
+        kernel, programs, (rows, *tensors, rows.shape[1], latents, rows.stride(0), rows.stride(1), *rest),
+        D=rows.shape[2], NORMALIZE=x.inverse_norm is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+        PRECISION=dot_precision(architecture.architecture(rows.device), rows.dtype),
+        ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **flags,
+    )  # fmt: skip
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Start a kernel on the device of its first argument: Triton launches on the current one."""
+    device = arguments[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[(programs,)](*arguments, **constants)

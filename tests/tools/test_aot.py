@@ -19,7 +19,7 @@ KERNELS = {
     "_similarity_softplus_kernel",
     "_attention_pool_fwd_kernel",
     "_attention_pool_bwd_kernel",
-    "_attention_pool_patches_kernel",
+    "_attention_pool_products_kernel",
 }
 
 

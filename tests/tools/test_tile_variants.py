@@ -9,7 +9,7 @@ from support.paths import ROOT
 from support.programs import load_program
 
 from betaclip.kernels.architecture import Tile, choose
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PRODUCTS
 from betaclip.kernels.similarity.tiles import CHUNK_ROWS, TILES
 
 PROGRAM = load_program(ROOT / "tools" / "tile_variants.py")
@@ -24,7 +24,7 @@ def differences(tile, other):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("target", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "table", [TILES, FORWARD, BACKWARD, PATCH_GRADIENT], ids=["similarity", "forward", "backward", "patches"]
+    "table", [TILES, FORWARD, BACKWARD, PRODUCTS], ids=["similarity", "forward", "backward", "products"]
 )
 def test_tiles_differ_in_what_they_are_called_by(table, target, itemsize):
     chosen = choose(table, target, itemsize)

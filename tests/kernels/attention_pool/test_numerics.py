@@ -10,7 +10,6 @@ from support.attention_pool import DEVICE, SIZES, arguments, projected, require,
 from support.precision import HALF, usual
 from torch import Tensor
 
-from betaclip.kernels.attention_pool import projected as projected_form
 from betaclip.kernels.attention_pool.folded import Eager, ImageChunks, Pooling
 from betaclip.kernels.attention_pool.operators import (
     BACKENDS,
@@ -206,21 +205,6 @@ def test_kept_weights(kept_images, zero):
     size = 5, 3, 7, 16, 4
     kept_bytes = kept_images * 8 * 3 * 4 * 7
     check("folded", torch.float64, size, True, scratch_bytes=20_000, zero=zero, kept_bytes=kept_bytes)
-
-
-def test_unit_patches_are_twice_differentiable():
-    """Patches of norm 0 too, whose gradient is 0."""
-    x = arguments(2, 1, 3, 4)[0]
-    x[0, 1] = 0
-    x.requires_grad_()
-
-    def unit(x: Tensor) -> Tensor:
-        return projected_form._UnitPatches.apply(x, 1e-12)[0]
-
-    torch.testing.assert_close(unit(x), F.normalize(x, dim=-1))
-    keep = x.detach().norm(dim=2, keepdim=True) > 0
-    assert torch.autograd.gradcheck(lambda x: unit(torch.where(keep, x, 0)), x)
-    assert torch.autograd.gradgradcheck(lambda x: unit(torch.where(keep, x, 0)), x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,7 +21,7 @@ from betaclip.kernels.attention_pool.operators import (
     folded,
     folded_backward,
 )
-from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PATCH_GRADIENT
+from betaclip.kernels.attention_pool.tiles import BACKWARD, FORWARD, PRODUCTS
 
 
 def test_gradient_of_patches_costs_nothing_if_not_wanted():
@@ -292,7 +292,7 @@ def test_tiles_of_the_interpreter_are_small():
     for table, counts in (
         (FORWARD, (latents, patches, width)),
         (BACKWARD, (latents, patches, width)),
-        (PATCH_GRADIENT, (patches, width, 2 * latents)),
+        (PRODUCTS, (patches, width, 2 * latents)),
     ):
         tile = choose(table, "interpreter", 4)
         for count, block in zip(counts, (tile.block_m, tile.block_n, tile.block_d), strict=True):
