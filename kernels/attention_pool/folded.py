@@ -307,7 +307,10 @@ class ImageChunks:
         for lo in range(0, x.shape[0], self.step):
             part = slice(lo, min(lo + self.step, x.shape[0]))
             others = (None if t is None else of_images(t, part) for t in (mask, norms, single))
-            yield part, Patches(of_images(x, part).to(self.dtype), *others), of_images(q, part).to(self.dtype)
+            rows = of_images(x, part).to(self.dtype)
+            if max(rows.stride()[1:]) >= 2**31:  # the pitch is an int32 in libraries for matrix products
+                rows = rows.contiguous()
+            yield part, Patches(rows, *others), of_images(q, part).to(self.dtype)
 
     def by_head(self, t: Tensor) -> Tensor:
         """(H, c K, D / H) view of (c, K, D)"""

@@ -7,13 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from betaclip.kernels.attention_pool import rows
 from betaclip.kernels.attention_pool.folded import Pooling
-from betaclip.kernels.attention_pool.rows import UnitRows
 from betaclip.kernels.precision import accumulation_dtype, unit_rows
 
 
-def _unit_patches(pooling: Pooling) -> Pooling:
-    return pooling if pooling.norm_eps is None else pooling._replace(x=unit_rows(pooling.x), norm_eps=None)
+def _unit_patches(pooling: Pooling, *, fused: bool = False) -> Pooling:
+    """The arguments with patches of length 1; ``fused``, in as few passes as there can be."""
+    if pooling.norm_eps is None:
+        return pooling
+    x = rows.unit_rows(pooling.x) if fused else unit_rows(pooling.x)
+    return pooling._replace(x=x, norm_eps=None)
 
 
 def _heads(t: Tensor, pooling: Pooling) -> Tensor:
@@ -64,9 +68,7 @@ def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
     """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink.
 
     Without a sink the weights sum to 1 and pass a bias of the values on as it is: it is added to the few results."""
-    unit = pooling
-    if pooling.norm_eps is not None:
-        unit = pooling._replace(x=UnitRows.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
+    unit = _unit_patches(pooling, fused=True)
     k_bias, v_bias, added = (None, None, unit.v_bias) if unit.sink is None else (k_bias, unit.v_bias, None)
     k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)

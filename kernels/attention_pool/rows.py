@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betaclip.kernels import precision
 from betaclip.kernels.architecture import triton_not_supported_reasons
 from betaclip.kernels.backends import runs_at_once
 from betaclip.kernels.precision import accumulation_dtype, inverse_norms, norm_eps
@@ -67,6 +68,11 @@ class UnitRows(torch.autograd.Function):
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension of (B, P, D); 0, as is the gradient, where x counts as zero."""
+    """x / |x| along the last dimension of (B, P, D); 0, as is the gradient, where x counts as zero.
+
+    Compilers take the formula, which they fuse: torch 2.11's lose the gradient of a result that a ``Function`` has
+    written in place."""
+    if torch.compiler.is_compiling():
+        return precision.unit_rows(x)
     unit: Tensor = UnitRows.apply(x, norm_eps(x.dtype))[0]
     return unit

@@ -116,7 +116,7 @@ def _received_kernel(
     image = (pid // (tiles_m * tiles_d)).to(tl.int64)
     offs_m = pid // tiles_d % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = (pid % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    rows_m, inverse_m, filled_m = _slots(slots_ptr, y_inverse_ptr, image, offs_m, K, HAS_SLOTS)
+    rows_m, _own, filled_m = _slots(slots_ptr, y_inverse_ptr, image, offs_m, K, HAS_SLOTS)
     g = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start_n in range(0, K, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
