@@ -204,8 +204,8 @@ struct LogSumExpGradientTerms {
   }
 };
 
-// softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|). Factors
-// 1 + e are multiplied, so that a tile takes one logarithm per thread and row, where it took one per pair.
+// softplus(S) = max(S, 0) + log1p(e) and, for the gradient, sigmoid(S) = (1 or e) / (1 + e), with e = exp(-|S|). The
+// factors 1 + e of a row are multiplied: a tile takes one logarithm for all pairs that a thread has of a row.
 template <bool kGradient>
 struct SoftplusTerms {
   using Tiles = EveryTile;

@@ -16,7 +16,8 @@ class GivenProducts {
   };
 
   __device__ GivenProducts(const float *products, const Job &job, int program, int which)
-      : products_(products), cols_(job.grid.col_tiles * kTile), walk_(walk_of<Terms>(job, place_of(job.grid, program))) {
+      : products_(products), cols_(job.grid.col_tiles * kTile),
+        walk_(walk_of<Terms>(job, place_of(job.grid, program))) {
     walk_.skip(which);
   }
   __device__ Accumulators accumulators() const { return {}; }
