@@ -16,7 +16,8 @@ from betaclip.kernels.precision import accumulation_dtype, inverse_norms, unit_r
 class _UnitPatches(torch.autograd.Function):
     """x / |x| of (B, P, D), and 1 / |x| (B, P, 1), in a third of the passes over memory that the formula takes.
 
-    The gradient is written in terms of the results, so that it is differentiable as well."""
+    The gradient is written in terms of the results, so that it is differentiable as well. Compilers take the formula,
+    which they fuse: torch 2.11's lose the gradient of a result that a forward has written in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,13 @@ class _UnitPatches(torch.autograd.Function):
         return torch.addcmul(dunit, unit, along.to(unit.dtype), value=-1).mul_(inverse), None
 
 
-def _unit_patches(pooling: Pooling) -> Pooling:
-    return pooling if pooling.norm_eps is None else pooling._replace(x=unit_rows(pooling.x), norm_eps=None)
+def _unit_patches(pooling: Pooling, *, fused: bool = False) -> Pooling:
+    """The arguments with patches of length 1, written out for the compiler to fuse, or ``fused`` already."""
+    if pooling.norm_eps is None:
+        return pooling
+    fused = fused and not torch.compiler.is_compiling()
+    x = _UnitPatches.apply(pooling.x, pooling.norm_eps)[0] if fused else unit_rows(pooling.x)
+    return pooling._replace(x=x, norm_eps=None)
 
 
 def _heads(t: Tensor, pooling: Pooling) -> Tensor:
@@ -87,9 +93,7 @@ def reference(pooling: Pooling) -> Tensor:
 
 def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
     """PyTorch's fused attention after the projections. k_bias: (D,) or None; it counts if there is a sink."""
-    unit = pooling
-    if pooling.norm_eps is not None:
-        unit = pooling._replace(x=_UnitPatches.apply(pooling.x, pooling.norm_eps)[0], norm_eps=None)
+    unit = _unit_patches(pooling, fused=True)
     k_bias = None if unit.sink is None else k_bias
     k, v = F.linear(unit.x, unit.k_weight, k_bias), F.linear(unit.x, unit.v_weight, unit.v_bias)
     mask = None if unit.mask is None else _softmax_mask(unit.mask)

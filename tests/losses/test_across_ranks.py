@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, backend_runs, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.similarity.operators import RowLayout, contrast_logsumexp, contrast_softplus
-from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, pieces
-from betaclip.process_group import ProcessGroup
+from betaclip.losses.across_ranks import TRANSPORTS, AcrossRanks, Call, Wanted, pieces, sum_over_ranks
+from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 
 SIZES = (3, 2, 0, 4)  # images per rank: unequal, and none
 CALL = Call("BetaCALLoss", "ce", "ignore", False)
@@ -295,6 +295,16 @@ def backward_again() -> None:
 
 def test_backward_again(tmp_path):
     processes(2, backward_again, tmp_path)
+
+
+def test_compiled_sum_over_one_rank():
+    terms, scale = (torch.randn(n, requires_grad=True) for n in (5, 1))
+
+    def total(terms: Tensor, scale: Tensor) -> Tensor:
+        return (scale * sum_over_ranks(terms, scale, SINGLE_PROCESS)).square().sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(terms, scale), (terms, scale)) for f in (compiled, total)))
 
 
 def compiles_quietly() -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from betaclip.model import packed_attention
 from betaclip.model.packed_attention import Buckets, Sequences
+from betaclip.model.packing import Bucket
 from betaclip.model.text_tower import (
     FROZEN,
     encode_packed,
@@ -184,6 +185,25 @@ def test_compile():
         torch.testing.assert_close(encode(clip, ragged), encode(reference, ragged))
         compiled.append(len(graphs))
     assert 0 < compiled[0] <= compiled[1] == compiled[-1]
+
+
+def test_compiled_gathering():
+    """Each pass over packed rows has the gradient that it has without the compiler."""
+    node, users, starts = (torch.tensor(ids) for ids in ([0, 2, 2, 1, 0], [0, 4, 3, 1, 2], [0, 2, 3]))
+    buckets = Bucket(2, 3), Bucket(1, 4)
+
+    def passes(x: Tensor) -> Tensor:
+        gathered, picked = (
+            packed_attention._Gather.apply(x, node, users, starts),
+            packed_attention._Pick.apply(x, node[2:]),
+        )
+        parts = packed_attention._Heads.apply(x.repeat(4, 1)[:10].view(10, 2, 2, 2), buckets)
+        values = torch.cat([t.flatten() for t in (gathered, picked, *parts)])
+        return values @ torch.arange(len(values), dtype=values.dtype)
+
+    x = torch.randn(3, 8, requires_grad=True)
+    compiled = torch.compile(passes, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x), x) for f in (compiled, passes)))
 
 
 def test_parametrized_attention_acts():
