@@ -109,8 +109,9 @@ def unit_rows(x: Tensor) -> Tensor:
     dtype, eps = accumulation_dtype(x.dtype), norm_eps(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if torch.compiler.is_compiling() or not _squares_fit(x, norm.detach()):
-        # The same direction, from rows whose squares fit: a factor that is constant leaves the gradient as it is.
+        # The same direction, from rows whose squares fit: a factor that is constant leaves the gradient as it is. Other
+        # rows are divided by 1, since rows of zeros divided by 0 would have a gradient of NaN even where not selected.
         largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True, dtype=dtype)
-        x = torch.where(largest > torch.finfo(dtype).max ** 0.25, x / largest, x).to(x.dtype)
+        x = (x / torch.where(largest > torch.finfo(dtype).max ** 0.25, largest, 1)).to(x.dtype)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return (x * norm.masked_fill(norm <= eps, torch.inf).reciprocal()).to(x.dtype)

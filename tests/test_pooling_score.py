@@ -111,7 +111,7 @@ def test_chosen_scores_in_bounded_memory():
     """Neither all pairs nor the (M, J, D) embeddings of those that are chosen."""
     pool, (patches, _) = block(), inputs(b=16, p=5)
     texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
-    images = torch.randint(16, (64, 12))
+    images = torch.randint(16, (64, 20))
     pairs = images.numel() * 16
     with LargestTensor() as largest:
         pool.score(patches, texts, images=images, chunk_bytes=2**15).sum().backward()
@@ -152,7 +152,7 @@ def test_scores_of_chosen_texts_in_bounded_memory():
     """Not the (B, Q, D) embeddings of all chosen pairs."""
     pool, (patches, _) = block(), inputs(b=16, p=5)
     texts = torch.randn(64, 16, dtype=torch.float64, device=DEVICE).requires_grad_()
-    chosen = torch.randint(64, (16, 48), device=DEVICE)
+    chosen = torch.randint(64, (16, 80), device=DEVICE)
     pairs = chosen.numel() * 16
     with LargestTensor() as largest:
         pool.score(patches, texts, texts=chosen, chunk_bytes=2**15).sum().backward()

@@ -306,7 +306,10 @@ class ImageChunks:
         for lo in range(0, x.shape[0], self.step):
             part = slice(lo, min(lo + self.step, x.shape[0]))
             others = (None if t is None else t[part] for t in (mask, norms, single))
-            yield part, Patches(x[part].to(self.dtype), *others), q[part].to(self.dtype)
+            rows = x[part].to(self.dtype)
+            if max(rows.stride()[1:]) >= 2**31:  # the pitch is an int32 in libraries for matrix products
+                rows = rows.contiguous()
+            yield part, Patches(rows, *others), q[part].to(self.dtype)
 
     def by_head(self, t: Tensor) -> Tensor:
         """(H, c K, D / H) view of (c, K, D)"""

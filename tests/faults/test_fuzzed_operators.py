@@ -144,12 +144,12 @@ def test_pooling(chosen: random.Random, backend: str) -> None:
         dtype = torch.float32 if backend == "triton" else chosen.choice(DTYPES)
         normalize, sharp = chosen.random() < 0.7, chosen.choice([0.1, 1.0, 8.0])
         print(f"{images} x {patches} x {queries} x {dim}, {heads} heads, {dtype}, normalize {normalize}, sharp {sharp}")
-        mask = torch.rand(images, patches) < chosen.choice([0.1, 0.7, 1.0])
+        mask = (torch.rand(images, patches) < chosen.choice([0.1, 0.7, 1.0])).to(DEVICE)
         shapes = (images, patches, dim), (images, queries, dim), (dim, dim), (dim, dim), (dim,)
-        given = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+        given = [torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
         given[1] *= sharp
         given[0][~mask] = chosen.choice([0.0, torch.nan, torch.inf])
-        weight = torch.randn(images, queries, dim, dtype=torch.float64)
+        weight = torch.randn(images, queries, dim, dtype=torch.float64).to(DEVICE)
         values = []
         for function, precision in ((attention_pool, dtype), (dense_pool, dtype), (dense_pool, torch.float64)):
             leaves = [t.to(precision).requires_grad_() for t in given]

@@ -68,7 +68,7 @@ def test_losses_are_strict(loss, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference", "triton"])
 def test_counts_what_ran(backend):
-    x = torch.ones(2, 2, 8, requires_grad=True)
+    x = torch.ones(2, 2, 8, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
     before = backend_runs()
     BetaCALLoss("ce", backend=backend)(x, x, 10.0).backward()
     assert backend_runs() - before == {("similarity_logsumexp", backend): 2}

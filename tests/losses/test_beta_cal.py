@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.beta_cal_batches import DEVICE, FORMS, LOSSES, Recorder, batch, dense, gradients, require
 from support.dispatches import Dispatches
 from support.paths import GOLDEN
-from support.precision import usual
+from support.precision import HALF, assert_exact, usual, widest
 from torch import Tensor, nn
 
 from betaclip import BetaCALLoss, beta_cal_bce_loss, beta_cal_ce_loss
@@ -18,6 +18,13 @@ from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.operators import BACKENDS
 
 CASES = json.loads((GOLDEN / "beta_cal.json").read_text())
+
+
+def full_precision(backend: str) -> torch.dtype:
+    dtype = widest(backend)
+    if dtype in HALF:
+        pytest.skip(f"{backend}: half precision has tests of its own")
+    return dtype
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -44,14 +51,13 @@ def test_published_values(backend, case, dtype, tolerance):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_dense_formula(backend, form, options, masked):
-    require(backend, torch.float64)
-    b = batch()
+    b = batch(dtype=full_precision(backend))
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
     mask = b.mask if masked else None
     ours = LOSSES[form](*leaves, mask=mask, backend=backend, **options)
     theirs = dense(form, *leaves, mask=mask, **options)
     for a, t in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+        assert_exact(a, t)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,15 +91,14 @@ def test_pair_weights(form, per_image, masked):
 @pytest.mark.parametrize("form", FORMS)
 def test_ragged_equals_masked(form, backend):
     """(N, D) rows with image_index, the empty image left out, are the same batch as (B, K, D) with its mask."""
-    require(backend, torch.float64)
-    b = batch()
+    b = batch(dtype=full_precision(backend))
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
     masked = gradients(LOSSES[form](*leaves, mask=b.mask, backend=backend), *leaves)
     rows = [b.image[b.mask], b.text[b.mask]]
     index = torch.arange(6, device=DEVICE)[:, None].expand_as(b.mask)[b.mask]
     ragged = gradients(LOSSES[form](*rows, b.scale, image_index=index, backend=backend), *leaves)
     for a, t in zip(ragged, masked, strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+        assert_exact(a, t)
 
 
 def test_one_text_per_image_is_siglip():
@@ -146,12 +151,11 @@ def test_empty_batch(backend, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_image_or_one_text(backend, form, images, texts):
-    b = batch(images, texts)
-    require(backend, torch.float64)
+    b = batch(images, texts, dtype=full_precision(backend))
     leaves = [t.requires_grad_() for t in (b.image, b.text, b.scale)]
     ours, theirs = LOSSES[form](*leaves, backend=backend), dense(form, *leaves)
     for a, t in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+        assert_exact(a, t)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -314,11 +318,11 @@ def test_export(form, backend):
 @pytest.mark.parametrize("form", FORMS)
 def test_function_transforms_raise(form, transform):
     """As the docs say; torch.func.functional_call is no transform."""
-    b, loss = batch(), BetaCALLoss(form, beta=nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
+    b, loss = batch(), BetaCALLoss(form, beta=nn.Parameter(torch.tensor(0.5, dtype=torch.float64, device=DEVICE)))
     image = b.image[None] if transform is torch.func.vmap else b.image
     with pytest.raises(RuntimeError, match="setup_context"):
         transform(lambda image: loss(image, b.text, b.scale))(image)
-    beta = torch.tensor(0.1, dtype=torch.float64)
+    beta = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
     called = torch.func.functional_call(loss, {"beta": beta}, (b.image, b.text, b.scale))
     torch.testing.assert_close(called, BetaCALLoss(form, beta=0.1)(b.image, b.text, b.scale))
 

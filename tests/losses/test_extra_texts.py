@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.beta_cal import DEVICE, FORMS, B, D, K, assert_equal, batch, dense_rows, gradients, ragged
 from support.largest import LargestTensor
+from support.precision import widest
 from support.similarity import product_flop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,15 +16,15 @@ E = 7
 BACKENDS = ["triton", "blockwise", "reference"]
 
 
-def extra_texts(count: int = E) -> Tensor:
-    return torch.randn(count, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+def extra_texts(count: int = E, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, D, dtype=dtype, device=DEVICE, requires_grad=True)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_dense_formula(backend, form, masked):
-    b, extra = batch(), extra_texts()
+    b, extra = batch(widest(backend)), extra_texts(dtype=widest(backend))
     mask = b.mask if masked else None
     loss = BetaCALLoss(form, beta=0.4, backend=backend)
     ours = loss(b.image, b.text, b.scale, logit_bias=b.bias, mask=mask, extra_texts=extra)
@@ -49,18 +50,17 @@ def test_with_weights_rows_and_smoothed_targets(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_invalid_ones_take_part_in_nothing(form):
-    b, extra = batch(), extra_texts()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invalid_ones_take_part_in_nothing(backend, form):
+    b, extra = batch(widest(backend)), extra_texts(dtype=widest(backend))
     valid = torch.arange(E, device=DEVICE) % 3 > 0
     poisoned = extra.detach().masked_fill(~valid[:, None], torch.nan).requires_grad_()
     options = {"form": form, "label_smoothing": 0.2 * (form == "ce")}
     truth = BetaCALLoss(**options)(b.image, b.text, b.scale, extra_texts=extra[valid])
-    for backend in BACKENDS:
-        loss = BetaCALLoss(**options, backend=backend)
-        ours = loss(b.image, b.text, b.scale, extra_texts=poisoned, extra_mask=valid)
-        torch.testing.assert_close(ours, truth)
-        (gradient,) = torch.autograd.grad(ours, poisoned)
-        assert gradient.isfinite().all() and not gradient[~valid].any() and gradient[valid].any(1).all()
+    ours = BetaCALLoss(**options, backend=backend)(b.image, b.text, b.scale, extra_texts=poisoned, extra_mask=valid)
+    torch.testing.assert_close(ours, truth)
+    (gradient,) = torch.autograd.grad(ours, poisoned)
+    assert gradient.isfinite().all() and not gradient[~valid].any() and gradient[valid].any(1).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -173,12 +173,17 @@ def test_cuda_matches_dense_formula(form, dtype, cuda):
 
 def test_rejects():
     b = batch()
+    one = torch.ones(E, D, device=DEVICE)
     for extra, mask, message in (
         (torch.ones(E, D + 1), None, r"extra_texts: expected \(E, 8\), D as in image_embeds, got shape \(7, 9\)"),
         (torch.ones(E, D).long(), None, "extra_texts: expected float16, bfloat16, float32 or float64, got torch.int64"),
         ([1.0], None, "extra_texts: expected a tensor, got list"),
-        (torch.ones(E, D), torch.ones(E), r"extra_mask: expected dtype torch.bool \(True = valid\), got torch.float32"),
-        (torch.ones(E, D), torch.ones(3) > 0, r"extra_mask: expected shape \(7,\) as extra_texts, got \(3,\)"),
+        (
+            one,
+            torch.ones(E, device=DEVICE),
+            r"extra_mask: expected dtype torch.bool \(True = valid\), got torch.float32",
+        ),
+        (one, one[:3, 0] > 0, r"extra_mask: expected shape \(7,\) as extra_texts, got \(3,\)"),
         (None, torch.ones(3) > 0, "extra_mask: expected extra_texts with it, got None"),
     ):
         with pytest.raises(ValueError, match=message):

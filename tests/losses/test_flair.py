@@ -17,10 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, K, D = 5, 3, 8
 
 
-def leaves() -> list[Tensor]:
+def leaves(device: str = DEVICE) -> list[Tensor]:
     """Images, texts, scale and bias."""
     shapes = (B, D), (B, K, D), (), ()
-    image, text, scale, bias = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in shapes)
+    image, text, scale, bias = (torch.randn(s, dtype=torch.float64, device=device) for s in shapes)
     return [t.requires_grad_() for t in (image, text, scale.abs() + 4, bias - 3)]
 
 
@@ -62,10 +62,10 @@ def test_multi_positive_loss_of_masked_texts():
     assert multi_positive_loss(image, odd, scale, logit_bias=bias, mask=torch.zeros_like(mask)) == 0
 
 
-def scores(columns: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def scores(columns: int = 6, device: str = DEVICE) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines, which of them are of own texts, and which exist: the last image has none."""
-    cosines = torch.randn(B, columns, dtype=torch.float64, device=DEVICE).tanh().requires_grad_()
-    own, mask = torch.rand(B, columns, device=DEVICE) < 0.4, torch.rand(B, columns, device=DEVICE) < 0.7
+    cosines = torch.randn(B, columns, dtype=torch.float64, device=device).tanh().requires_grad_()
+    own, mask = (torch.rand(B, columns, device=device) < share for share in (0.4, 0.7))
     mask[0], mask[-1] = True, False
     return cosines, own, mask
 
@@ -116,9 +116,10 @@ def test_released_values():
 
 
 def over_two_ranks() -> None:
-    """Every rank has the loss of all images, and W times the gradients of its own: ranks have 2 images and 3."""
-    image, text, scale, bias = inputs = leaves()
-    cosines, own, mask = scores()
+    """Every rank has the loss of all images, and W times the gradients of its own: ranks have 2 images and 3. On the
+    CPU, since gloo sends no tensors of a GPU from rank to rank."""
+    image, text, scale, bias = inputs = leaves("cpu")
+    cosines, own, mask = scores(device="cpu")
     part = (slice(0, 2), slice(2, 5))[dist.get_rank()]
     truth = multi_positive_loss(image, text, scale, logit_bias=bias, gather=False)
     for gather in ("all_gather", "ring"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.beta_cal import DEVICE, FORMS, K, assert_equal, batch, dense_rows, gradients, ragged
+from support.precision import widest
 
 from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_bce_loss, beta_cal_ce_loss
 from betaclip.kernels.similarity.blockwise import Blockwise
@@ -19,9 +20,9 @@ BACKENDS = ["triton", "blockwise", "reference"]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_with_any_incoming_gradient(backend, form, masked):
-    b = batch()
+    b = batch(widest(backend))
     mask = b.mask if masked else None
-    incoming = torch.randn(b.mask.shape, dtype=torch.float64, device=DEVICE)
+    incoming = torch.randn_like(b.weights)
     loss = BetaCALLoss(form, beta=0.4, backend=backend, reduction="none")
     ours = loss(b.image, b.text, b.scale, logit_bias=b.bias, mask=mask)
     truth = dense_rows(form, *b.leaves, mask=mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.beta_cal import DEVICE, FORMS, B, D, K, assert_equal, batch, gradients, ragged
 from support.largest import LargestTensor
+from support.precision import widest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,8 @@ def separate(loss: Any, dims: dict[int, float], image: Tensor, text: Tensor, *ar
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_the_sum_of_separate_losses(backend, form, others):
-    b, extra = batch(), torch.randn(7, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    b = batch(widest(backend))
+    extra = torch.randn(7, D, dtype=widest(backend), device=DEVICE, requires_grad=True)
     given: dict[str, Any] = {"logit_bias": b.bias}
     if others != "none":
         given |= {"mask": b.mask, "weights": b.weights}
@@ -84,8 +86,10 @@ def test_half_precision(form, backend, request):
     exact = [t.detach().double().requires_grad_() for t in (image, text)]
     ours = BetaCALLoss(form, backend=backend, dims=DIMS)(image, text, 10.0, logit_bias=-1.0)
     truth = separate(BetaCALLoss(form), DIMS, *exact, 10.0, logit_bias=-1.0)
+    # The kernels multiply rows and gradients of logits that are rounded to bfloat16, with one prefix as with several.
+    allowed = 8e-3 if backend in ("cuda", "triton") else 4e-3
     for a, t in zip(gradients(ours, [image, text]), gradients(truth, exact), strict=True):
-        assert (a.double() - t).norm() <= 4e-3 * t.norm()
+        assert (a.double() - t).norm() <= allowed * t.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,7 +143,7 @@ def test_one_prefix(function):
 @pytest.mark.parametrize("form", FORMS)
 def test_prefix_without_direction(form, backend):
     """It counts as zero, as a zero row does; padded rows may hold anything."""
-    b = batch()
+    b = batch(widest(backend))
     image = b.image.detach().clone()
     image[0, 1, :4] = 0
     image[2, 0] = 0

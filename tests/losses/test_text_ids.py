@@ -6,6 +6,7 @@ test_operators.py has the operations, test_across_ranks several ranks.
 import pytest
 import torch
 from support.beta_cal import DEVICE, FORMS, B, D, K, assert_equal, batch, dense_rows, gradients, ragged
+from support.precision import widest
 from torch import Tensor
 
 from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, beta_cal_ce_loss
@@ -22,7 +23,8 @@ def ids_of(*shape: int) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_dense_formula(backend, form, masked):
-    b, ids, extra, extra_ids = batch(), ids_of(B, K), torch.randn(7, D, dtype=torch.float64, device=DEVICE), ids_of(7)
+    b, ids, extra_ids = batch(widest(backend)), ids_of(B, K), ids_of(7)
+    extra = torch.randn(7, D, dtype=widest(backend), device=DEVICE)
     leaves, mask = [*b.leaves, extra.requires_grad_()], b.mask if masked else None
     for extras in ({}, {"extra_texts": extra}, {"extra_texts": extra, "extra_text_ids": extra_ids}):
         loss = BetaCALLoss(form, beta=0.4, backend=backend, reduction="none")

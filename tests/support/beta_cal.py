@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support.precision import assert_exact
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -12,15 +13,15 @@ FORMS = ["ce", "bce"]
 B, K, D = 5, 3, 8
 
 
-def batch() -> SimpleNamespace:
-    """Leaves in float64 of unequal norms, a mask that leaves the second image no text, and weights of the texts."""
+def batch(dtype: torch.dtype = torch.float64) -> SimpleNamespace:
+    """Leaves of unequal norms, a mask that leaves the second image no text, and weights of the texts."""
     shapes = (B, K, D), (B, K, D), (), ()
-    image, text, scale, bias = (torch.randn(shape, dtype=torch.float64, device=DEVICE) for shape in shapes)
+    image, text, scale, bias = (torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)
     mask = torch.arange(K, device=DEVICE) < torch.tensor([3, 0, 1, 2, 3], device=DEVICE)[:, None]
     leaves = [t.requires_grad_() for t in (image, text, scale.abs() + 4, bias - 2)]
     return SimpleNamespace(
         image=image, text=text, scale=leaves[2], bias=leaves[3], mask=mask, leaves=leaves,
-        weights=torch.rand(B, K, dtype=torch.float64, device=DEVICE) + 0.1,
+        weights=torch.rand(B, K, dtype=dtype, device=DEVICE) + 0.1,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def gradients(loss: Tensor, leaves: list[Tensor], incoming: Tensor | None = None
 
 def assert_equal(ours: list[Tensor], truth: list[Tensor]) -> None:
     for a, t in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, t, rtol=1e-9, atol=1e-12)
+        assert_exact(a, t)
 
 
 def ragged(b: SimpleNamespace, **slots: Any) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def assert_as_good_as_eager(ours: list[Tensor], eager: list[Tensor], truth: list
     for i, (a, b, t) in enumerate(zip(ours, eager, truth, strict=True)):
         assert torch.equal(a.isfinite(), t.isfinite()), i
         finite = t.isfinite()
+        if not finite.any():
+            continue
         size = t[finite].abs().max()
         error, allowed = (((v.double() - t)[finite]).abs().max() for v in (a, b))
         # A scalar is one sum with cancellation: eager's may be right by luck.

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.attention_pool import DEVICE, SIZES, arguments, projected, require, some_masked, value_and_gradients
-from support.precision import HALF, usual
+from support.precision import HALF, assert_exact, usual, widest
 from torch import Tensor
 
 from betaclip.kernels.attention_pool import projected as projected_form
@@ -110,8 +110,8 @@ def test_key_of_zeros_in_half_precision(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_of_keys_counts_beside_a_key_of_zeros_alone(backend):
-    require(backend, torch.float64)
-    tensors, k_bias = arguments(2, 3, 7, 16), torch.randn(16, dtype=torch.float64, device=DEVICE)
+    tensors = arguments(2, 3, 7, 16, widest(backend))
+    k_bias = torch.randn_like(tensors[-1])
     plain = attention_pool(*tensors, 4, backend=backend)
     assert torch.equal(attention_pool(*tensors, 4, k_bias=k_bias, backend=backend), plain)
     zero = attention_pool(*tensors, 4, add_zero_attn=True, backend=backend)
@@ -157,11 +157,10 @@ def test_one_valid_patch_gives_queries_no_gradient(backend, dtype, normalize, pa
 def test_exact_integers(backend):
     """Equal logits and small integers: means of patches that any error of an index would change visibly."""
     b, k, p, d, heads = 3, 2, 8, 16, 4
-    x = torch.randint(-4, 5, (b, p, d), dtype=torch.float64, device=DEVICE)
-    q = torch.zeros(b, k, d, dtype=torch.float64, device=DEVICE)
-    k_weight, v_weight = (torch.randint(-3, 4, (d, d), dtype=torch.float64, device=DEVICE) for _ in range(2))
-    v_bias = torch.arange(d, dtype=torch.float64, device=DEVICE)
-    require(backend, x.dtype)
+    options = {"dtype": widest(backend), "device": DEVICE}
+    x, q = torch.randint(-4, 5, (b, p, d), **options), torch.zeros(b, k, d, **options)
+    k_weight, v_weight = (torch.randint(-3, 4, (d, d), **options) for _ in range(2))
+    v_bias = torch.arange(d, **options)
     out = attention_pool(x, q, k_weight, v_weight, v_bias, heads, normalize=False, backend=backend)
     expected = (x.sum(1) @ v_weight.T / p + v_bias)[:, None].expand_as(out)
     assert torch.equal(out, expected)  # sums of integers over 8: exact in any order
@@ -195,8 +194,8 @@ def test_chunks_of_images(backend):
     sizes = (1, 10_000, 20_000, 40_000, 80_000, 2**22)
     assert {1, 2, 3, 5} <= {ImageChunks(pooling, pooling.x.new_empty(0), Eager(size), True).step for size in sizes}
     for size in sizes:
-        check(backend, torch.float64, (b, k, p, d, heads), True, scratch_bytes=size)
-    check(backend, torch.float64, (b, k, p, d, heads), True, scratch_bytes=20_000, zero=True)
+        check(backend, widest(backend), (b, k, p, d, heads), True, scratch_bytes=size)
+    check(backend, widest(backend), (b, k, p, d, heads), True, scratch_bytes=20_000, zero=True)
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -225,28 +224,25 @@ def test_unit_patches_are_twice_differentiable():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_queries_shared_by_all_images(backend):
-    require(backend, torch.float64)
-    x, q, *rest = arguments(3, 5, 7, 16)
+    x, q, *rest = arguments(3, 5, 7, 16, widest(backend))
     q = q[:1].requires_grad_()
-    weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE)
+    weight = torch.randn(3, 5, 16, dtype=x.dtype, device=DEVICE)
     ours = torch.autograd.grad(attention_pool(x, q, *rest, 4, backend=backend), q, weight)
     truth = torch.autograd.grad(projected(x, q, *rest, 4), q, weight)
     assert ours[0].shape == (1, 5, 16)
-    torch.testing.assert_close(ours, truth)
+    assert_exact(ours[0], truth[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bias(backend):
-    require(backend, torch.float64)
-    *tensors, v_bias = arguments(2, 3, 7, 16)
+    *tensors, v_bias = arguments(2, 3, 7, 16, widest(backend))
     with_bias = attention_pool(*tensors, v_bias, 4, backend=backend)
     torch.testing.assert_close(attention_pool(*tensors, None, 4, backend=backend) + v_bias, with_bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_patches_may_hold_anything(backend):
-    require(backend, torch.float64)
-    x, *rest = arguments(3, 4, 9, 16)
+    x, *rest = arguments(3, 4, 9, 16, widest(backend))
     mask = some_masked(3, 9)
     clean = x.masked_fill(~mask[..., None], 1.0).requires_grad_()
     dirty = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
@@ -260,22 +256,20 @@ def test_masked_patches_may_hold_anything(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_masked_patches(backend):
     """Valid patches after, between and before whole blocks of masked ones, for an online softmax to step over."""
-    require(backend, torch.float64)
-    x, *rest = arguments(3, 4, 50, 16)
+    x, *rest = arguments(3, 4, 50, 16, widest(backend))
     mask = torch.zeros(3, 50, dtype=torch.bool, device=DEVICE)
     mask[0, 45:], mask[1, 20:25], mask[2, :2] = True, True, True
     weight = torch.randn(3, 4, 16, dtype=torch.float64, device=DEVICE)
     ours = value_and_gradients(lambda *leaves: attention_pool(*leaves, 4, mask, backend=backend), weight, [x, *rest])
     truth = value_and_gradients(lambda *leaves: projected(*leaves, 4, mask), weight, [x, *rest])
     for a, t in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, t)
+        assert_exact(a, t)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_patches_count_as_zero(backend):
     """Normalised they stay 0, with a gradient of 0 where a division by their norm would give inf."""
-    require(backend, torch.float64)
-    x, *rest = arguments(2, 4, 9, 16)
+    x, *rest = arguments(2, 4, 9, 16, widest(backend))
     x[0, 3] = 0
     x[1, 5] *= 1e-20
     x.requires_grad_()
@@ -315,25 +309,25 @@ def test_extreme_logits(backend, scale):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_noncontiguous(backend):
     """Patches that leave out a class token, transposed, expanded; queries cut out of a wider tensor."""
-    require(backend, torch.float64)
-    _, _, *rest = arguments(1, 1, 1, 16)
-    wide = torch.randn(4, 11, 40, dtype=torch.float64, device=DEVICE)
+    dtype = widest(backend)
+    _, _, *rest = arguments(1, 1, 1, 16, dtype)
+    wide = torch.randn(4, 11, 40, dtype=dtype, device=DEVICE)
     q = wide[:3, 2:7, 3:19]
     views = {
         "without a class token": wide[:3, 1:, 24:],
         "transposed": wide.permute(0, 2, 1)[:3, :, :1].expand(3, 40, 16),
         "columns apart": wide[:3, :, 1:33:2],
         "expanded": wide[:1, :, :16].expand(3, 11, 16),
-        "images apart": torch.randn(11, 3, 16, dtype=torch.float64, device=DEVICE).transpose(0, 1),
+        "images apart": torch.randn(11, 3, 16, dtype=dtype, device=DEVICE).transpose(0, 1),
     }
     for name, x in views.items():
         leaves = [t.detach().requires_grad_() for t in (x, q)]
         copies = [t.detach().contiguous().requires_grad_() for t in (x, q)]
-        weight = torch.randn(3, 5, 16, dtype=torch.float64, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
+        weight = torch.randn(3, 5, 16, dtype=dtype, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
         ours = torch.autograd.grad(attention_pool(*leaves, *rest, 4, backend=backend), leaves, weight)
         truth = torch.autograd.grad(projected(*copies, *rest, 4), copies, weight)
         for a, b in zip(ours, truth, strict=True):
-            torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}")
+            assert_exact(a, b, name)
 
 
 @pytest.mark.parametrize("images, texts", [(0, 3), (3, 0)])

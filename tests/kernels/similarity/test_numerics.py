@@ -240,7 +240,7 @@ def test_equal_texts_take_no_part(backend, grouped):
 
     found = value_and_gradients(ours, weight, x, y, scale, bias)
     truth = value_and_gradients(dense, weight, x.double(), y.double(), scale, bias)
-    tolerance = 2e-2 if x.dtype in HALF else 1e-9
+    tolerance = 2e-2 if x.dtype in HALF else 1e-5 if x.dtype == torch.float32 else 1e-9
     for a, t in zip(found, truth, strict=True):
         assert torch.equal(a.isfinite(), t.isfinite())
         torch.testing.assert_close(a.double(), t, rtol=tolerance, atol=tolerance * float(t[t.isfinite()].abs().max()))

@@ -190,6 +190,7 @@ def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypa
     monkeypatch.setattr(triton_kernels, "_similarity_id_ranges_kernel", Ranges())
     monkeypatch.setattr(triton_kernels._Launch, "__call__", lambda self, kernel, *args, **options: launched(kernel))
     monkeypatch.setattr(triton_kernels, "aligned", lambda t, multiple: t)  # meta tensors have no addresses
+    monkeypatch.setattr(triton_kernels.architecture, "architecture", lambda device: "sm_90")
     image, text = (torch.empty(1024, 36, 512, device="meta", requires_grad=True) for _ in range(2))
     backend = triton_kernels.Triton(TILES["sm_90", 2], CHUNK_ROWS["sm_90", 2])
     loss = BetaCALLoss(form, backend=backend, gather=False)
