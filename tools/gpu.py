@@ -115,7 +115,7 @@ def plan(folder: Path, output: Path, scale: float, dry_run: bool) -> list[Step]:
     folds = "--implementations published xformers betaclip"  # without what takes long to compile
     # A figure shows the width that its file ends with: 512.
     return [
-        tests("pytest -m gpu", 4),
+        tests("pytest", 4),
         sanitize("memcheck", "triton", 2),
         sanitize("memcheck", "cuda", 1),
         sanitize("racecheck", "cuda", 1.5),
@@ -179,7 +179,8 @@ class BringUp:
     def forget(self, stages: Sequence[str]) -> None:
         self.recorded = {name: x for name, x in self.recorded.items() if x["stage"] not in stages}
         if "tests" in stages:
-            (self.folder / gpu_report.RECORD).unlink(missing_ok=True)
+            for record in self.folder.glob(f"{Path(gpu_report.RECORD).stem}*"):
+                record.unlink()
 
     def stage(self, steps: Sequence[Step], minutes: float) -> None:
         """Run those of one stage's steps that have not ended yet, as long as one has the time that it may take."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from betaclip.kernels.precision import accumulation_dtype, add_product
+from betaclip.kernels.similarity.contract import row_kernels_serve
 from betaclip.kernels.similarity.exponent_range import MAX_SINGLE_EXP_SPREAD
 from betaclip.kernels.similarity.prefixes import columns
 
@@ -56,6 +57,12 @@ def logsumexp_vectors(
 
     Vectors are filled up to a ``multiple`` with rows without any pair, of weight 0.
     """
+    if row_kernels_serve(lse_x):
+        from betaclip.kernels.similarity import triton_rows  # Triton may not be installed
+
+        gain = amplification(dtype, len(lse_x))
+        factor, *on_gpu = triton_rows.logsumexp_vectors(lse_x, lse_y, dlse_x, dlse_y, gain, multiple)
+        return factor, LogsumexpVectors(*on_gpu)
     lse_x, lse_y = (filled(lse, multiple, -torch.inf) for lse in (lse_x, lse_y))
     dlse_x, dlse_y = (filled(dlse, multiple, 0.0) for dlse in (dlse_x, dlse_y))
     factor = torch.maximum(dlse_x.abs().max(), dlse_y.abs().max()) / amplification(dtype, len(lse_x))

@@ -2,14 +2,17 @@
 
 Nothing is tuned at run time: ranks of a job must agree, and a kernel must be importable without a GPU.
 
-Reasons. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128 tile asks for just that when the
+Timed on a GPU: sm_90 in 16 bits alone (``benchmarks/results/tuning.md``). Two programs of four warps share a
+multiprocessor there, so that one multiplies while the other takes exponentials.
+
+Reasons for the others. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128 tile asks for just that when the
 matrix units run at full rate, smaller tiles for more, and 128 x 256 spills in the backward. BLOCK_D * itemsize
 = 128 bytes is the widest swizzle of TMA. Float32 runs as TF32x3, three products, so it waits less for memory; on
 sm_80, whose operands pass through registers, 32 columns at a time leave no register (Triton 3.8 spills), 16 leave 75.
 AMD's 64 KB of LDS hold two stages. sm_100 (B200; sm_103 takes the same) multiplies by tcgen05 from tensor memory; in
 float32, 128 columns would spill in the merge. sm_120 (RTX 50) has TMA, but the matrix instructions of sm_80, and
 99 KB of shared memory. Tests compile every entry ahead of time and read the machine code (no spill, the architecture's
-matrix unit); none has been timed on a GPU yet.
+matrix unit).
 """
 
 from betaclip.kernels.architecture import Tile
@@ -22,7 +25,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("sm_120", 4): Tile(128, 64, 32, 8, 3, tma=True),
     ("sm_100", 2): Tile(128, 128, 64, 8, 4, tma=True),
     ("sm_100", 4): Tile(128, 64, 32, 8, 4, tma=True),
-    ("sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("sm_90", 2): Tile(128, 128, 64, 4, 3, programs=2, tma=True),
     ("sm_90", 4): Tile(128, 128, 32, 8, 3, tma=True),
     ("sm_80", 2): Tile(128, 128, 32, 8, 4),
     ("sm_80", 4): Tile(128, 64, 16, 8, 4),
@@ -30,6 +33,12 @@ TILES: dict[tuple[str, int], Tile] = {
     ("gfx942", 4): Tile(64, 64, 32, 4, 2),
     ("interpreter", 2): _INTERPRETER,
     ("interpreter", 4): _INTERPRETER,
+}
+
+# The gradient of the sigmoid form, whose epilogue is the longest: on an H200 three programs of half a tile hide it best.
+SOFTPLUS_GRADIENT_TILES: dict[tuple[str, int], Tile] = {
+    **TILES,
+    ("sm_90", 2): Tile(128, 64, 64, 4, 3, programs=3, tma=True),
 }
 
 # With several prefixes, except in the forward of the log-sum-exp. A tile's cosines outlive its epilogue, where the

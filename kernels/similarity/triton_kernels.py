@@ -42,7 +42,7 @@ from betaclip.kernels.similarity.chunks import Accumulators, amplification, fill
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
 from betaclip.kernels.similarity.prefix_rows import PrefixRows
-from betaclip.kernels.similarity.tiles import CHUNK_ROWS, PREFIX_TILES, TILES, rectangles
+from betaclip.kernels.similarity.tiles import CHUNK_ROWS, PREFIX_TILES, SOFTPLUS_GRADIENT_TILES, TILES, rectangles
 from betaclip.kernels.similarity.triton_tiles import (
     all_pairs_included,
     dot,
@@ -286,6 +286,9 @@ def _similarity_softplus_kernel(
             acc = lengthened(acc, x_ratio_ptr, y_ratio_ptr, prefix, PREFIXES, offs_m, offs_n, N, M)
 
 
+_TileTable = Mapping[tuple[str, int], Tile]
+
+
 @dataclass(frozen=True)
 class Triton:
     """The ``SimilarityBackend`` of these kernels. ``tile`` and ``chunk_rows`` stand in for the tables of ``tiles``."""
@@ -295,7 +298,7 @@ class Triton:
     chunk_rows: int | None = None
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        launch = _Launch(self, x, y, scale, TILES)
+        launch = _Launch(self, x, y, scale, of_prefixes=TILES)
         n, m, prefixes = launch.x.shape[0], launch.y.shape[0], len(launch.ends)
         tiles_m, tiles_n = launch.tiles(n, m)
         strips, ranges = rectangles(tiles_m, tiles_n, launch.programs)
@@ -365,7 +368,7 @@ class Triton:
         need_dx: bool,
         need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        launch = _Launch(self, x, y, scale)
+        launch = _Launch(self, x, y, scale, SOFTPLUS_GRADIENT_TILES)
         sums, radial = launch.accumulators(need_dx, need_dy), launch.radial_sums()
         rows, ids = launch.row_sums(len(launch.ends)), (*launch.ids, *launch.id_ranges())
         sigmoid = None if bias is None else torch.zeros_like(rows)
@@ -381,14 +384,20 @@ class _Launch:
     """The arguments that all launches on a pair of operands share."""
 
     def __init__(
-        self, backend: Triton, x: Operand, y: Operand, scale: Tensor, of_prefixes: Mapping[Any, Tile] = PREFIX_TILES
+        self,
+        backend: Triton,
+        x: Operand,
+        y: Operand,
+        scale: Tensor,
+        tiles: _TileTable = TILES,
+        of_prefixes: _TileTable = PREFIX_TILES,
     ) -> None:
         self.depth = x.rows.shape[1]
         self.scale, self.dtype = scale, x.accumulation
         self.ids = x.image_id, y.image_id, x.text_id, y.text_id
         target = architecture.architecture(x.rows.device)
-        several = len(x.slices) > 1
-        self.tile = backend.tile or choose(of_prefixes if several else TILES, target, x.dtype.itemsize)
+        several, self.normalised = len(x.slices) > 1, x.inverse_norm is not None
+        self.tile = backend.tile or choose(of_prefixes if several else tiles, target, x.dtype.itemsize)
         self.prefixes: tuple[PrefixRows, ...] = ()
         if several:
             self.prefixes = PrefixRows.of(x, self.tile.block_d), PrefixRows.of(y, self.tile.block_d)
@@ -487,8 +496,8 @@ class _Launch:
         return self.row_sums(shorter), of_columns
 
     def bound(self) -> Tensor:
-        """() the largest possible |S|. Normalised prefixes are rounded."""
-        if self.prefixes:
+        """() the largest possible |S|. Normalised rows are rounded."""
+        if self.prefixes or self.normalised:
             return self.scale.abs() * (1 + 2**-6)
         return self.scale.abs() * _max_norm(self.x, self.dtype) * _max_norm(self.y, self.dtype)
 

@@ -89,7 +89,7 @@ def test_unfinished_tests_go_on(machine, call, tmp_path, capsys):
     record.touch()
     order = [command.split()[0].removeprefix("tools/") for command in machine.commands]
     assert order == ["gpu_tests.py", *["sanitize.py"] * 4]  # what is left of 10 minutes is too little for a second turn
-    assert "left: tests: pytest -m gpu, up to 4 minutes" in capsys.readouterr().out
+    assert "left: tests: pytest, up to 4 minutes" in capsys.readouterr().out
     assert "| unfinished | 100 s | the end |" in page(tmp_path)
     machine.statuses = {}
     assert call("tests") == 0 and len(machine.commands) == 1 and record.exists()
@@ -147,15 +147,15 @@ def test_the_limit_of_a_stage_is_that_of_its_processes(machine, call):
 def test_programs_know_their_options(tmp_path, monkeypatch):
     """Each command of a real run, as the program itself reads it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(gpu_tests, "run", lambda *given: given)
+    monkeypatch.setattr(gpu_tests, "run_all", lambda *given: given)
     monkeypatch.setattr(gpu_tests, "summary", lambda record: [])
     sanitize, tiles = (load_program(ROOT / "tools" / f"{name}.py") for name in ("sanitize", "tile_variants"))
     for step in PROGRAM.plan(tmp_path, tmp_path, 1.0, False):
         file, *options = step.command
         assert (ROOT / file).exists()
         if file == "tools/gpu_tests.py":
-            _, selection, minutes, _ = gpu_tests.main(options)
-            assert minutes == pytest.approx(3.6) and selection[:2] == ["-m", "gpu"]
+            _, selection, minutes, _, processes = gpu_tests.main(options)
+            assert minutes == pytest.approx(3.6) and selection[0] == "--on-gpu" and processes >= 1
             assert "tests/kernels/similarity/test_cuda_backend.py" in selection
         elif file == "tools/sanitize.py":
             monkeypatch.setattr(sys, "argv", [file, *options])
@@ -234,7 +234,7 @@ def test_dry_run(tmp_path, capfd, monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")
     assert PROGRAM.main(["tests", "--dry-run", "--output", str(tmp_path)]) == 0
-    assert "tests: pytest -m gpu ... passed" in capfd.readouterr().out
+    assert "tests: pytest ... passed" in capfd.readouterr().out
     (report,) = tmp_path.glob("bringup-cpu-*.md")
     text = report.read_text(encoding="utf-8")
     assert text.count("| not run |") == 4 and re.search(r"Tests: \d+ passed\.", text)
