@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 from betaclip.kernels import architecture as architectures
 from betaclip.kernels.attention_pool.folded import Patches, Result
 from betaclip.kernels.attention_pool.triton_kernels import Fused
+from betaclip.kernels.attention_pool.triton_rows import unit_rows_bwd, unit_rows_fwd
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.tiles import TILES
 from betaclip.kernels.similarity.triton_kernels import Triton
@@ -57,6 +58,7 @@ SOURCES = [
         for name in ("tiles", "triton_kernels")
     ),
     "kernels/attention_pool/folded.py",
+    "kernels/attention_pool/triton_rows.py",
     "kernels/similarity/chunks.py",
     "kernels/similarity/contract.py",
     "kernels/similarity/exponent_range.py",
@@ -171,6 +173,10 @@ def launch_attention_pool(dtype: torch.dtype) -> None:
         result = Result(out, out, out[0, 0] if normalize else None)
         dx = torch.empty(images, patches, width, dtype=dtype)
         Fused().backward(x, zg, lse, None, result, weights[..., :patches], products, dx, none)
+        norms = torch.empty(images, patches)
+        for unit in (None, dx):
+            unit_rows_fwd(rows, 1e-12, norms, unit)
+        unit_rows_bwd(dx, norms, dx)
 
 
 def nvidia_code(cubin: bytes, tensor_flop: int) -> tuple[machine_code.Code, int, int]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from support.dispatches import Dispatches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from betaclip import BetaCALLoss, ClipLoss, SigLipLoss, TextConditionedPool, backend_runs
-from betaclip.kernels.backends import always_supported, resolve
+from betaclip.kernels.backends import always_supported, resolve, run_operator
 from betaclip.kernels.similarity import similarity_logsumexp, similarity_softplus
 
 TABLE = {"triton": lambda *_: [], "blockwise": always_supported, "reference": always_supported}
@@ -103,3 +104,17 @@ def test_counts_pooling(backend, runs):
     before = backend_runs()
     pool(patches, texts).sum().backward()
     assert backend_runs() - before == {("attention_pool", backend): runs}
+
+
+def test_an_operator_runs_where_something_else_sees_it(on_gpu):
+    """A mode, a subclass, a second derivative; else its function, and always for a backend that is an object."""
+
+    def run(x: torch.Tensor, backend: object = "folded") -> str:
+        return run_operator(lambda *_: "operator", lambda *_: "function", x, backend)
+
+    x = torch.ones(2)
+    assert run(x) == "operator"  # gradients are enabled
+    with torch.no_grad():
+        assert run(x) == "function" and run(on_gpu) == "operator" and run(on_gpu, object()) == "function"
+        with Dispatches():
+            assert run(x) == "operator"
