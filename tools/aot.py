@@ -39,6 +39,7 @@ from betaclip.kernels import architecture as architectures
 from betaclip.kernels.attention_pool.folded import Patches, Result
 from betaclip.kernels.attention_pool.triton_kernels import Fused
 from betaclip.kernels.attention_pool.triton_rows import unit_rows_bwd, unit_rows_fwd
+from betaclip.kernels.similarity import triton_rows
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.tiles import TILES
 from betaclip.kernels.similarity.triton_kernels import Triton
@@ -64,6 +65,7 @@ SOURCES = [
     "kernels/similarity/exponent_range.py",
     "kernels/similarity/prefix_rows.py",
     "kernels/similarity/prefixes.py",
+    "kernels/similarity/triton_rows.py",
     "kernels/similarity/triton_tiles.py",
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
@@ -76,6 +78,8 @@ FLAGS = (
     "NORMALIZE",
     "HAS_MASK",
     "MANY_BLOCKS",
+    "HAS_SLOTS",
+    "HAS_GAIN",
 )  # of a launch
 GROWTH = 1.05  # how many times the accepted instructions per tile a kernel may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -131,6 +135,8 @@ def launch_similarity(dtype: torch.dtype) -> None:
         (512, True, True, True, (128, 256, 512)),
     ):
         _launch_similarity(dtype, depth, with_ids, with_texts, bias, dims)
+    for depth, texts, with_slots in ((512, 36, False), (768, 32, True), (100, 7, True)):
+        _launch_rows(dtype, depth, texts, with_slots)
 
 
 def _launch_similarity(
@@ -147,6 +153,20 @@ def _launch_similarity(
     Triton().similarity_logsumexp_bwd(x, y, scale, of_x, of_y, of_x, of_y, True, True)
     Triton().similarity_softplus_fwd(x, y, scale, b)
     Triton().similarity_softplus_fwd_bwd(x, y, scale, b, of_x, True, True)
+
+
+def _launch_rows(dtype: torch.dtype, depth: int, texts: int, with_slots: bool) -> None:
+    images = 3
+    x, norms = torch.zeros(images * texts, depth, dtype=dtype), torch.zeros(images * texts)
+    between, weights = torch.zeros(x.shape), torch.zeros(images, texts, texts)
+    slots = torch.zeros(images, texts, dtype=torch.int64) if with_slots else None
+    triton_rows.inverse_norms(x, torch.zeros(len(x), dtype=torch.int32), 1e-12)
+    triton_rows.unit_rows(x, norms, dtype)
+    triton_rows.cosines(x, x, norms, norms, slots, weights)
+    for gain in (None, torch.tensor(1.0)):
+        triton_rows.raw_gradient(x, x, norms, norms, slots, between, weights.mT, gain)
+    vectors = [torch.zeros(2, 300) for _ in range(4)]
+    triton_rows.logsumexp_vectors(*vectors, 1.0, 128)
 
 
 def launch_attention_pool(dtype: torch.dtype) -> None:

@@ -58,7 +58,7 @@ class Cuda:
     ) -> tuple[Tensor, Tensor, Tensor]:
         launch = _Launch(x, y, scale)
         sums = Accumulators(launch.x, launch.y, launch.depth, self.chunk_rows, need_dx, need_dy)
-        factor, vectors = logsumexp_vectors(*(t[None] for t in (lse_x, lse_y, dlse_x, dlse_y)), x.dtype)
+        factor, vectors = logsumexp_vectors(lse_x[None], lse_y[None], dlse_x[None], dlse_y[None], x.dtype)
         pointers = {name: cuda.pointer(vector) for name, vector in vectors._asdict().items()}
         gradient = cuda.LogsumexpGradient(narrow=pointers.pop("single_exp_ok"), **pointers)
         for row, col, row_end, col_end, ds in sums.chunks():

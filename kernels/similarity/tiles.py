@@ -5,8 +5,8 @@ Nothing is tuned at run time: ranks of a job must agree, and a kernel must be im
 Timed on a GPU: sm_90 in 16 bits alone (``benchmarks/results/tuning.md``). Two programs of four warps share a
 multiprocessor there, so that one multiplies while the other takes exponentials.
 
-Reasons for the others. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128 tile asks for just that when the
-matrix units run at full rate, smaller tiles for more, and 128 x 256 spills in the backward. BLOCK_D * itemsize
+Reasons for the others. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128 tile asks for just that
+when the matrix units run at full rate, smaller tiles for more, and 128 x 256 spills in the backward. BLOCK_D * itemsize
 = 128 bytes is the widest swizzle of TMA. Float32 runs as TF32x3, three products, so it waits less for memory; on
 sm_80, whose operands pass through registers, 32 columns at a time leave no register (Triton 3.8 spills), 16 leave 75.
 AMD's 64 KB of LDS hold two stages. sm_100 (B200; sm_103 takes the same) multiplies by tcgen05 from tensor memory; in
@@ -35,14 +35,17 @@ TILES: dict[tuple[str, int], Tile] = {
     ("interpreter", 4): _INTERPRETER,
 }
 
-# The gradient of the sigmoid form, whose epilogue is the longest: on an H200 three programs of half a tile hide it best.
+# The gradient of the sigmoid form, whose epilogue is the longest: an H200 hides it best behind two other programs.
 SOFTPLUS_GRADIENT_TILES: dict[tuple[str, int], Tile] = {
     **TILES,
     ("sm_90", 2): Tile(128, 64, 64, 4, 3, programs=3, tma=True),
 }
 
-# With several prefixes, except in the forward of the log-sum-exp. A tile's cosines outlive its epilogue, where the
-# gradient also sums dS * cosine: these are the largest tiles with which no kernel spills.
+# The forward of the log-sum-exp with several prefixes.
+PREFIX_FORWARD_TILES: dict[tuple[str, int], Tile] = {**TILES, ("sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True)}
+
+# Everything else with several prefixes. A tile's cosines outlive its epilogue, where the gradient also sums
+# dS * cosine: these are the largest tiles with which no kernel spills.
 PREFIX_TILES: dict[tuple[str, int], Tile] = {
     ("sm_120", 2): Tile(64, 64, 64, 8, 3, tma=True),
     ("sm_120", 4): Tile(64, 32, 32, 8, 3, tma=True),

@@ -42,7 +42,14 @@ from betaclip.kernels.similarity.chunks import Accumulators, amplification, fill
 from betaclip.kernels.similarity.contract import Operand
 from betaclip.kernels.similarity.exponent_range import MAX_ABOVE_SHIFT, MAX_BELOW_SHIFT
 from betaclip.kernels.similarity.prefix_rows import PrefixRows
-from betaclip.kernels.similarity.tiles import CHUNK_ROWS, PREFIX_TILES, SOFTPLUS_GRADIENT_TILES, TILES, rectangles
+from betaclip.kernels.similarity.tiles import (
+    CHUNK_ROWS,
+    PREFIX_FORWARD_TILES,
+    PREFIX_TILES,
+    SOFTPLUS_GRADIENT_TILES,
+    TILES,
+    rectangles,
+)
 from betaclip.kernels.similarity.triton_tiles import (
     all_pairs_included,
     dot,
@@ -298,7 +305,7 @@ class Triton:
     chunk_rows: int | None = None
 
     def similarity_logsumexp_fwd(self, x: Operand, y: Operand, scale: Tensor) -> tuple[Tensor, Tensor]:
-        launch = _Launch(self, x, y, scale, of_prefixes=TILES)
+        launch = _Launch(self, x, y, scale, of_prefixes=PREFIX_FORWARD_TILES)
         n, m, prefixes = launch.x.shape[0], launch.y.shape[0], len(launch.ends)
         tiles_m, tiles_n = launch.tiles(n, m)
         strips, ranges = rectangles(tiles_m, tiles_n, launch.programs)
@@ -396,11 +403,12 @@ class _Launch:
         self.scale, self.dtype = scale, x.accumulation
         self.ids = x.image_id, y.image_id, x.text_id, y.text_id
         target = architecture.architecture(x.rows.device)
-        several, self.normalised = len(x.slices) > 1, x.inverse_norm is not None
+        several = len(x.slices) > 1
+        self.normalised = x.inverse_norm is not None
         self.tile = backend.tile or choose(of_prefixes if several else tiles, target, x.dtype.itemsize)
-        self.prefixes: tuple[PrefixRows, ...] = ()
+        prefixes = [PrefixRows.of(side, self.tile.block_d) for side in (x, y) if several]
+        self.prefixes = tuple(prefixes)
         if several:
-            self.prefixes = PrefixRows.of(x, self.tile.block_d), PrefixRows.of(y, self.tile.block_d)
             self.x, self.y = (side.rows for side in self.prefixes)
         else:
             self.x, self.y = (aligned(side.matrix(side.dtype), 16) for side in (x, y))

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.attention_pool import DEVICE, arguments
+from support.attention_pool import arguments
 from support.dispatches import Dispatches
 
 from betaclip.kernels.attention_pool import rows
