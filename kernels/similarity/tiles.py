@@ -54,7 +54,7 @@ PREFIX_TILES: dict[tuple[str, int], Tile] = {
     ("sm_90", 2): Tile(128, 64, 64, 8, 4, tma=True),
     ("sm_90", 4): Tile(64, 64, 32, 8, 3, tma=True),
     ("sm_80", 2): Tile(64, 64, 32, 8, 4),
-    ("sm_80", 4): Tile(64, 64, 16, 8, 4),
+    ("sm_80", 4): Tile(64, 32, 16, 8, 4),
     ("gfx942", 2): Tile(128, 64, 32, 8, 2),
     ("gfx942", 4): Tile(64, 64, 32, 4, 2),
     ("interpreter", 2): _INTERPRETER,
