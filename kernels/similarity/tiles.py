@@ -50,7 +50,7 @@ PREFIX_TILES: dict[tuple[str, int], Tile] = {
     ("sm_120", 2): Tile(64, 64, 64, 8, 3, tma=True),
     ("sm_120", 4): Tile(64, 32, 32, 8, 3, tma=True),
     ("sm_100", 2): Tile(64, 64, 64, 8, 4, tma=True),
-    ("sm_100", 4): Tile(64, 64, 32, 8, 4, tma=True),
+    ("sm_100", 4): Tile(64, 32, 64, 8, 2, tma=True),
     ("sm_90", 2): Tile(128, 64, 64, 8, 4, tma=True),
     ("sm_90", 4): Tile(64, 64, 32, 8, 3, tma=True),
     ("sm_80", 2): Tile(64, 64, 32, 8, 4),
