@@ -4,9 +4,9 @@ Rows of a tile (block_m) are latent queries, columns (block_n) patches. Forward:
 196 or 256 patches of an image, so that sums over patches need not be rescaled; its logits, 64 x 256 in float32, take
 64 of a thread's 255 registers at eight warps. Float32 products (TF32x3) hold three parts of each operand and need
 smaller blocks. Backward: tiles as for a matrix product, with two accumulators. Products: m are rows and n columns of
-[dz; means] or of the patches' gradient, and d the patches or rows of weights that are summed over. Tests compile every
-entry ahead of time and check the machine code for spills. The interpreter's tiles are small, so that a test of a few
-patches and queries covers several.
+[dz; means] or of the patches' gradient, and d the patches or rows of weights that are summed over; sm_100 would spill
+with sm_80's entry. Tests compile every entry ahead of time and check the machine code for spills. The interpreter's
+tiles are small, so that a test of a few patches and queries covers several.
 """
 
 from betaclip.kernels.architecture import Tile
@@ -32,6 +32,7 @@ BACKWARD: dict[tuple[str, int], Tile] = {
     ("interpreter", 4): Tile(16, 32, 16, 4, 1),
 }
 PRODUCTS: dict[tuple[str, int], Tile] = {
+    ("sm_100", 2): Tile(128, 128, 64, 8, 3),
     ("sm_90", 2): Tile(128, 128, 64, 8, 3),
     ("sm_90", 4): Tile(64, 64, 32, 8, 2),
     ("sm_80", 2): Tile(64, 128, 32, 8, 3),
