@@ -147,7 +147,8 @@ def define_operator(name: str, function: Callable[..., Any], arguments: str, res
 def runs_at_once(x: Tensor) -> bool:
     """Whether an operation on x is computed now, and nothing else sees it: no compiler, tracer, mode or subclass."""
     return (
-        not torch.compiler.is_compiling()
+        x.device.type != "meta"
+        and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None

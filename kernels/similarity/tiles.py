@@ -42,7 +42,11 @@ SOFTPLUS_GRADIENT_TILES: dict[tuple[str, int], Tile] = {
 }
 
 # The forward of the log-sum-exp with several prefixes.
-PREFIX_FORWARD_TILES: dict[tuple[str, int], Tile] = {**TILES, ("sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True)}
+PREFIX_FORWARD_TILES: dict[tuple[str, int], Tile] = {
+    **TILES,
+    ("sm_100", 2): Tile(128, 64, 64, 8, 4, tma=True),
+    ("sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
+}
 
 # Everything else with several prefixes. A tile's cosines outlive its epilogue, where the gradient also sums
 # dS * cosine: these are the largest tiles with which no kernel spills.

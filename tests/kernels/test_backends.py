@@ -74,8 +74,9 @@ def test_counts_what_ran(backend):
     BetaCALLoss("ce", backend=backend)(x, x, 10.0).backward()
     assert backend_runs() - before == {("similarity_logsumexp", backend): 2}
     before = backend_runs()
-    BetaCALLoss("bce", backend=backend)(x, x, 10.0).backward()  # its gradient is formed in the forward
-    assert backend_runs() - before == {("similarity_softplus", backend): 1}
+    BetaCALLoss("bce", backend=backend)(x, x, 10.0).backward()
+    # Its gradient is formed in the forward, but for batches so small that "blockwise" keeps their cosines.
+    assert backend_runs() - before == {("similarity_softplus", backend): 2 if backend == "blockwise" else 1}
     before = backend_runs()
     BetaCALLoss("bce", backend=backend, reduction="none")(x, x, 10.0).sum().backward()
     assert backend_runs() - before == {("similarity_softplus", backend): 2}

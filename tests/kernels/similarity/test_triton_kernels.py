@@ -195,7 +195,7 @@ def test_ids_in_any_order():
     [
         ("ce", {"fwd": 1, "merge": 2, "bwd": 25, "id_ranges": 2}, 840),
         ("bce", {"softplus": 25, "id_ranges": 1}, 670),
-        ("ce of prefixes", {"fwd": 1, "merge": 6, "bwd": 25, "id_ranges": 2}, 2100),
+        ("ce of prefixes", {"fwd": 1, "merge": 6, "bwd": 25, "id_ranges": 2}, 2300),
         ("bce of prefixes", {"softplus": 25, "id_ranges": 1}, 2000),
     ],
 )
@@ -225,7 +225,6 @@ def test_what_a_whole_loss_asks_of_the_host(form, launches, most_calls, monkeypa
     with Dispatches() as calls:
         loss(image, text, torch.empty((), device="meta", requires_grad=True)).backward()
     assert counts == launches
-    assert calls.names["aten.addmm.out"] == 50 * (3 if dims else 1) and calls.names["aten.zero_.default"] <= (
-        3 if dims else 2
-    )
+    assert calls.names["aten.addmm.out"] == 50 * len(dims or (512,))
+    assert calls.names["aten.zero_.default"] <= (4 if dims else 2)
     assert calls.names.total() <= most_calls
