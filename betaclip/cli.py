@@ -2,8 +2,6 @@
 
 import importlib
 import logging
-import multiprocessing
-import signal
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 
 import betaclip
 from betaclip.errors import ConfigError, NonFiniteError, OutputError, Stopped, closed_pipe_ends_output, nearest
-from betaclip.signals import stop_signals
+from betaclip.signals import end_workers, stop_signals
 
 
 class Command(NamedTuple):
@@ -97,7 +95,7 @@ def _run(name: str, command: Command, config_class: str, arguments: list[str]) -
     except Stopped as stopped:
         with suppress(OSError):  # the terminal may have hung up
             print(f"betaclip {name}: {stopped.message}", file=sys.stderr)
-        _end_children()
+        end_workers()
         raise
 
 
@@ -120,14 +118,6 @@ def _parse(name: str, kind: Any, help_: str, arguments: list[str]) -> Any:
     config = parse(kind, f"betaclip {name}", f"{description} {_SWITCHES}", arguments, default)
     check_numbers(config)
     return config
-
-
-def _end_children() -> None:
-    """End the processes that read data. One that waits for a file for ever would keep Python from exiting."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes the end of a worker for a failure
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 def _config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -1,5 +1,8 @@
 """The signals that ask a run to stop: the first lets it save, a second ends it at once."""
 
+import atexit
+import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -98,6 +101,22 @@ def stop_signals() -> Iterator[StopSignals]:
 
 
 def ignore_stop_signals() -> None:
-    """For processes that work for a run: it ends them, not a signal to the whole process group."""
+    """For processes that work for a run: it ends them by :func:`end_workers`, not a signal to the process group."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End the processes that read data. Python waits for them when it exits, and they ignore the signal by which it
+    asks them to end; one that waits for a file for ever would not see it either."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes the end of a worker for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Also after an error, whose traceback keeps a loader with its workers."""
+    atexit.register(end_workers)

@@ -100,7 +100,7 @@ def status() -> str:
     """One line for a report: the architectures that the library holds code for, or why there is none."""
     if _library is None:
         return f"none ({_missing})"
-    return f"{_library.betaclip_architectures().decode()}, not yet run on hardware ({FOLDER / 'libbetaclip.so'})"
+    return f"{_library.betaclip_architectures().decode()} ({FOLDER / 'libbetaclip.so'})"
 
 
 def not_supported_reasons(device: torch.device) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from betaclip.data.batches import Batch, collate
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
-from betaclip.signals import ignore_stop_signals
+from betaclip.signals import end_workers_at_exit, ignore_stop_signals
 from betaclip.training.config import TrainingConfig
 from betaclip.training.sampler import BatchSampler
 
@@ -122,6 +122,7 @@ def _order_of(dataset: Any) -> dict[str, int]:
 
 
 def loader_options(device: torch.device) -> dict[str, Any]:
+    end_workers_at_exit()
     return {
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # its own, so that seeding workers takes none of the run's random numbers

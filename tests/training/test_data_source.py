@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -107,3 +109,17 @@ def test_workers_are_quiet_about_a_run_that_left(capsys):
     assert capsys.readouterr().err == ""
     _worker_excepthook(ValueError, ValueError("torn"), None)
     assert capsys.readouterr().err == "ValueError: torn\n"
+
+
+def test_error_ends_the_program_and_its_workers():
+    """They ignore the signal by which Python asks them to end when it exits, and it would wait for them for ever."""
+    program = """
+import torch
+from torch.utils.data import DataLoader
+from betaclip.training.data_source import loader_options
+batches = iter(DataLoader(range(100), num_workers=1, **loader_options(torch.device("cpu"))))
+next(batches)
+raise RuntimeError("planted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: planted\n")
