@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,6 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     ends = constants.get("ENDS") or (constants["D"],)  # of prefixes, for which a tile's other instructions count once
     depth = ends[-1]
     # Pooling forms two products per tile: logits and sums, or the gradients of logits and weights.
-    # Its kernel of products sums over patches or over rows of weights: here as many as D.
     name = kernel.metadata.name
     products = 1 + ("attention_pool" in name and "products" not in name)
     # 32 bytes of depth at a time; the two products have different sizes.
@@ -242,11 +242,15 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
     read = (rows * products + cols) * depth * itemsize
     passes = 3 if constants["PRECISION"] == "tf32x3" else 1
     flop = passes * step_flop // constants["num_warps"]
-    in_steps, rest = code.per_tile(flop, steps)
-    _, least = code.per_tile(flop, steps, shortest=True)
-    share = machine_code.MACHINES[architecture].matrix_share(
-        itemsize, step_flop * steps, read, constants["num_warps"], in_steps, least
-    )
+    if "products" in name or "received" in name:  # whose depth is a number of patches or texts: all code counts once
+        in_steps, rest = Counter(), Counter(map(code.pipe, code.opcodes))
+        least, share = rest, None
+    else:
+        in_steps, rest = code.per_tile(flop, steps)
+        _, least = code.per_tile(flop, steps, shortest=True)
+        share = machine_code.MACHINES[architecture].matrix_share(
+            itemsize, step_flop * steps, read, constants["num_warps"], in_steps, least
+        )
     return {
         "kernel": kernel.metadata.name,
         "launch": " ".join([f"D={','.join(map(str, ends))}", *(flag.lower() for flag in FLAGS if constants.get(flag))]),
@@ -256,7 +260,7 @@ def describe(kernel: Any, constants: dict[str, Any], architecture: str, itemsize
         "store_bytes": code.widest_store(),
         "instructions": {pipe: in_steps[pipe] + rest[pipe] for pipe in machine_code.PIPES},
         "least": in_steps.total() + least.total(),
-        "matrix_share": None if "tcgen05.mma" in text and products > 1 else round(share, 2),
+        "matrix_share": None if share is None or ("tcgen05.mma" in text and products > 1) else round(share, 2),
         "swaps": "cmpswap" in text or ".cas." in text,  # a sum in memory by a loop of compare-and-swap
         "tma": "cp.async.bulk.tensor" in text,
         "wgmma": "wgmma.mma_async" in text,

