@@ -3,6 +3,7 @@
     python tools/aot.py sm_90 bfloat16     # one line of JSON per kernel
     python tools/aot.py --update           # all targets, into tools/aot_verdicts.json
     python tools/aot.py --report           # what it says of speed, into benchmarks/results/machine-code-*.csv
+    python tools/aot.py --older            # whether kernels compile with a Triton that the record is not of
 
 This is a program of its own because it needs compiled kernels, where the tests' process has interpreted ones. The
 launchers do all that they would do on a GPU, except that kernels are compiled and not started; their results are
@@ -71,6 +72,8 @@ SOURCES = [
 ]
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
 TARGETS = [(name, dtype) for name, size in TILES if name != "interpreter" for dtype in _DTYPES[size]]
+# Those that older Tritons must compile, in the lane `minimum`.
+OLDER_TARGETS = [(name, dtype) for name in ("sm_80", "sm_90") for dtype in ("bfloat16", "float32")]
 FLAGS = (
     "HAS_IMAGE_ID",
     "HAS_TEXT_ID",
@@ -276,9 +279,13 @@ def key() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def record() -> dict[str, Any]:
+    return json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+
+
 def verdicts(architecture: str, dtype: str) -> list[dict[str, Any]]:
     """The description of each kernel's machine code, from the record if it is valid, else by compiling in a process."""
-    kept = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
+    kept = record()
     if kept.get("key") == key():
         return kept["targets"][f"{architecture} {dtype}"]
     with tempfile.TemporaryDirectory() as cache:
@@ -292,6 +299,21 @@ def verdicts(architecture: str, dtype: str) -> list[dict[str, Any]]:
     if run.returncode != 0:
         raise RuntimeError(f"{architecture} {dtype}: {run.stderr[-3000:]}")
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def compile_with_older() -> None:
+    """Compile with the installed Triton, unless the record is of that version; what older ones make is not judged.
+
+    Raises:
+        RuntimeError: a kernel does not compile.
+    """
+    if record().get("triton") == triton.__version__:
+        print(f"Triton {triton.__version__}: the record is of this version")
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda target: verdicts(*target), OLDER_TARGETS)
+        for target, kernels in zip(OLDER_TARGETS, found, strict=True):
+            print(f"Triton {triton.__version__}, {' '.join(target)}: {len(kernels)} kernels compile", flush=True)
 
 
 def update() -> None:
@@ -360,7 +382,7 @@ def regressions(architecture: str) -> list[str]:
 
 
 def main(architecture: str, dtype: str = "") -> None:
-    commands = {"--update": update, "--report": report}
+    commands = {"--update": update, "--report": report, "--older": compile_with_older}
     if architecture in commands:
         return commands[architecture]()
     compiled = compile_launches(architecture)

@@ -32,6 +32,13 @@ def test_workflow_runs_every_lane_but_minimum():
     assert re.search(r"lane: \[(.*)\]", workflow)[1].split(", ") == [lane for lane in lanes if lane != "minimum"]
 
 
+def test_minimum_compiles_kernels_with_the_triton_of_each_environment():
+    lanes = {name: body for name, body in re.findall(r"^(\w+)\(\) [({](.*?)^[)}]$", SCRIPT, re.MULTILINE | re.DOTALL)}
+    environments = lanes["minimum"].split("set_up ")[1:]
+    assert len(environments) == 2 and all("run python tools/aot.py --older\n" in part for part in environments)
+    assert sum(body.count("aot.py") for body in lanes.values()) == SCRIPT.count("aot.py") == 2  # not in other lanes
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_refuses_a_lane_that_is_none():
     done = subprocess.run(["bash", ROOT / ".ci" / "run", "lint", "gpu"], capture_output=True, text=True)

@@ -125,10 +125,34 @@ def test_stale_and_missing_verdicts_are_compiled_anew(tmp_path, monkeypatch):
         aot.verdicts("sm_90", "float32")
 
 
+def test_an_older_triton_compiles_and_the_recorded_one_need_not(tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(aot, "VERDICTS", tmp_path / "verdicts.json")
+    monkeypatch.setattr(aot, "verdicts", lambda *target: compiled.append(target) or ["a kernel"])
+    aot.VERDICTS.write_text(json.dumps({"key": "of other kernels", "triton": aot.triton.__version__}))
+    aot.main("--older")
+    assert not compiled and "the record is of this version" in capsys.readouterr().out
+    monkeypatch.setattr(aot.triton, "__version__", "3.5.0")
+    aot.main("--older")
+    assert sorted(compiled) == [
+        ("sm_80", "bfloat16"), ("sm_80", "float32"), ("sm_90", "bfloat16"), ("sm_90", "float32")
+    ]  # fmt: skip
+    assert "Triton 3.5.0, sm_80 bfloat16: 1 kernels compile" in capsys.readouterr().out
+
+
+def test_a_kernel_that_an_older_triton_does_not_compile_is_an_error(tmp_path, monkeypatch):
+    failed = aot.subprocess.CompletedProcess([], 1, "", "CompilationError: at 7:4")
+    monkeypatch.setattr(aot, "VERDICTS", tmp_path / "verdicts.json")
+    monkeypatch.setattr(aot.subprocess, "run", lambda *args, **options: failed)
+    monkeypatch.setattr(aot.triton, "__version__", "3.5.0")
+    with pytest.raises(RuntimeError, match="sm_80 bfloat16: CompilationError"):
+        aot.main("--older")
+
+
 def test_the_key_follows_kernels_and_triton(monkeypatch):
     key = aot.key()
     monkeypatch.setattr(aot.triton, "__version__", "0")
     assert aot.key() != key
     assert {
         f"kernels/{name}/{file}.py" for name in ("similarity", "attention_pool") for file in ("tiles", "triton_kernels")
-    } <= set(aot.SOURCES)
+    } | {"kernels/similarity/triton_backend.py"} <= set(aot.SOURCES)
