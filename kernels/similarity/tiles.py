@@ -3,7 +3,9 @@
 Nothing is tuned at run time: ranks of a job must agree, and a kernel must be importable without a GPU.
 
 Timed on a GPU: sm_90 in 16 bits alone (``benchmarks/results/tuning.md``). Two programs of four warps share a
-multiprocessor there, so that one multiplies while the other takes exponentials.
+multiprocessor there, so that one multiplies while the other takes exponentials. Up to 696 bytes of a thread's registers
+spill, and still the kernels take 12 to 25 % less time on an H200 (N = 36 864, D = 512) than with one program of eight
+warps.
 
 Reasons for the others. Operands come from L2 at 64 bytes per clock and SM at most; a 128 x 128 tile asks for just that
 when the matrix units run at full rate, smaller tiles for more, and 128 x 256 spills in the backward. BLOCK_D * itemsize
@@ -11,8 +13,8 @@ when the matrix units run at full rate, smaller tiles for more, and 128 x 256 sp
 sm_80, whose operands pass through registers, 32 columns at a time leave no register (Triton 3.8 spills), 16 leave 75.
 AMD's 64 KB of LDS hold two stages. sm_100 (B200; sm_103 takes the same) multiplies by tcgen05 from tensor memory; in
 float32, 128 columns would spill in the merge. sm_120 (RTX 50) has TMA, but the matrix instructions of sm_80, and
-99 KB of shared memory. Tests compile every entry ahead of time and read the machine code (no spill, the architecture's
-matrix unit).
+99 KB of shared memory. Tests compile every entry ahead of time and read the machine code: the architecture's matrix
+unit, and no spills but these and some bytes of one kernel each on sm_100 in 16 bits (24) and sm_80 (8).
 """
 
 from betaclip.kernels.architecture import Tile

@@ -75,7 +75,8 @@ def _ratios(x_ratio_ptr, y_ratio_ptr, prefix, offs_m, offs_n, N, M):
 @triton.jit
 def pitch(rows, offs_m, offs_n):
     """The length of vectors over ``rows`` that are filled up to whole tiles of either side."""
-    SIDE: tl.constexpr = max(offs_m.shape[0], offs_n.shape[0])
+    # Not max(), which Triton 3.5 computes on the device.
+    SIDE: tl.constexpr = offs_m.shape[0] if offs_m.shape[0] > offs_n.shape[0] else offs_n.shape[0]
     return tl.cdiv(rows, SIDE).to(tl.int64) * SIDE
 
 
