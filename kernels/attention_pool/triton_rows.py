@@ -3,6 +3,9 @@
 A program holds BLOCK_M whole rows, read at 16 bytes per load. Squares that overflow are summed once more from smaller
 numbers.
 
+``similarity.triton_rows`` has kernels of its own: rows there may take no part, rows that are not finite have a norm of
+NaN, norms are summed in float64 and known before anybody asks for unit rows. One kernel for both would be two in one.
+
 Legend: B images of P rows x of width D; unit: x / |x|; ``inverse``: 1 / |x|, 0 for rows that count as zero.
 """
 
