@@ -3,8 +3,8 @@
 Per image, with L = H K latent queries, in multiply-adds:
 
     projected   6 P D² (keys and values, their two gradients each) + 7 K P D (attention, which recomputes its logits)
-    folded      8 L P D (2 forward, 6 backward; 7 where the forward keeps its weights) + 7 K D² (folding, unfolding,
-                their gradients)
+    folded      8 L P D (2 forward, 6 backward; 7 where the forward keeps its weights, 6 where it keeps the means too)
+                + 7 K D² (folding, unfolding, their gradients)
 
 **CPU.** At D = 512, H = 8 and P = 196 the two are equal near K = 43. There the bytes decide: projecting passes over
 arrays of the patches' size some 27 times (normalised patches, keys, values and their gradients, each written and read);
@@ -94,9 +94,11 @@ def folded_cost(
     if device == "cpu":
         kept_bytes = 4 * latents * patches  # of float32, whatever the patches are
         kept = min(1, KEPT_BYTES["cpu"] / max(images * kept_bytes, 1))
-        flop = 2 * ((8 - kept) * latents * _padded(patches, _PANEL) * width + of_queries)
+        means_bytes = 4 * latents * width if images * 4 * latents * (patches + width) <= KEPT_BYTES["cpu"] else 0
+        flop = 2 * ((8 - kept - (means_bytes > 0)) * latents * _padded(patches, _PANEL) * width + of_queries)
         scratch = latents * (18 * patches + 16 * width) * itemsize
-        return Cost(flop, 3 * of_patches + _CACHED * scratch + 2 * kept * kept_bytes, FOLDED_LAUNCHES)
+        written_and_read = 2 * (kept * kept_bytes + means_bytes)
+        return Cost(flop, 3 * of_patches + _CACHED * scratch + written_and_read, FOLDED_LAUNCHES)
     pairs, rows, columns = 2 * latents, _padded(latents, _BLOCK), _padded(patches, _WIDE_BLOCK)
     of_products = _padded(pairs, _WIDE_BLOCK) * _padded(patches, _BLOCK) + _padded(pairs, _BLOCK) * columns
     of_kernels = 2 * rows * _padded(patches, _BLOCK_P_FORWARD) + 2 * rows * columns + of_products

@@ -8,8 +8,8 @@ absorbed),
 
 On the CPU images are processed a few at a time, so that all scratch stays in cache; on GPUs as many at a time as a
 gibibyte of scratch serves. The forward keeps the norms of the patches and, on the CPU, as many of the weights A / |x|
-as fit ``KEPT_BYTES``; the backward computes the others again. With the gradient of the means g = W_vᵀ dout, dA = g x̂ᵀ
-and δ = Σ_p A dA = <dout, out - b_v> per latent query,
+as fit ``KEPT_BYTES``, and the means A x̂ if they fit as well; the backward computes the others again. With the gradient
+of the means g = W_vᵀ dout, dA = g x̂ᵀ and δ = Σ_p A dA = <dout, out - b_v> per latent query,
 
     dS = A (dA - δ),  [dz; means] = [dS; A] x̂,  dx̂ = [dS; A]ᵀ [z; g],  dx = (dx̂ - <x̂, dx̂> x̂) / |x|.
 
@@ -41,8 +41,9 @@ from betaclip.kernels.precision import accumulation_dtype, add_product
 # For a chunk of images. CPU: large enough for the products to run at full rate, small enough for the outer caches.
 # GPU: any batch that fits is one chunk, because each chunk costs some 20 launches.
 SCRATCH_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
-# For the weights that the forward keeps: 64 images with 36 texts keep 14 MiB, and on two cores forward and backward
-# take 0.88 of the time. On a GPU the kernels form logits anyway, and memory is dearer.
+# For the weights that the forward keeps, and the means: 64 images with 36 texts keep 14 and 36 MiB, and on two cores
+# forward and backward take 0.88 of the time, and 0.94 of that. On a GPU the kernels form logits anyway, and memory is
+# dearer.
 KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 0}
 _COPIED_ELEMENTS = 2**19
 # Rows of P elements: on GPUs they start at multiples of 16 bytes, which library products need to read them in bulk, and
@@ -65,12 +66,27 @@ class Patches(NamedTuple):
     single: Tensor | None
 
 
+class Kept(NamedTuple):
+    """What a forward keeps: the weights A / |x| (n, L, P) of the first n images, and the means (B, L, D) of all images
+    or (0, L, D)."""
+
+    weights: Tensor
+    means: Tensor
+
+    def of(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Weights and means of these images, where those of all of them are kept."""
+        weights, means = (of_images(t, part) if part.stop <= len(t) else None for t in self)
+        return weights, means
+
+
 class Result(NamedTuple):
-    """out: (c, K, D), and dout, its gradient. v_bias: (D,), added to it, or None."""
+    """out: (c, K, D), and dout, its gradient. v_bias: (D,), added to it, or None. means_kept: whether the means that it
+    was projected from were kept."""
 
     out: Tensor
     dout: Tensor
     v_bias: Tensor | None
+    means_kept: bool = False
 
     def delta(self, heads: int) -> Tensor:
         """δ (c, K, H, 1), in accumulation dtype"""
@@ -91,7 +107,7 @@ class Attention(Protocol):
 
     @property
     def kept_bytes(self) -> int | None:
-        """The largest weights that a forward keeps, in bytes; None for the device's ``KEPT_BYTES``."""
+        """The most that a forward keeps of weights and means, in bytes; None for the device's ``KEPT_BYTES``."""
 
     @property
     def keeps_lse(self) -> bool:
@@ -128,7 +144,8 @@ class Attention(Protocol):
         scratch: Tensor,
     ) -> None:
         """Write the pair [dz; means] and, if it is not None, the gradient of the patches into dx (c, P, D), from the
-        pair [z; g] and what the forward wrote. weights: scratch for the pair [dS; A], whose rows may lie apart."""
+        pair [z; g] and what the forward wrote. weights: scratch for the pair [dS; A], whose rows may lie apart. Means
+        need not be written if the forward's were kept."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,8 @@ class Eager:
             da.mul_(x.inverse_norm[:, None])
         da.sub_(delta).mul_(a)
         torch.bmm(ds, x.rows, out=dz)
-        torch.bmm(a, x.rows, out=means)
+        if not result.means_kept:
+            torch.bmm(a, x.rows, out=means)
         if dx is not None:
             gradient = torch.bmm(ds.mT, z, out=_part(scratch[0], x.rows.shape))
             torch.baddbmm(gradient, a.mT, g, out=gradient)
@@ -331,9 +349,9 @@ def _latents_by_head(t: Tensor) -> Tensor:
     return t.flatten(0, 1).transpose(0, 1)
 
 
-def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result (B, K, D) in the dtype of x, and for the backward (B, L) log-sum-exps with the sink, the patches'
-    (B, P) inverse norms, and the weights (n, L, P) of the first images; (0,) in place of each that it does not need.
+def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    """The result (B, K, D) in the dtype of x, and for the backward (B, L) log-sum-exps with the sink and the patches'
+    (B, P) inverse norms, (0,) in place of each that it does not need, and what is kept of the first images.
 
     keep: whether a backward may follow."""
     x, heads = pooling.x, pooling.num_heads
@@ -343,7 +361,8 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
     lse = new((images, queries * heads) if attention.keeps_lse else (0,))
     inverse_norm = new((0,) if pooling.norm_eps is None else (images, patches))
     chunks = ImageChunks(pooling, inverse_norm, attention, backward=False)
-    kept = new((kept_images(pooling, attention) if keep else 0, queries * heads, patches))
+    kept_weights, kept_means = kept_images(pooling, attention) if keep else (0, 0)
+    kept = Kept(new((kept_weights, queries * heads, patches)), new((kept_means, queries * heads, width)))
     out = x.new_empty(images, queries, width)
     with chunks.scratch() as buffers:
         for part, rows, q in chunks:
@@ -351,9 +370,12 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
             if rows.inverse_norm is not None and pooling.norm_eps is not None:
                 inverse_norms_into(of_images(x, part), pooling.norm_eps, rows.inverse_norm)
             _product_into(_latents_by_head(z), chunks.by_head(q), chunks.k_weight, pooling.scale)
+            of_weights, of_means = kept.of(part)
+            if of_means is not None:
+                means = of_means.view(means.shape)
             attention.forward(
                 rows, z.flatten(1, 2), means.flatten(1, 2), of_images(lse, part) if attention.keeps_lse else None,
-                _kept_part(kept, part), tiles,
+                of_weights, tiles,
             )  # fmt: skip
             _product_into(chunks.by_head(of_images(out, part)), _latents_by_head(means), chunks.v_weight.mT)
     if pooling.v_bias is not None:
@@ -362,7 +384,8 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
         with_sink = torch.logaddexp(lse.view(pooling.sink.shape), pooling.sink)
         share = attended(with_sink, pooling.sink)
         out.unflatten(2, (heads, -1)).mul_(share.unsqueeze(3))
-        kept.mul_(share.flatten(1)[: len(kept), :, None])
+        for t in kept:
+            t.mul_(share.flatten(1)[: len(t), :, None])
         lse = with_sink.flatten(1)
     empty = pooling.empty()
     if empty is not None:
@@ -370,17 +393,13 @@ def attention_pool_fwd(pooling: Pooling, attention: Attention, keep: bool) -> tu
     return out, lse, inverse_norm, kept
 
 
-def kept_images(pooling: Pooling, attention: Attention) -> int:
-    """The number of images of which a forward keeps the weights."""
-    x = pooling.x
-    budget = KEPT_BYTES[_kind(x)] if attention.kept_bytes is None else attention.kept_bytes
-    each = pooling.q.shape[1] * pooling.num_heads * x.shape[1] * accumulation_dtype(x.dtype).itemsize
-    return min(x.shape[0], budget // max(each, 1))
-
-
-def _kept_part(kept: Tensor, part: slice) -> Tensor | None:
-    """The weights of these images, if those of all of them are kept."""
-    return kept[part] if part.stop <= len(kept) else None
+def kept_images(pooling: Pooling, attention: Attention) -> tuple[int, int]:
+    """The numbers of images of which a forward keeps the weights, and the means."""
+    images, patches, width = pooling.x.shape
+    budget = KEPT_BYTES[_kind(pooling.x)] if attention.kept_bytes is None else attention.kept_bytes
+    column = pooling.q.shape[1] * pooling.num_heads * accumulation_dtype(pooling.x.dtype).itemsize
+    both_fit = images * column * (patches + width) <= budget
+    return min(images, budget // max(column * patches, 1)), images if both_fit else 0
 
 
 def attended(lse: Tensor, sink: Tensor) -> Tensor:
@@ -393,7 +412,7 @@ def attention_pool_bwd(
     out: Tensor,
     lse: Tensor,
     inverse_norm: Tensor,
-    kept: Tensor,
+    kept: Kept,
     dout: Tensor,
     need_dx: bool,
     attention: Attention,
@@ -411,12 +430,16 @@ def attention_pool_bwd(
             do = of_images(dout, part).to(chunks.dtype)
             _product_into(_latents_by_head(zg[0]), chunks.by_head(q), chunks.k_weight, pooling.scale)
             _product_into(_latents_by_head(zg[1]), chunks.by_head(do), chunks.v_weight)
+            of_weights, of_means = kept.of(part)
             attention.backward(
-                rows, zg, of_images(lse, part) if attention.keeps_lse else None, _kept_part(kept, part),
-                Result(of_images(out, part), do, pooling.v_bias), weights[..., :patches], dz_and_means,
-                of_images(dx, part) if need_dx else None, tiles,
+                rows, zg, of_images(lse, part) if attention.keeps_lse else None, of_weights,
+                Result(of_images(out, part), do, pooling.v_bias, of_means is not None), weights[..., :patches],
+                dz_and_means, of_images(dx, part) if need_dx else None, tiles,
             )  # fmt: skip
-            dz, means = (_latents_by_head(t) for t in dz_and_means)
+            dz, means = dz_and_means
+            if of_means is not None:
+                means = of_means.view(means.shape)
+            dz, means = _latents_by_head(dz), _latents_by_head(means)
             first = part.start == 0
             _product_into(chunks.by_head(of_images(dq, part)), dz, chunks.k_weight.mT, pooling.scale)
             add_product(dweights[0], chunks.by_head(q).mT, dz, first=first, factor=pooling.scale)

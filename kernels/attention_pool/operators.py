@@ -19,6 +19,7 @@ from betaclip.kernels.attention_pool.cost import folding_pays
 from betaclip.kernels.attention_pool.folded import (
     Attention,
     Eager,
+    Kept,
     Pooling,
     attended,
     attention_pool_bwd,
@@ -85,10 +86,10 @@ def attention_pool(
     Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
     to the side of the queries where that takes less time (``cost``); the backward then keeps the arguments, the
     result, the norms of the patches and at most two numbers for each query and head; on the CPU also the attention
-    weights of as many images as fit 256 MiB, so that it need not compute them again. Softmax and sums are in float32
-    (float64 for float64), and the result is in the dtype of ``x``, under autocast as well; deterministic.
-    Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends
-    as often as PyTorch's own operators.
+    weights of as many images as fit 256 MiB, and the weighted means of patches if they fit as well, so that it need
+    not compute them again. Softmax and sums are in float32 (float64 for float64), and the result is in the dtype of
+    ``x``, under autocast as well; deterministic. Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``,
+    ``v_bias`` and ``k_bias``; the projected backends as often as PyTorch's own operators.
 
     Args:
         x: (B, P, D) patches, P >= 1. With ``normalize`` they are divided by their norms; patches of norm 0 (up to
@@ -230,10 +231,12 @@ def _check(
 @without_autocast
 def _folded(  # type: ignore[no-untyped-def]
     x, q, k_weight, v_weight, v_bias, mask, sink, keep, num_heads, eps, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and for the backward log-sum-exps, inverse norms and weights, empty if it does not need them."""
+) -> tuple[Tensor, ...]:
+    """The result, and for the backward log-sum-exps, inverse norms, weights and means, empty if it does not need
+    them."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
-    return attention_pool_fwd(pooling, _running(backend, sink is not None), keep)
+    *results, kept = attention_pool_fwd(pooling, _running(backend, sink is not None), keep)
+    return *results, *kept
 
 
 @without_autocast
@@ -248,7 +251,8 @@ def _folded_backward(  # type: ignore[no-untyped-def]
     out,
     lse,
     inverse_norm,
-    kept,
+    kept_weights,
+    kept_means,
     dout,
     need_dx,
     num_heads,
@@ -257,7 +261,8 @@ def _folded_backward(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, P, D) (empty if not needed), dq (B, K, D), and the gradients of k_weight and v_weight (2, D, D)."""
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
-    return attention_pool_bwd(pooling, out, lse, inverse_norm, kept, dout, need_dx, _running(backend, sink is not None))
+    kept, running = Kept(kept_weights, kept_means), _running(backend, sink is not None)
+    return attention_pool_bwd(pooling, out, lse, inverse_norm, kept, dout, need_dx, running)
 
 
 def _running(backend: Backend, has_sink: bool) -> Attention:
@@ -269,11 +274,12 @@ def _running(backend: Backend, has_sink: bool) -> Attention:
 
 _TENSORS = "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? mask, Tensor? sink"
 _OPTIONS = "int num_heads, float? eps, str backend"
-folded = define_operator("attention_pool", _folded, f"{_TENSORS}, bool keep, {_OPTIONS}", 4)
+folded = define_operator("attention_pool", _folded, f"{_TENSORS}, bool keep, {_OPTIONS}", 5)
 folded_backward = define_operator(
     "attention_pool_backward",
     _folded_backward,
-    f"{_TENSORS}, Tensor out, Tensor lse, Tensor inverse_norm, Tensor kept, Tensor dout, bool need_dx, {_OPTIONS}",
+    f"{_TENSORS}, Tensor out, Tensor lse, Tensor inverse_norm, Tensor kept_weights, Tensor kept_means, Tensor dout, "
+    f"bool need_dx, {_OPTIONS}",
     3,
 )
 folded_backward.register_autograd(refuse_second_derivative)
@@ -285,9 +291,10 @@ def _(x, q, k_weight, v_weight, v_bias, mask, sink, keep, num_heads, eps, backen
     pooling = Pooling(x, q, k_weight, v_weight, v_bias, mask, sink, num_heads, eps)
     lse = (x.shape[0], latents) if attention.keeps_lse else (0,)
     norms = (0,) if eps is None else x.shape[:2]
-    kept = (kept_images(pooling, attention) if keep else 0, latents, x.shape[1])
+    counts = kept_images(pooling, attention) if keep else (0, 0)
+    kept = ((count, latents, columns) for count, columns in zip(counts, x.shape[1:], strict=True))
     dtype = accumulation_dtype(x.dtype)
-    return x.new_empty(q.shape), *(x.new_empty(shape, dtype=dtype) for shape in (lse, norms, kept))
+    return x.new_empty(q.shape), *(x.new_empty(shape, dtype=dtype) for shape in (lse, norms, *kept))
 
 
 @folded_backward.register_fake
@@ -308,7 +315,7 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
-        x, *_, mask, sink, out, lse, _, _ = tensors
+        x, *_, mask, sink, out, lse, _, _, _ = tensors
         need_dx = ctx.needs_input_grad[0]
         dx, dq, dweights = run_operator(folded_backward, _folded_backward, *tensors, dout, need_dx, *ctx.options)
         if mask is not None:

@@ -198,11 +198,11 @@ def test_chunks_of_images(backend):
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("kept_images", [0, 3])
-def test_kept_weights(kept_images, zero):
-    """None of them, or those of some of the images; in chunks of two."""
+@pytest.mark.parametrize("kept_images", [0, 3, 5])
+def test_kept_weights_and_means(kept_images, zero):
+    """None of them, the weights of some of the images, or both of all; in chunks of two."""
     size = 5, 3, 7, 16, 4
-    kept_bytes = kept_images * 8 * 3 * 4 * 7
+    kept_bytes = kept_images * 8 * 3 * 4 * (7 + 16 * (kept_images == 5))
     check("folded", torch.float64, size, True, scratch_bytes=20_000, zero=zero, kept_bytes=kept_bytes)
 
 

@@ -39,12 +39,14 @@ def products(need_dx: bool = True, keep: bool = True, kept_bytes: int | None = N
     return (counter.get_total_flops() - 2 * b * 5 * k * d**2) / (2 * b * k * heads * p * d)
 
 
-def test_weights_that_the_forward_kept_are_not_computed_again():
-    one = 8 * 3 * 4 * 7  # bytes of an image's
+def test_weights_and_means_that_the_forward_kept_are_not_computed_again():
+    weights, means = (8 * 3 * 4 * n for n in (7, 16))  # bytes of an image's
     assert products(keep=False) == 6
-    assert [products(kept_bytes=n * one - 1) for n in (1, 2, 3)] == [6, 5.5, 5]
+    assert [products(kept_bytes=n * weights - 1) for n in (1, 2, 3)] == [6, 5.5, 5]
+    one = weights + means
+    assert [products(kept_bytes=n) for n in (2 * one - 1, 2 * one)] == [5, 4]
     kept_images = 2 if DEVICE == "cpu" else 0  # a GPU keeps none unless told so
-    assert products() == 6 - kept_images / 2
+    assert products() == 6 - kept_images
     x, *rest = arguments(2, 3, 7, 16)
     with torch.no_grad():
         assert run_keeps(x.requires_grad_(), rest) == 0
@@ -53,12 +55,12 @@ def test_weights_that_the_forward_kept_are_not_computed_again():
 
 
 def run_keeps(x: Tensor, rest: list[Tensor]) -> int:
-    """Bytes of weights that a call keeps."""
+    """Bytes of weights and means that a call keeps."""
     kept = []
 
     def run(pooling: Pooling, attention: Eager, keep: bool) -> tuple[Tensor, ...]:
         results = attention_pool_fwd(pooling, attention, keep)
-        kept.append(results[3].nbytes)
+        kept.extend(t.nbytes for t in results[3])
         return results
 
     with pytest.MonkeyPatch.context() as patch:
@@ -206,16 +208,16 @@ def saved_bytes(function: Callable[[], Tensor], excluded: list[Tensor]) -> int:
 @pytest.mark.parametrize("backend", ["folded", "triton"])
 def test_keeps_no_more_than_queries_and_results(backend):
     """O(K D + P) per image beside the patches themselves: neither keys, values nor normalised patches; on the CPU also
-    the weights, as long as they fit."""
+    the weights and means, as long as they fit."""
     require(backend, torch.float32)
     b, k, p, d, heads = 2, 3, 40, 32, 4
     leaves = [t.requires_grad_() for t in arguments(b, k, p, d, torch.float32)]
     kept = saved_bytes(lambda: attention_pool(*leaves, heads, backend=backend), leaves)
     lse, norms = 4 * b * k * heads, 4 * b * p
-    weights = 4 * b * k * heads * p if backend == "folded" and DEVICE == "cpu" else 0
-    assert 4 * b * k * d + weights <= kept <= 2 * 4 * b * k * d + lse + norms + weights
+    of_forward = 4 * b * k * heads * (p + d) if backend == "folded" and DEVICE == "cpu" else 0
+    assert 4 * b * k * d + of_forward <= kept <= 2 * 4 * b * k * d + lse + norms + of_forward
     kept = saved_bytes(lambda: attention_pool(*leaves, heads, add_zero_attn=True, backend=backend), leaves)
-    assert kept <= 2 * 4 * b * k * d + 2 * lse + norms + weights
+    assert kept <= 2 * 4 * b * k * d + 2 * lse + norms + of_forward
 
 
 @pytest.mark.parametrize(
