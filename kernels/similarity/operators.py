@@ -280,11 +280,12 @@ def _softplus(  # type: ignore[no-untyped-def]
 @without_autocast
 def _softplus_backward(  # type: ignore[no-untyped-def]
     x, y, scale, bias, x_image_id, y_image_id, x_text_id, y_text_id, slots, formed, kept, dsums, dcosines, need_dx,
-    need_dy, images, texts_per_image, dims, dtype, backend: Backend,
+    need_dy, images, texts_per_image, dims, dtype, backend: Backend, write_over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, dscale and dbias ().
 
-    ``dsums`` is the incoming gradient of the rows (P, N); or that of their total (), whose gradients are ``formed``.
+    ``dsums`` is the incoming gradient of the rows (P, N); or that of their total (), whose gradients are ``formed``,
+    which ``write_over`` allows to be written over.
     """
     layout = Images(images, texts_per_image, slots)
     if not formed:
@@ -297,7 +298,10 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
     operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
     if formed:
         dx, dy, dscale, dbias = formed
-        dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums)
+        if write_over:
+            dx, dy = _finish(operands, dx.mul_(dsums), dy.mul_(dsums), dcosines, layout)
+        else:
+            dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums)
         return dx.to(x.dtype), dy.to(y.dtype), dsums * dscale, dsums * dbias
     with nvtx.annotate("between images, backward", domain="betaclip"):
         chosen = local_backend("similarity_softplus", backend, *operands)
@@ -521,7 +525,11 @@ class SoftplusSums(torch.autograd.Function):
         rows, row_weights, kept, formed = saved[:9], saved[9], saved[10], list(saved[11:])
         if ctx.total and not formed:
             dsums = dsums.expand(1, len(rows[0])) if row_weights is None else dsums * row_weights
+        # A graph that is freed needs the early gradients no more, and a copy of them would take as much memory as the
+        # inputs. The operator itself, which graphs of torch.compile hold, mutates nothing.
+        write_over = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = run_operator(
-            softplus_backward, _softplus_backward, *rows, formed, kept, dsums, dcosines, *needs, *ctx.options
-        )
+            softplus_backward, lambda *arguments: _softplus_backward(*arguments, write_over),
+            *rows, formed, kept, dsums, dcosines, *needs, *ctx.options,
+        )  # fmt: skip
         return needed_gradients(ctx, *gradients)

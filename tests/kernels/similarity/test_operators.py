@@ -15,9 +15,11 @@ from support.similarity import (
 from torch.utils.checkpoint import checkpoint
 
 from betaclip.kernels.architecture import Tile
+from betaclip.kernels.similarity.blockwise import Blockwise
 from betaclip.kernels.similarity.functional import similarity_logsumexp, similarity_softplus
 from betaclip.kernels.similarity.operators import (
     BACKENDS,
+    SoftplusSums,
     logsumexp,
     logsumexp_backward,
     softplus,
@@ -295,6 +297,34 @@ def test_kept_exponentials_serve_a_backward_again():
         assert torch.equal(torch.autograd.grad(kept, x, retain_graph=retain_graph)[0], expected)
     checkpointed = checkpoint(loss, x, 10**6, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(checkpointed, x)[0], expected)
+
+
+@pytest.mark.parametrize("images", [0, 5])
+def test_early_gradients_are_written_over_when_the_graph_is_freed(images):
+    """A backward that may be repeated leaves them as they are; all give the same gradients."""
+    x, y, *_ = operands(15, 15, 8, torch.float64)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    image_id = torch.arange(15, device=DEVICE, dtype=torch.int32) // 3
+    scale, bias = (torch.tensor(v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (6.0, -1.0))
+    saved = []
+
+    def loss():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            total, cosines = SoftplusSums.apply(
+                x, y, scale, bias, image_id, None, None, None, None, None, True, True,
+                images, 3 * (images > 0), (), torch.float64, Blockwise(4, 6, max_matrix=0),
+            )  # fmt: skip
+            return 3 * total + cosines.square().sum()
+
+    leaves, value = (x, y, scale, bias), loss()
+    first, again = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    places = {t.data_ptr() for t in saved}
+    last = torch.autograd.grad(value, leaves)
+    for a, b, c in zip(first, again, last, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+    assert not {t.data_ptr() for t in (*first[:2], *again[:2])} & places
+    assert {t.data_ptr() for t in last[:2]} <= places
 
 
 def test_named_backend_that_cannot_serve_says_why(interpreter_as_it_is):
