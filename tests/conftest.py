@@ -33,8 +33,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure() -> None:
     if not torch.cuda.is_available() and find_spec("triton"):
         from support.interpreted_bfloat16 import mend
+        from support.quick_interpreter import hasten
 
         mend()
+        hasten()
 
 
 def pytest_collection_finish() -> None:
