@@ -1,11 +1,9 @@
 """One process without torch.distributed, and three ranks on gloo."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
+from support import forkserver
 from support.ranks import needs_gloo, processes
 
 from betaclip.errors import ConfigError
@@ -96,8 +94,15 @@ def test_torchrun(tmp_path):
         "    assert group.size == 2 and group.gather_objects(group.rank) == [0, 1]\n"
         "assert not dist.is_initialized()\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, str(tmp_path / "program.py")], check=True)
+    done = forkserver.run(tmp_path, launch, ["--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")])
+    assert done.code == 0, done.stderr
+
+
+def launch(arguments: list[str]) -> None:
+    """What torchrun does, with its imports done."""
+    from torch.distributed.run import main
+
+    main(arguments)
 
 
 def test_devices():

@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -104,3 +106,24 @@ def test_repetition_by_torchrun(monkeypatch):
     with pytest.raises(Stopped), stop_signals() as signals, signals.deferred():
         send(signal.SIGINT)
         send(signal.SIGINT)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_error_ends_the_program_and_its_workers():
+    """They ignore the signal by which Python asks them to end when it exits, and it would wait for them for ever."""
+    program = """
+import multiprocessing, time
+from betaclip.signals import end_workers_at_exit, ignore_stop_signals
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+def work():
+    ignore_stop_signals()
+    ready.set()
+    time.sleep(600)
+end_workers_at_exit()
+context.Process(target=work, daemon=True).start()
+ready.wait()
+raise RuntimeError("planted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: planted\n")

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ from support.tiny import TinyDataset
 from betaclip.data.registry import DataConfig, MixtureSet, SetConfig
 from betaclip.errors import ConfigError
 from betaclip.process_group import ProcessGroup
+from betaclip.training import data_source
 from betaclip.training.config import RunConfig, TrainingConfig
-from betaclip.training.data_source import DataSource, _worker_excepthook, create_data_source
+from betaclip.training.data_source import DataSource, _worker_excepthook, create_data_source, loader_options
 
 MODEL: Any = SimpleNamespace(image_size=8, context_length=77)
 SCENES: Any = SimpleNamespace(image_size=40, context_length=77)
@@ -111,15 +111,10 @@ def test_workers_are_quiet_about_a_run_that_left(capsys):
     assert capsys.readouterr().err == "ValueError: torn\n"
 
 
-def test_error_ends_the_program_and_its_workers():
-    """They ignore the signal by which Python asks them to end when it exits, and it would wait for them for ever."""
-    program = """
-import torch
-from torch.utils.data import DataLoader
-from betaclip.training.data_source import loader_options
-batches = iter(DataLoader(range(100), num_workers=1, **loader_options(torch.device("cpu"))))
-next(batches)
-raise RuntimeError("planted")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: planted\n")
+def test_workers_ignore_stop_signals_and_are_ended_at_exit(monkeypatch):
+    arranged = []
+    for name in ("end_workers_at_exit", "ignore_stop_signals"):
+        monkeypatch.setattr(data_source, name, lambda name=name: arranged.append(name))
+    monkeypatch.setattr(sys, "excepthook", None)  # a worker has another
+    loader_options(torch.device("cpu"))["worker_init_fn"](0)
+    assert arranged == ["end_workers_at_exit", "ignore_stop_signals"]
