@@ -77,8 +77,10 @@ def check(
         assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager {allowed:.2e}, size {size_:.2e}"
 
 
-@pytest.mark.parametrize("dtype, normalize", [(torch.float32, True), (torch.float64, True), (torch.float64, False)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "dtype, masked, normalize",
+    [(torch.float32, True, True), (torch.float64, False, True), (torch.float64, True, False)],
+)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_reference(backend, dtype, size, masked, normalize):
@@ -118,7 +120,7 @@ def test_bias_of_keys_counts_beside_a_key_of_zeros_alone(backend):
     assert (zero - plain).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("p, d", [(19, 64), (300, 24), (19, 96), (19, 384), (19, 640), (19, 768), (17, 1024)])
+@pytest.mark.parametrize("p, d", [(19, 64), (300, 24), (19, 96), (19, 384), (17, 640)])
 @pytest.mark.parametrize("backend", FOLDED)
 def test_matches_reference_at_every_width(backend, p, d):
     check(backend, usual(backend), (1, 3, p, d, 8))
