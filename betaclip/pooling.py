@@ -17,6 +17,9 @@ from betaclip.pair_chunks import Budget, plan_pairs
 from betaclip.pooling_inputs import check_inputs, check_pairs
 
 
+CLIP_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP starts from, arXiv 2103.00020
+
+
 class _Operands(NamedTuple):
     """The arguments of ``attention_pool``, in the dtype of the computation."""
 
@@ -64,6 +67,7 @@ class TextConditionedPool(nn.Module):
         norm_qkv: in place of normalising patches and queries, apply LayerNorm to the queries (``ln_q``) and to the
             patches, as keys (``ln_k``) and as values (``ln_v``).
         add_zero_attn: let texts also attend to a key and a value of zeros, and so to no patch.
+        init_logit_scale: what ``logit_scale`` starts from.
         backend: the backend of :func:`betaclip.kernels.attention_pool.attention_pool`; ``"auto"`` chooses.
         device, dtype: those of the parameters, as for PyTorch's modules.
 
@@ -97,6 +101,7 @@ class TextConditionedPool(nn.Module):
         *,
         norm_qkv: bool = False,
         add_zero_attn: bool = False,
+        init_logit_scale: float = CLIP_LOGIT_SCALE,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -131,7 +136,7 @@ class TextConditionedPool(nn.Module):
                 nn.init.eye_(weight)
             for zero in () if self.mlp is None else self.mlp.get_submodule("c_proj").parameters():
                 nn.init.zeros_(zero)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), **placed))
+        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale, **placed))
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"

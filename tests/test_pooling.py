@@ -99,6 +99,7 @@ def test_mlp_ratio_and_scale():
     pool = TextConditionedPool(16, 4, mlp_ratio=2.5)
     assert pool.mlp.c_fc.weight.shape == (40, 16)
     assert float(pool.logit_scale.detach().exp()) == pytest.approx(1 / 0.07)
+    assert float(TextConditionedPool(16, 4, init_logit_scale=2.5).logit_scale.detach()) == 2.5
 
 
 def test_need_weights():

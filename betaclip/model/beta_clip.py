@@ -35,7 +35,7 @@ from betaclip.model.text_tower import (
 from betaclip.model.texts import RaggedTexts
 from betaclip.model.vision_tower import encode_patches, prepare_vision, vision_not_supported_reasons
 from betaclip.model.weights import OPENAI_SIZES, check_weights, read_weights
-from betaclip.pooling import TextConditionedPool
+from betaclip.pooling import CLIP_LOGIT_SCALE, TextConditionedPool
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -141,6 +141,7 @@ class BetaCLIP(nn.Module):
         self.pool = TextConditionedPool(
             self.embed_dim, config.pool_heads, config.pool_mlp_ratio, config.pool_norm_inputs, config.pool_identity,
             norm_qkv=config.pool_norm_qkv, add_zero_attn=config.pool_add_zero_attn,
+            init_logit_scale=towers_config(config.name).get("init_logit_scale", CLIP_LOGIT_SCALE),
         )  # fmt: skip
 
     @property
@@ -157,7 +158,8 @@ class BetaCLIP(nn.Module):
     def logit_scale(self) -> nn.Parameter:
         """() logarithm of the inverse temperature between images and captions.
 
-        ``pool.logit_scale`` is that between pooled images and texts.
+        ``pool.logit_scale`` is that between pooled images and texts. It starts where the towers' configuration has
+        theirs start (open_clip's ``init_logit_scale``), also if theirs is then loaded.
         """
         return self.clip.logit_scale
 

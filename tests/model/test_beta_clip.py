@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -202,6 +203,14 @@ def test_clamp_scales():
         assert [float(s.detach().exp()) for s in (beta_clip.logit_scale, beta_clip.pool.logit_scale)] == pytest.approx(
             [expected] * 2
         )
+
+
+@pytest.mark.parametrize(("name", "start"), [(TINY, 1 / 0.07), ("scenes", 8), (json.loads(TINY), 5)])
+def test_both_scales_start_as_the_towers_are_configured(name, start):
+    if isinstance(name, dict):
+        name = json.dumps({**name, "init_logit_scale": math.log(start)})
+    made = create_model(ModelConfig(name=name, pool_heads=4))
+    assert [float(s.detach().exp()) for s in (made.logit_scale, made.pool.logit_scale)] == pytest.approx([start] * 2)
 
 
 def test_attributes():
