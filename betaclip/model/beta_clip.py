@@ -177,10 +177,7 @@ class BetaCLIP(nn.Module):
         Returns:
             (B, D) CLS embeddings, and (B, P, D) patch embeddings, row by row.
         """
-        attending: Literal["all", "cls"] = "all" if self.config.attended_patches else "cls"
-        tokens = encode_patches(self.clip.visual, images, self.config.gradient_checkpointing, attending)
-        cls, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
-        return cls[:, 0].clone(), patches.clone()  # copies, because FSDP2 warns of outputs that are views
+        return self._encode_image(images, cls_only=False)
 
     def encode_text(self, texts: RaggedTexts) -> Tensor:
         """Encode texts into the joint space, without normalising.
@@ -242,7 +239,8 @@ class BetaCLIP(nn.Module):
         """
         self._check(images, texts, texts_per_image)
         with _range("vision tower"):
-            image_embeds, patches = self.encode_image(images)
+            pools = pooled or bool(other_pictures) or other_texts is not None
+            image_embeds, patches = self._encode_image(images, cls_only=not pools)
         with _range("text tower"):
             distinct = self._encode_distinct(texts)
             index, filled, mask, ids = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
@@ -276,6 +274,14 @@ class BetaCLIP(nn.Module):
         """Clamp both inverse temperatures to [1, 100]."""
         for scale in (self.logit_scale, self.pool.logit_scale):
             scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def _encode_image(self, images: Tensor, *, cls_only: bool) -> tuple[Tensor, Tensor]:
+        """(B, D) and (B, P, D) as :meth:`encode_image`, with ``cls_only`` (B, 0, D) patches."""
+        attending: Literal["all", "cls"] = "all" if self.config.attended_patches else "cls"
+        checkpointing = self.config.gradient_checkpointing
+        tokens = encode_patches(self.clip.visual, images, checkpointing, attending, cls_only=cls_only)
+        cls, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
+        return cls[:, 0].clone(), patches.clone()  # copies, because FSDP2 warns of outputs that are views
 
     def _encode_distinct(self, texts: RaggedTexts) -> Tensor:
         """(U, D) embeddings of the distinct texts, in the order of their packing."""

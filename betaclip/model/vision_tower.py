@@ -14,23 +14,34 @@ from betaclip.model.blocks import Block, blocks_not_supported_reasons, replace_b
 class VisionBlock(Block):
     """A block that calls fused attention directly, and whose patches can take their own values instead of attending."""
 
-    def forward(self, q_x: Tensor, *args: Any, attending: Literal["all", "cls"] | None = None, **kwargs: Any) -> Tensor:
-        """(B, 1 + P, W) -> (B, 1 + P, W)
+    def forward(
+        self,
+        q_x: Tensor,
+        *args: Any,
+        attending: Literal["all", "cls"] | None = None,
+        cls_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, 1 + P, W) -> (B, 1 + P, W), or with ``cls_only`` (B, 1, W) the state of the class token.
 
         Args:
             attending: the tokens that attend. With ``"cls"`` each patch takes its own value instead, through the output
                 projection. None: compute as open_clip does, with its other arguments.
+            cls_only: compute only the state of the class token, because nothing else is read from the last block.
         """
         if attending is None:
             return super().forward(q_x, *args, **kwargs)
         (weight, bias), normed = self.in_projection(), self.ln_1(q_x)
-        if attending == "all":
+        if attending == "all" and not cls_only:
             q, k, v = F.linear(normed, weight, bias).chunk(3, dim=2)
             return self.add_attended(q_x, self._attention(q, k, v))
         width = q_x.shape[2]
         q = F.linear(normed[:, :1], weight[:width], bias[:width])
         k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=2)
-        return self.add_attended(q_x, torch.cat((self._attention(q, k, v), v[:, 1:]), dim=1))
+        cls = self._attention(q, k, v)
+        if cls_only:
+            return self.add_attended(q_x[:, :1], cls)
+        return self.add_attended(q_x, torch.cat((cls, v[:, 1:]), dim=1))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, Q, W), (B, L, W), (B, L, W) -> (B, Q, W)"""
@@ -62,11 +73,17 @@ def prepare_vision(clip: Any) -> None:
 
 
 def encode_patches(
-    visual: Any, images: Tensor, checkpointing: bool, attending: Literal["all", "cls"] = "cls"
+    visual: Any,
+    images: Tensor,
+    checkpointing: bool,
+    attending: Literal["all", "cls"] = "cls",
+    *,
+    cls_only: bool = False,
 ) -> Tensor:
     """Encode images (B, 3, H, W) into (B, 1 + P, D): CLS, then the patches row by row; projected, not normalised.
 
-    attending: the tokens that attend in the last block; CLS alone in β-CLIP.
+    attending: the tokens that attend in the last block; CLS alone in β-CLIP. cls_only: encode into (B, 1, D), CLS, and
+    leave out what only patches need.
     """
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
@@ -74,5 +91,5 @@ def encode_patches(
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = run_block(block, x, checkpointing, attending="all")
-    x = run_block(last, x, checkpointing, attending=attending)
+    x = run_block(last, x, checkpointing, attending=attending, cls_only=cls_only)
     return visual.ln_post(x) @ visual.proj

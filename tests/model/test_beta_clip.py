@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from betaclip.layers import QuickGELU
 from betaclip.model import BetaCLIP, ModelConfig, create_model
+from betaclip.model import beta_clip as beta_clip_module
 from betaclip.model.text_tower import PackedBlock
 from betaclip.model.texts import RaggedTexts
 
@@ -84,6 +85,23 @@ def test_forward(texts):
 def test_encode_text_is_in_the_texts_order(texts):
     beta_clip = model()
     torch.testing.assert_close(beta_clip.encode_text(texts), beta_clip.clip.encode_text(padded(texts, 77)))
+
+
+def test_patches_are_encoded_only_to_be_pooled(texts, monkeypatch):
+    beta_clip, given = model(), []
+    whole = beta_clip(pictures(), texts)
+    encode = beta_clip_module.encode_patches
+    monkeypatch.setattr(
+        beta_clip_module, "encode_patches", lambda *args, **options: given.append(options) or encode(*args, **options)
+    )
+    out = beta_clip(pictures(), texts, pooled=False)
+    assert "pooled_embeds" not in out
+    for name in ("image_embeds", "text_embeds", "mask"):
+        torch.testing.assert_close(out[name], whole[name])
+    others = torch.zeros(IMAGES, 1, dtype=torch.int64)
+    assert beta_clip(pictures(), texts, pooled=False, other_texts=others)["scores"].shape[0] == IMAGES
+    beta_clip(pictures(), texts)
+    assert [options["cls_only"] for options in given] == [True, False, False]
 
 
 def test_padding_texts(texts):

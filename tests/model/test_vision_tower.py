@@ -66,6 +66,20 @@ def test_matches_open_clip_and_the_value_path(towers):
     assert_same_gradients(out, visual, expected, reference)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attending", ["cls", "all"])
+def test_cls_only(towers, attending, checkpointing):
+    _, visual = towers
+    pictures, rows = images(), []
+    whole = encode_patches(visual, pictures, False, attending)[:, :1]
+    hook = visual.transformer.resblocks[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    out = encode_patches(visual, pictures, checkpointing, attending, cls_only=True)
+    hook.remove()
+    torch.testing.assert_close(out, whole, atol=1e-12, rtol=1e-12)
+    assert_same_gradients(out, visual, whole, visual)
+    assert rows == [1], "patches go through the last block"
+
+
 def test_open_clips_own_call_is_unchanged(towers):
     """This includes the patches, which take their own values only when β-CLIP asks for it."""
     reference, visual = towers
