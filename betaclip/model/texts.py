@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -47,17 +48,16 @@ class RaggedTexts:
         cls, texts: Iterable[Sequence[Sequence[int] | Tensor]], levels: Iterable[Sequence[int]] | None = None
     ) -> "RaggedTexts":
         """Make them from the token sequences of each image's texts and, if they are known, the levels of these."""
-        per_image = [[torch.as_tensor(t, dtype=torch.int64, device="cpu") for t in image] for image in texts]
+        per_image = [[t.tolist() if isinstance(t, Tensor) else t for t in image] for image in texts]
         flat = [t for image in per_image for t in image]
-        counts = torch.tensor([len(image) for image in per_image], dtype=torch.int64, device="cpu")
+        counts = _int64([len(image) for image in per_image])
         return cls(
-            torch.cat(flat) if flat else torch.empty(0, dtype=torch.int64, device="cpu"),
-            torch.tensor([len(t) for t in flat], dtype=torch.int64, device="cpu"),
+            # One tensor of all tokens: a tensor for each text would take longer than all the rest of a batch's making.
+            _int64(list(chain.from_iterable(flat))),
+            _int64([len(t) for t in flat]),
             torch.arange(len(per_image), device="cpu").repeat_interleave(counts),
             len(per_image),
-            None
-            if levels is None
-            else torch.tensor([i for image in levels for i in image], dtype=torch.int64, device="cpu"),
+            None if levels is None else _int64(list(chain.from_iterable(levels))),
         )
 
     def __post_init__(self) -> None:
@@ -137,3 +137,7 @@ class RaggedTexts:
             end - begin,
             None if self.levels is None else self.levels[first:last],
         )
+
+
+def _int64(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

@@ -3,6 +3,8 @@
 The share of a pixel that a shape covers follows from the pixel's distance to the shape's edge.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,10 +34,17 @@ def _background(layout: Layout, size: int) -> Array:
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = _rgb(BACKGROUNDS[layout.background])
     if layout.texture == "shaded":
-        ramp = np.linspace(-24, 24, size, dtype=np.float32)
+        ramp = _ramp(size)
         across, down = (np.float32(slope) for slope in layout.slope)
         canvas += (ramp * across + ramp[:, None] * down)[..., None]
-    return canvas.clip(0, 255, out=canvas)
+        np.minimum(canvas, 255, out=canvas)  # no background is dark enough to fall below 0
+    return canvas
+
+
+@lru_cache
+def _ramp(size: int) -> Array:
+    """The change of the background's shade from one side of the picture to the other, at a slope of 1."""
+    return np.linspace(-24, 24, size, dtype=np.float32)
 
 
 def _draw_thing(canvas: Array, thing: Thing) -> Box:
