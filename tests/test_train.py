@@ -42,6 +42,7 @@ def test_published_recipes(form, tmp_path):
     assert (config.model.name, config.model.pretrained, config.model.context_length) == ("ViT-B-16", "openai", 248)
     assert (config.model.pool_heads, config.model.pool_norm_inputs, config.model.pool_identity) == (8, False, False)
     assert (config.loss.form, config.loss.beta, config.loss.alpha) == (form, 0.5, 1.0)
+    assert config.loss.conditioned_negatives == 0
     assert config.data.kind == "sharegpt4v" and (config.data.sentences, config.data.max_phrases) == (5, 30)
     assert config.optimizer == OptimizerConfig(
         backbone=GroupConfig(1e-5, 1e-7, initial_lr=1e-9, warmup=6),

@@ -208,9 +208,9 @@ class TrainingConfig:
         default_factory=lambda: ModelConfig(pool_heads=4, pool_norm_inputs=True, pool_identity=True)
     )
     data: DataConfig = field(default_factory=DataConfig)
-    # The lower β is, the more a thing must be told from those beside it. At 0, or with a pooling block that learns as
-    # fast as the towers, pooled embeddings tell texts apart without the picture.
-    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1))
+    # The lower β is, the more a thing must be told from those beside it. Without other pictures under the same text,
+    # embeddings tell texts apart without looking, above all at a β of 0 or with a pooling block that learns fast.
+    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.1, conditioned_negatives=4))
     lock: LockConfig = field(default_factory=LockConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
