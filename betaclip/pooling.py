@@ -16,7 +16,6 @@ from betaclip.layers import LayerNorm, QuickGELU, check_attention, has_hooks
 from betaclip.pair_chunks import Budget, plan_pairs
 from betaclip.pooling_inputs import check_inputs, check_pairs
 
-
 CLIP_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP starts from, arXiv 2103.00020
 
 

@@ -180,8 +180,9 @@ class RunConfig:
     """Data parallelism under torchrun: DistributedDataParallel or fully_shard."""
     seed: int = 0
     """Seed of the model's random weights, of the order of the data and of everything random in them."""
-    workers: int = bounded(1, at_least=0)
-    """Processes per rank that read data; 0 reads between the steps."""
+    workers: int | None = bounded(None, at_least=0)
+    """Processes per rank that read data; 0 reads between the steps. By default 1 with a GPU and 0 on a CPU, where they
+    would compete with the model for its cores."""
     log_every: int = bounded(10, at_least=1)
     """Updates between lines of the log."""
     checkpoint_every: int = bounded(500, at_least=1)
@@ -197,6 +198,10 @@ class RunConfig:
     """Write the metrics, the settings and pictures of attention for TensorBoard into the run's folder."""
     wandb: str | None = None
     """Project to log to at Weights & Biases."""
+
+    def workers_with(self, device: torch.device) -> int:
+        """The number of processes that read data where the model computes on ``device``."""
+        return int(device.type != "cpu") if self.workers is None else self.workers
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class ExampleSource:
     """Batches of a dataset that returns each example by its number."""
 
     def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
-        self._dataset, self._workers, self._device = dataset, config.run.workers, device
+        self._dataset, self._workers, self._device = dataset, config.run.workers_with(device), device
         self._process_group, self.samples = process_group, len(dataset)
         self._permutation = {"length": len(dataset), "batch_size": config.run.batch_size, "seed": config.run.seed}
         self.order = self._permutation | _order_of(dataset)
@@ -92,7 +92,8 @@ class ShardSource:
     """Batches of shards, which are read in sequence. To resume exactly takes the same numbers of ranks and workers."""
 
     def __init__(self, dataset: Any, config: TrainingConfig, process_group: ProcessGroup, device: torch.device) -> None:
-        size, workers, ranks = config.run.batch_size, config.run.workers, process_group.size
+        size, ranks = config.run.batch_size, process_group.size
+        workers = config.run.workers_with(device)
         if dataset.epoch_samples is None:
             raise ValueError("epoch_samples: shards need it, so that all ranks have the same number of batches")
         if size % ranks:

@@ -116,3 +116,10 @@ def test_backend(monkeypatch):
     monkeypatch.setenv("BETACLIP_BACKEND", "nonsense")
     with pytest.raises(ConfigError, match=r"loss.backend: BETACLIP_BACKEND: expected one of .*, got 'nonsense'"):
         check_backend(LossConfig(), cpu)
+
+
+def test_workers_are_left_out_where_the_model_needs_the_cores():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [RunConfig(workers=workers).workers_with(device) for workers in (None, 3) for device in (cpu, gpu)] == [
+        0, 1, 3, 3,
+    ]  # fmt: skip
