@@ -18,7 +18,7 @@ from betaclip.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 STEPS = 9
-LOSS = TrainingConfig().loss
+LOSS = LossConfig(beta=0.1)
 
 
 def config(folder: Path, name: str = "run", loss: LossConfig = LOSS, **run: Any) -> TrainingConfig:

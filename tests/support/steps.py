@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from betaclip.data.batches import Batch
 from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import SINGLE_PROCESS
-from betaclip.training.config import GroupConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainingConfig
 from betaclip.training.freezing import freeze
 from betaclip.training.objective import Objective
 from betaclip.training.optimizers import create_optimizer
@@ -25,7 +25,8 @@ OPTIMIZER = OptimizerConfig(
 
 
 def config(**run: Any) -> TrainingConfig:
-    return TrainingConfig(optimizer=OPTIMIZER, run=RunConfig(**run))
+    # Without other pictures, which are drawn within a micro-batch.
+    return TrainingConfig(loss=LossConfig(beta=0.1), optimizer=OPTIMIZER, run=RunConfig(**run))
 
 
 def create_step(model: BetaCLIP, settings: TrainingConfig) -> TrainStep:

@@ -155,4 +155,4 @@ def test_the_key_follows_kernels_and_triton(monkeypatch):
     assert aot.key() != key
     assert {
         f"kernels/{name}/{file}.py" for name in ("similarity", "attention_pool") for file in ("tiles", "triton_kernels")
-    } | {"kernels/similarity/triton_backend.py"} <= set(aot.SOURCES)
+    } <= set(aot.SOURCES)

@@ -29,7 +29,7 @@ def length(monkeypatch):
 
 
 def test_a_term_beside_the_others(tmp_path):
-    (tmp_path / "config.toml").write_text("[loss.weights]\nlength = 0.25\n")
+    (tmp_path / "config.toml").write_text("[loss]\nconditioned_negatives = 0\n[loss.weights]\nlength = 0.25\n")
     loss = read(TrainingConfig(), tmp_path / "config.toml").loss
     run = train(config(tmp_path, steps=2, loss=loss))
     assert read(TrainingConfig(), run.folder / "config.toml").loss == loss
