@@ -85,9 +85,9 @@ class LossComparison(Comparison):
         return Call(lambda: loss(self.batch), self.batch.leaves, small, needed)
 
     def exact(self) -> Call:
-        most, free = TRUTH_ROWS[self.device.type], free_bytes(self.device)
-        if self.n > most or (free is not None and 12 * 8 * self.n**2 > free):
-            raise Unavailable(f"above N = {most}, or without memory for it")
+        max_rows, free = TRUTH_ROWS[self.device.type], free_bytes(self.device)
+        if self.n > max_rows or (free is not None and 12 * 8 * self.n**2 > free):
+            raise Unavailable(f"above N = {max_rows}, or without memory for it")
         exact = self.batch.to_leaves(torch.float64)
         loss = reference(self.form, exact)
         return Call(lambda: loss(exact), exact.leaves)

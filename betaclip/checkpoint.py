@@ -282,8 +282,8 @@ def load_checkpoint(
     head_width: int | None = None,
     pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """The model of a checkpoint: one of ours, the latest in a run's folder, a file of :func:`save_weights` or in the
-    published or in FLAIR's layout, or a folder that ``betaclip export`` wrote. Adapters of LoRA are merged.
+    """Load the model of a checkpoint: one of betaclip's, the latest in a run's folder, a file of :func:`save_weights`,
+    a file in the published or in FLAIR's layout, or a folder that ``betaclip export`` wrote. LoRA's adapters are merged.
 
     Args:
         path: the file or folder.
@@ -291,8 +291,7 @@ def load_checkpoint(
         weights: ``"ema"``, the average of the weights that a run with ``optimizer.ema_decay`` keeps, ``"raw"``, the
             weights after the last update, or ``"auto"``, the average if there is one. The model's ``averaged`` says
             which it has.
-        head_width, pool_heads: of a file in one of these layouts, as :func:`betaclip.published.load_published` takes
-            them.
+        head_width, pool_heads: as for :func:`betaclip.published.load_published`, for a file in one of those layouts.
 
     Raises:
         FileNotFoundError: no such file, or a folder with neither checkpoints nor an exported model.
@@ -323,7 +322,8 @@ def load_checkpoint(
 
 def _expect_averaged(weights: Weights, averaged: bool, path: Path) -> None:
     if weights == "ema" and not averaged:
-        raise ValueError(f"{path}: expected averaged weights, which a run with optimizer.ema_decay has, got none")
+        expected = "averaged weights, which a run with optimizer.ema_decay has"
+        raise ValueError(f"{path}: expected {expected}, got none; take auto or raw")
 
 
 def save_weights(model: BetaCLIP, path: Path | str) -> None:

@@ -22,21 +22,26 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one"),
+    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one on rendered scenes"),
     "evaluate": Command(
-        "betaclip.evaluation.run", "EvaluateConfig", "evaluate", "retrieval, regions, pointing, classes"
+        "betaclip.evaluation.run",
+        "EvaluateConfig",
+        "evaluate",
+        "evaluate a model: retrieval, fine-grained choices, pointing, zero-shot classification",
     ),
-    "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "a picture of each text's attention"),
+    "visualize": Command("betaclip.visualize", "VisualizeConfig", "visualize", "draw where texts look in a picture"),
     "report": Command("betaclip.report", "ReportConfig", "report", "write a page about a run, to open in a browser"),
-    "prepare": Command("betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once"),
-    "export": Command("betaclip.export", "ExportConfig", "export", "write a model for other programs"),
-    "env": Command("betaclip.env", None, "main", "versions, devices and backends, for a bug report"),
+    "prepare": Command(
+        "betaclip.data.prepare", "PrepareConfig", "prepare", "extract the phrases of captions once, into a file"
+    ),
+    "export": Command("betaclip.export", "ExportConfig", "export", "write a model for open_clip or transformers"),
+    "env": Command("betaclip.env", None, "main", "print versions, devices and backends, for a bug report"),
 }
 
 
 _FILES = (
-    "--config FILE: a TOML file with other defaults for these options, or the name of a recipe. --smoke: all "
-    "that a run does, in less than a minute, by the recipe smoke."
+    "--config FILE: a TOML file with other defaults for these options, or the name of a recipe. --smoke: everything "
+    "that a run does, in less than a minute."
 )
 _SWITCHES = "A switch such as --x is turned off by --no-x."
 

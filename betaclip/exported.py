@@ -39,8 +39,8 @@ def save_open_clip(model: BetaCLIP, folder: Path | str) -> None:
     ``open_clip.get_tokenizer("local-dir:FOLDER")`` load.
 
     Args:
-        model: any.
-        folder: does not exist yet, or is empty.
+        model: any model.
+        folder: a folder that does not exist yet, or is empty.
 
     Raises:
         ConfigError: the folder exists and is not empty.
@@ -63,8 +63,8 @@ def save_transformers(model: BetaCLIP, folder: Path | str) -> None:
     """Write a folder that transformers' ``CLIPModel.from_pretrained`` and ``CLIPProcessor.from_pretrained`` load.
 
     Args:
-        model: one whose towers are those of OpenAI's CLIP but for their sizes.
-        folder: does not exist yet, or is empty.
+        model: a model whose towers differ from those of OpenAI's CLIP only in their sizes.
+        folder: a folder that does not exist yet, or is empty.
 
     Raises:
         NotImplementedError: ``CLIPModel`` cannot hold the towers; the message lists every reason.

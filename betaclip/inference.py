@@ -36,19 +36,20 @@ PictureLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 class Model:
     """A model in evaluation mode that encodes pictures and texts, a batch at a time, on its own device.
 
-    A picture is the path of a file, a PIL image as it is turned, (H, W, 3) uint8, or a (3, S, S) tensor that is used as
-    it is. Every method that takes pictures takes one, a list of them, or a (B, 3, S, S) tensor. One that takes texts
-    takes a string or a list. Results are in the order of the arguments, in float32, without gradients.
+    A picture is the path of a file (turned upright by its EXIF orientation), a PIL image (not turned), an (H, W, 3)
+    uint8 array, or a (3, S, S) tensor as ``transform`` returns it. Methods that take pictures accept one picture, a
+    list of them, or a (B, 3, S, S) tensor; methods that take texts accept a string or a list. Results are in the order
+    of the arguments, in float32, without gradients.
 
     Args:
         model: the model; :func:`betaclip.load` reads one from a file.
         batch_size: the number of pictures or texts that are encoded at a time.
-        pooled: whether the pooling block is trained. Without, what depends on it raises a ValueError.
+        pooled: whether the pooling block is trained. If not, methods that need it raise a ValueError.
 
     Attributes:
         model: the BetaCLIP, for everything that is not here; a PlainClip if ``load`` was given a name.
-        transform: makes a (3, S, S) tensor of a PIL image: the central square of the picture, as in the evaluation, or
-            what a model of open_clip takes in its place.
+        transform: turns a PIL image into a (3, S, S) tensor: of the central square of the picture, as in the
+            evaluation, or as open_clip prepares pictures for one of its models.
 
     Example:
         >>> import torch, betaclip
@@ -116,10 +117,13 @@ class Model:
         return scores.new_full((len(queries), len(embeds)), -torch.inf).scatter(1, nearest, scores).T
 
     def attention(self, image: PictureLike, texts: str | Sequence[str]) -> Tensor:
-        """The attention of M texts over the patches of one whole picture, (M, rows, columns); each sums to 1,
-        also if a key of zeros beside the patches has a part of it.
+        """The attention of M texts over the patches of one whole picture, averaged over heads.
 
-        A picture that is no tensor is squashed to a square, so that nothing of it is cut off. Averaged over heads.
+        A picture that is not a tensor is squashed to a square, so that nothing of it is cut off.
+
+        Returns:
+            (M, rows, columns); each text's attention sums to 1, even if the model has a key of zeros beside the
+            patches.
 
         Raises:
             ValueError: the pooling block is not trained, or the picture cannot be read.
@@ -187,15 +191,17 @@ def load(
         path: the folder of a run, one of its checkpoints, a folder that ``betaclip export`` wrote, a file in the
             published layout or in that of released FLAIR checkpoints, or, with ``name``, a file in open_clip's layout
             or the tag of an open_clip model (``load("openai", name="ViT-B-16")``).
-        name: the CLIP or SigLIP of open_clip that the weights are of, which then has its own tokenizer and
-            preprocessing. Such a model has no pooling block, and answers ``encode_image``, ``encode_text`` and
-            ``similarity`` only.
+        name: name of the open_clip model (CLIP or SigLIP) that the weights belong to; it brings its own tokenizer and
+            preprocessing. Such a model has no pooling block and supports only ``encode_image``, ``encode_text`` and
+            ``similarity``.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which takes a GPU if there is one.
         batch_size: the number of pictures or texts that are encoded at a time.
-        weights: of a run with ``optimizer.ema_decay``: ``ema``, the average of the weights, ``raw``, those after the
-            last update, or ``auto``, the average if there is one. ``model.averaged`` of the result says which it has.
-        head_width, pool_heads: of a file in the published or in FLAIR's layout, where no tensor shows them. By default
-            what the file says, or 64 and 8.
+        weights: which weights of a run with ``optimizer.ema_decay`` to take: ``ema``, their average, ``raw``, those
+            after the last update, or ``auto``, the average if there is one. ``model.averaged`` of the result says which
+            it has.
+        head_width, pool_heads: width of the towers' attention heads, and number of heads of the pooling block, for a
+            file in the published or in FLAIR's layout, whose tensors do not show them. By default the numbers in the
+            file's metadata, or 64 and 8.
 
     Returns:
         The model, in evaluation mode.

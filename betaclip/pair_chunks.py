@@ -27,7 +27,8 @@ class Budget(NamedTuple):
 
 
 class PairChunks(NamedTuple):
-    """
+    """The plan: which images are scored together, each with which texts.
+
     used: (U,) int64 numbers of the images that are chosen at all, ascending.
     sizes: how many consecutive ones of them are scored together; their sum is U.
     texts: for each size b, one or more (b, q) int64 of the texts that are scored at a time; 0 in empty slots.

@@ -66,7 +66,7 @@ class TextConditionedPool(nn.Module):
         norm_qkv: in place of normalising patches and queries, apply LayerNorm to the queries (``ln_q``) and to the
             patches, as keys (``ln_k``) and as values (``ln_v``).
         add_zero_attn: let texts also attend to a key and a value of zeros, and so to no patch.
-        init_logit_scale: what ``logit_scale`` starts from.
+        init_logit_scale: initial value of ``logit_scale``.
         backend: the backend of :func:`betaclip.kernels.attention_pool.attention_pool`; ``"auto"`` chooses.
         device, dtype: those of the parameters, as for PyTorch's modules.
 
@@ -114,7 +114,7 @@ class TextConditionedPool(nn.Module):
             raise ValueError(f"mlp_ratio: expected {expected}, got {mlp_ratio}")
         if norm_inputs and norm_qkv:
             raise ValueError(
-                "norm_qkv: expected False with norm_inputs, which is another place of LayerNorms, got True"
+                "norm_qkv: expected False with norm_inputs=True, since both add LayerNorms to the inputs, got True"
             )
         placed: Any = {"device": device, "dtype": dtype}
         self.backend = backend
@@ -240,7 +240,7 @@ class TextConditionedPool(nn.Module):
                 return scores.gather(1, texts)  # (B, Q)
             return scores if images is None else scores.T.gather(1, images)  # (M, J)
 
-        for the pairs that are asked for alone, in memory proportional to the arguments and the result: pairs are
+        but only for the pairs that are asked for, in memory proportional to the arguments and the result: pairs are
         computed a chunk at a time, and once more in the backward. An image's patches are projected once, unless its
         pairs do not fit into one chunk.
 

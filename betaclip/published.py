@@ -35,9 +35,10 @@ def load_published(
 
     Args:
         path: a safetensors file, or one of ``torch.save`` (:func:`betaclip.model.weights.read_weights`).
-        head_width: width of the towers' attention heads, which no tensor shows. By default what the file says, as those
-            of :func:`save_published` do, or 64.
-        pool_heads: number of heads of the pooling block, which no tensor shows either. By default likewise, or 8.
+        head_width: width of the towers' attention heads, which no tensor shows. By default the number in the file's
+            metadata, which :func:`save_published` writes, or 64.
+        pool_heads: number of heads of the pooling block, which no tensor shows either. By default the number in the
+            metadata, or 8.
         allow_pickle: also unpickle arbitrary objects, which runs whatever code the file holds. Set it only for files
             that you trust as you would trust a program.
 

@@ -53,7 +53,8 @@ class TrainEvaluationConfig(EvaluationConfig):
     """Number of pictures to draw the attention of at the end, and two of them for TensorBoard at every evaluation: of
     scenes if the training data are scenes, else of the first retrieval set."""
     conditioned: bool = False
-    """Also evaluate text-conditioned retrieval, and the leak on retrieval sets; that on scenes always is."""
+    """Also evaluate text-conditioned retrieval, and the leak on retrieval sets. The leak on scenes is always
+    measured."""
 
 
 @dataclass(frozen=True)

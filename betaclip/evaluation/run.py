@@ -57,7 +57,7 @@ class EvaluateConfig(EvaluationConfig):
     pool_heads: int | None = bounded(None, at_least=1)
     """Attention heads of the pooling block, likewise; by default 8."""
     device: str = "auto"
-    """auto takes a GPU if there is one."""
+    """cpu, cuda or auto, which takes a GPU if there is one."""
 
 
 def evaluate(config: EvaluateConfig) -> Results:

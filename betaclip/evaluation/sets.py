@@ -24,31 +24,31 @@ class EvaluationConfig(RetrievalConfig):
     scenes: int | None = bounded(None, at_least=0)
     """Number of rendered scenes, for retrieval, choices, pointing and the leak. By default none."""
     fg_ovd: Path | None = None
-    """Folder of FG-OVD's files, in either form, for choices of each subset whose file is there."""
+    """Folder with FG-OVD's files, in either form: fine-grained choices, for each subset whose file is there."""
     fg_ovd_images: Path | None = None
     """COCO's folder, with train2017/ and val2017/; by default that of FG-OVD's files."""
     zero_shot: Path | None = None
     """Folder with one folder of pictures for each class: zero-shot classification."""
     zero_shot_names: Path | None = None
-    """JSON file with the names of the classes by the names of their folders; by default the folders' own, and
-    open_clip's for ImageNet."""
+    """JSON file that maps the folders' names to the names of the classes; by default a class has its folder's name, or
+    for ImageNet open_clip's name."""
     zero_shot_templates: TemplatesName = "openai"
-    """open_clip's templates that make texts of a class's name: the 80 of CLIP's paper, or 7 simple ones."""
+    """open_clip's templates that make texts from a class's name: the 80 of CLIP's paper, or 7 simple ones."""
     conditioned: bool = True
-    """Also evaluate text-conditioned retrieval, for which each text pools each picture, much more work than the rest,
-    and the leak on retrieval sets; that on scenes is always measured."""
+    """Also evaluate text-conditioned retrieval, in which each text pools each picture (much more work than the rest),
+    and the leak on retrieval sets. The leak on scenes is always measured."""
     top_k: int | None = None
-    """Also evaluate re-ranking: of this number of pictures that are nearest to a text by CLS, and of texts that are
-    nearest to a picture, the order by text-conditioned cosines (FLAIR takes 128 and 256). At least 10."""
+    """Also evaluate re-ranking: take this many of the pictures that are nearest to a text by CLS, and of the texts that
+    are nearest to a picture, and order them by text-conditioned cosines (FLAIR takes 128 and 256). At least 10."""
     own_text: bool = False
     """Also evaluate retrieval where each picture is pooled by its own first text before the search, as in the released
-    code. The search is told what to find, so compare the results with such results only."""
+    code. The search is told what to find, so compare such results only with each other."""
     limit: int | None = bounded(None, at_least=1)
     """Take at most this many pictures of each retrieval set and of the classes, and questions of each subset, spread
     evenly. Results are then named SET_limitN, because retrieval among fewer is easier. By default all."""
     long_texts: Literal["keep_end", "published"] = "keep_end"
-    """Texts beyond the context keep their end token; or they lose it as in the released code, where all such texts have
-    the same embedding."""
+    """keep_end: texts beyond the context keep their end token. published: they lose it, as in the released code, where
+    all such texts have the same embedding."""
     batch_size: int = bounded(64, at_least=1)
     """Number of pictures, texts or questions that a rank encodes at a time."""
     seed: int = 0

@@ -200,8 +200,8 @@ class AcrossRanks:
         """Find the largest shard, and whether any rank wants the gradient of its texts; ``x`` as :meth:`_across`.
 
         Raises:
-            RuntimeError: ranks disagree on what can be contrasted. It is raised on all ranks, which would else wait for
-                each other for ever.
+            RuntimeError: ranks disagree on what they contrast. It is raised on all ranks, which would otherwise wait
+                for each other forever.
         """
         self.wanted = self.shards.agree(x, y, self.wanted, self.call)
         if x.text_id is not None and y.text_id is not None:
@@ -290,9 +290,8 @@ class _Shards:
         """Set ``max_rows``, the largest number of a rank's columns, and ``ids_per_rank``, which is above each rank's
         image ids: they are at most the number of its rows. Return which gradients the ranks want together.
 
-        The host waits for this message, and with text ids for their numbers. Its size is the same whatever is called:
-        ranks that differ learn of it
-        before their messages do not fit.
+        The host waits for this message, and with text ids for their numbers. Its size is the same whatever is called,
+        so ranks that differ learn of it before they exchange messages of different sizes.
         """
         rows, depth = x.rows.shape
         columns = y.rows.shape[0]

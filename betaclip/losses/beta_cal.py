@@ -8,32 +8,32 @@ from betaclip.losses.prefixes import Dims
 
 
 class BetaCALLoss(nn.Module):
-    """β-CAL as a module: :func:`beta_cal_ce_loss` or :func:`beta_cal_bce_loss` with its options kept.
+    """β-CAL as a module: :func:`beta_cal_ce_loss` or :func:`beta_cal_bce_loss` with fixed options.
 
     Args:
         form: ``"ce"`` (softmax) or ``"bce"`` (sigmoid).
         beta: weight of the other texts of the same image. A tensor becomes a buffer; an ``nn.Parameter`` is learned
             (keep it >= 0, for example by a softplus: the loss does not clamp it).
         alpha: weight of the own text.
-        padding: what padded texts do: ``"ignore"``, nothing; ``"published"``, as in the released code.
-        divisor: of the sigmoid form, ``"pairs"`` (N², as in the released code) or ``"rows"`` (N, as in SigLIP); the
-            softmax form is a mean over rows.
+        padding: ``"ignore"`` leaves padded texts out; ``"published"`` counts them as the released code does.
+        divisor: what the sigmoid form divides by: ``"pairs"`` (N², as in the released code) or ``"rows"`` (N, as in
+            SigLIP). The softmax form is a mean over rows.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"blockwise"`` or ``"reference"``.
         gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
             and texts of all ranks; :func:`beta_cal_ce_loss` says what that means for gradients. ``"auto"`` does so
             wherever there are several ranks.
         process_group: the ranks to gather from, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension; None for the
             default group.
-        conditioned_weight: weight of what ``conditioned_negatives`` add, in a batch that has them.
+        conditioned_weight: weight of the term that ``conditioned_negatives`` add, in a batch that has them.
         reduction: ``"mean"``, or ``"none"`` for the loss of each text.
-        label_smoothing: of the softmax form, the part of each row's target that all texts share, from 0 to 1;
-            0 with ``text_ids``.
-        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
+        label_smoothing: the share of each row's target in the softmax form that is spread over all texts, from 0 to 1;
+            must be 0 with ``text_ids``.
+        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
         keep: bytes of exponentials that the softmax form may keep from forward to backward, for 6·N²·D FLOP instead of
             8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps the
             cosines of batches of up to 724 texts on the CPU, at most 2 MiB, and nothing else.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
-            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            the loss is the (weighted) sum of the losses of all prefixes, each normalised by itself (Matryoshka);
             :func:`beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
@@ -83,7 +83,7 @@ class BetaCALLoss(nn.Module):
         self.options().check(form)
 
     def options(self) -> Options:
-        """What this module keeps between batches."""
+        """Collect the options of this module."""
         return Options(**{name: getattr(self, name) for name in Options._fields})
 
     def forward(

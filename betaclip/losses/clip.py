@@ -25,13 +25,13 @@ class ClipLoss(nn.Module):
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`.
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for the loss of each pair, the mean of its two directions.
-        label_smoothing: from 0 to 1, the part of each row's target that all texts share; 0 with
+        label_smoothing: the share of each row's target that is spread over all texts, from 0 to 1; must be 0 with
             ``text_ids``.
-        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
+        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
         keep: bytes of exponentials that may be kept from forward to backward, for 6·B²·D FLOP instead of 8;
             ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`betaclip.beta_cal_ce_loss`.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
-            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            the loss is the (weighted) sum of the losses of all prefixes, each normalised by itself (Matryoshka);
             :func:`betaclip.beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
@@ -64,7 +64,7 @@ class ClipLoss(nn.Module):
         self.options().check("ce")
 
     def options(self) -> Options:
-        """What this module keeps between batches."""
+        """Collect the options of this module."""
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group,
             reduction=self.reduction, label_smoothing=self.label_smoothing, strict=self.strict,
@@ -89,7 +89,8 @@ class ClipLoss(nn.Module):
             image_embeds: (B, D) image embeddings, any norm, any floating dtype.
             text_embeds: (B, D) text embeddings; text i belongs to image i.
             logit_scale: () inverse temperature, after exp; may require a gradient.
-            weights: (B,) constant weights of the pairs: the loss is the weighted mean, rows are times their weights.
+            weights: (B,) constant weights of the pairs. The loss is the weighted mean; with ``reduction="none"`` each
+                row is multiplied by its weight.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
             text_ids: (B,) integers, equal for equal texts, negative for a text that equals no other. Texts that equal

@@ -21,7 +21,7 @@ def detached_clip_loss(
     backend: Backend = "auto",
     strict: bool = False,
 ) -> Tensor:
-    """CLIP's loss of the images of all ranks, in which each rank takes what it has gathered for constants.
+    """CLIP's loss of the images of all ranks, in which each rank treats what it has gathered as constants.
 
     The value is that of ``ClipLoss(gather=True)``. The gradients are those of the released code, and of open_clip's
     ``ClipLoss(local_loss=True, gather_with_grad=False)``: an image embedding gets one from its own row of logits, but

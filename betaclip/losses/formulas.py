@@ -49,7 +49,7 @@ GroupLike = dist.ProcessGroup | DeviceMesh
 
 
 class Options(NamedTuple):
-    """What a loss keeps between batches; the arguments of :class:`betaclip.BetaCALLoss` by the same names."""
+    """The options of a loss: the arguments of :class:`betaclip.BetaCALLoss` by the same names."""
 
     beta: Tensor | float = 0.5
     alpha: float = 1.0

@@ -79,8 +79,8 @@ def beta_cal_ce_loss(
     of 0. This takes 8·N·E·D FLOP (6 if they need no gradient) and O((N + E)·D) memory. The loss of columns stays as it
     is.
 
-    ``text_ids`` leave pairs of different images whose texts are equal out of the denominators, as they are no
-    negatives; ``s.logsumexp(1)`` becomes
+    With ``text_ids``, pairs of different images whose texts are equal are left out of the denominators, since they are
+    not negatives; ``s.logsumexp(1)`` becomes
 
         ids, same_image = text_ids.flatten(), torch.block_diag(*[torch.ones(K, K)] * B).bool()
         s.masked_fill((ids[:, None] == ids) & (ids >= 0) & ~same_image, -torch.inf).logsumexp(1)
@@ -91,9 +91,10 @@ def beta_cal_ce_loss(
 
         loss = sum(beta_cal_ce_loss(image_embeds[..., :d], text_embeds[..., :d], ...) for d in dims)
 
-    where each prefix is normalised by itself. The backend ``"blockwise"`` forms it in one pass: products of a shorter
-    prefix are partial sums of a longer one's, and each slice of the embeddings receives one product as its gradient, so
-    that all products together are those of the longest prefix. ``"triton"`` and ``"cuda"`` take a pass for each.
+    where each prefix is normalised by itself. The backends ``"blockwise"`` and ``"triton"`` form it in one pass:
+    products of a shorter prefix are partial sums of a longer one's, and each slice of the embeddings receives one
+    product as its gradient, so that all products together are those of the longest prefix. ``"cuda"`` takes a pass for
+    each prefix.
 
     Args:
         image_embeds: (B, K, D) text-conditioned image embeddings, any norm; or (N, D) with ``image_index``.
@@ -106,12 +107,12 @@ def beta_cal_ce_loss(
             numbers are read back to the host, so this form does not compile into one graph.
         pair_weights: (K, K) or (B, K, K) weights w of the pairs within an image, instead of alpha and beta; K
             is the largest number of texts per image if the batch is ragged.
-        padding: what a padded text does: nothing (``"ignore"``), or stay in the softmax denominators as in the
-            released code (``"published"``).
+        padding: ``"ignore"`` leaves padded texts out; with ``"published"`` they stay in the softmax denominators, as in
+            the released code.
         backend: as for :func:`betaclip.kernels.similarity.similarity_logsumexp`.
-        gather: contrast with the images and texts of all ranks: True or ``"all_gather"``, which holds all texts on each
-            rank, or ``"ring"``, which holds one rank's at a time (``betaclip.losses.across_ranks``). ``"auto"``: as
-            True if a process group of several ranks is initialised, else as False, this rank alone. The inputs are
+        gather: how to contrast with the images and texts of all ranks: True or ``"all_gather"`` holds all texts on each
+            rank, ``"ring"`` one rank's at a time (``betaclip.losses.across_ranks``), and False contrasts this rank's
+            alone. ``"auto"`` is True if a process group of several ranks is initialised, else False. The inputs are
             this rank's; numbers of images and texts may differ between ranks. Every rank returns the loss of the whole
             batch. Its gradients are W times the derivatives by this rank's inputs, so that their average over the W
             ranks, as DistributedDataParallel takes it, is the gradient of one process with the whole batch. All ranks
@@ -123,23 +124,23 @@ def beta_cal_ce_loss(
         conditioned_weight: weight of the term that these negatives add.
         weights: (B, K), or (N,) with ``image_index``: constants, each the weight of a row and of a column.
         reduction: ``"mean"``; or ``"none"`` for the loss of each text, the mean of its two directions times its weight.
-            Any function of these may be differentiated. Over several ranks each has those of its own texts, and the
-            gradients are those of the sum of what all ranks make of theirs.
+            Any function of these may be differentiated. Over several ranks, each gets the losses of its own texts, and
+            the gradients are those of the sum over ranks of whatever each computes from them.
         label_smoothing: ε from 0 to 1, the part of each row's target that all texts share; 0 with ``text_ids``, whose
             pairs have no logit.
         strict: on a GPU, raise a NotImplementedError where ``backend="auto"`` would leave the work to a slower backend
             than the fused one; the message says why. :func:`betaclip.backend_runs` counts what has run.
-        extra_texts: (E, D) embeddings of texts that belong to none of the images, any norm, such as hard captions, or,
-            detached, texts of earlier batches. Over several ranks the rows of all are contrasted with those of all;
-            numbers may differ, but each rank passes them, (0, D) for none.
+        extra_texts: (E, D) embeddings of texts that belong to none of the images, any norm, such as hard captions, or
+            texts of earlier batches (detached). Over several ranks, the extra texts of each rank are negatives on all
+            ranks. Every rank must pass them, of any number: (0, D) for none.
         extra_mask: (E,) bool, True = valid; the others take part in nothing and may hold anything.
         text_ids: (B, K), or (N,) with ``image_index``: any integers, equal for equal texts, also on different ranks,
             such as hashes of their words; negative for a text that equals no other.
         extra_text_ids: (E,) the same for the extra texts; without them these equal no other.
-        keep: bytes of exponentials that may be kept from forward to backward, for 6·N²·D FLOP instead of 8; all take
-            4·N² bytes (8 in float64), and of fewer as many blocks as fit. Gradients have the same bits whatever is
-            kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere; only the backend ``"blockwise"`` on a single rank keeps
-            any. ``extra_texts`` have as much room again.
+        keep: how many bytes of exponentials may be kept from forward to backward. If all fit, 4·N² bytes (8·N² in
+            float64), the loss takes 6·N²·D FLOP instead of 8; otherwise as many blocks are kept as fit. Gradients have
+            the same bits whatever is kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere. Only the backend
+            ``"blockwise"`` on a single rank keeps any. ``extra_texts`` have a budget of the same size.
         dims: lengths of prefixes of the embeddings, none longer than D, in any order; None for whole embeddings. A
             sequence such as ``(512, 256, 128)`` gives each loss the weight 1; a mapping such as
             ``{512: 1.0, 256: 0.5, 128: 0.25}`` gives each its own. From sentence-transformers' ``MatryoshkaLoss``:
@@ -245,17 +246,17 @@ def beta_cal_bce_loss(
 
     and nothing to N, for 6·N·E·D FLOP (4 if they need no gradient).
 
-    ``text_ids`` leave out pairs of different images whose texts are equal: they cost nothing.
+    With ``text_ids``, pairs of different images whose texts are equal are left out of the sum.
 
-    A row is what one image embedding costs with all texts, by the mean text (``divisor="pairs"``) or in all
-    (``"rows"``). ``reduction="none"`` returns rows, ``weights`` u make the loss ``(u * rows).sum() / u.sum()``:
+    A row is the loss of one image embedding with all texts: their mean (``divisor="pairs"``) or their sum
+    (``"rows"``). ``reduction="none"`` returns rows; with ``weights`` u the loss is ``(u * rows).sum() / u.sum()``:
 
         rows = torch.where(same_image, w * F.softplus(-s), F.softplus(s)).sum(1) / (N if divisor == "pairs" else 1)
 
     Args:
         logit_bias: () added to every logit of all prefixes, may require a gradient; None for none.
-        padding: padded texts take part in nothing; N counts valid texts (``"ignore"``), or is B·K as in the released
-            code (``"published"``).
+        padding: padded texts are left out in either case; N is the number of valid texts (``"ignore"``), or B·K as in
+            the released code (``"published"``).
         divisor: ``"pairs"``, N² as in the released code; or ``"rows"``, N as in SigLIP. Gradients of the former are so
             small that float16 inputs lose many of them, unless a gradient scaler multiplies the loss.
         weights: (B, K), or (N,) with ``image_index``: constants, each the weight of a row.

@@ -24,10 +24,10 @@ class SigLipLoss(nn.Module):
         gather: ``"auto"``, False, True, ``"all_gather"`` or ``"ring"``: whether, and how, to contrast with the images
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`. B is then the number of all ranks' images.
         process_group: the ranks to gather from; None for the default group.
-        reduction: ``"mean"``, or ``"none"`` for what each image costs with all texts, whose mean is the loss.
-        strict: on a GPU, refuse what ``backend="auto"`` would leave to a slower backend than the fused one.
+        reduction: ``"mean"``, or ``"none"`` for the loss of each image with all texts; ``"mean"`` is the mean of these.
+        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
-            the loss is the (weighted) sum of those of all prefixes, each normalised by itself (Matryoshka);
+            the loss is the (weighted) sum of the losses of all prefixes, each normalised by itself (Matryoshka);
             :func:`betaclip.beta_cal_ce_loss` has the details. None for whole embeddings.
 
     Raises:
@@ -58,7 +58,7 @@ class SigLipLoss(nn.Module):
         self.options().check("bce")
 
     def options(self) -> Options:
-        """What this module keeps between batches."""
+        """Collect the options of this module."""
         return Options(
             beta=0.0, backend=self.backend, gather=self.gather, process_group=self.process_group, divisor="rows",
             reduction=self.reduction, strict=self.strict, dims=self.dims,
@@ -84,7 +84,8 @@ class SigLipLoss(nn.Module):
             text_embeds: (B, D) text embeddings; text i belongs to image i.
             logit_scale: () inverse temperature, after exp; may require a gradient.
             logit_bias: () added to every logit, may require a gradient; None for none. SigLIP starts at -10.
-            weights: (B,) constant weights of the images: the loss is the weighted mean, rows are times their weights.
+            weights: (B,) constant weights of the images. The loss is the weighted mean; with ``reduction="none"`` each
+                row is multiplied by its weight.
             extra_texts: (E, D) embeddings of texts that belong to none of the images: negatives of all of them.
             extra_mask: (E,) bool, True = valid.
             text_ids: (B,) integers, equal for equal texts, negative for a text that equals no other. Texts that equal

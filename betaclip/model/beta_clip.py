@@ -50,20 +50,20 @@ class ModelConfig:
     """An open_clip model (ViT-B-16, ViT-L-14, any with a ViT and a causal text tower of open_clip's own), an open_clip
     configuration in JSON, or scenes, a small one."""
     pretrained: str | None = None
-    """An open_clip tag (openai), or a file in open_clip's, the published, FLAIR's or our own layout. Random weights
-    without."""
+    """An open_clip tag (openai), or a file in open_clip's, the published, FLAIR's or betaclip's own layout. By default
+    the weights are random."""
     context_length: int = 77
-    """The number of tokens that the model has (77), or 248: positions are then stretched as in the published models,
-    and the first 20 frozen."""
+    """Largest number of tokens of a text: the model's own (77), or 248, for which positions are stretched as in the
+    published models and the first 20 are frozen."""
     pool_heads: int = 8
     """Attention heads of the pooling block."""
     pool_norm_inputs: bool = False
-    """LayerNorms of texts and patches in the pooling block; the published models have none."""
+    """Apply LayerNorms to texts and patches in the pooling block; the published models have none."""
     pool_identity: bool = False
     """Start the pooling block from identities rather than at random, for towers that start at random."""
     pool_norm_qkv: bool = False
-    """FLAIR's LayerNorms in the pooling block: of texts, of patches as keys and of patches as values, none of which are
-    normalised before."""
+    """Apply FLAIR's LayerNorms in the pooling block, in place of normalising its inputs: to texts, to patches as keys
+    and to patches as values."""
     pool_add_zero_attn: bool = False
     """Let texts attend to a key and a value of zeros beside the patches, as in FLAIR."""
     pool_mlp_ratio: float = 4.0
@@ -74,9 +74,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Compute the towers' blocks again in the backward rather than keep their activations."""
     quick_gelu: bool = False
-    """Use QuickGELU in the towers, whatever the name says. Weights trained with it (OpenAI's, by tag or from a file of
-    their archive's tensors, and the published ones) turn this on by themselves, also in the configuration that
-    checkpoints keep."""
+    """Use QuickGELU in the towers, whatever the model's name says. Weights that were trained with it (OpenAI's and the
+    published ones) turn this on by themselves, also in the configuration that checkpoints keep."""
 
 
 class Sizes(NamedTuple):

@@ -6,7 +6,7 @@ Per image, with L = H K latent queries, in multiply-adds:
     folded      8 L P D (2 forward, 6 backward; 7 where the forward keeps its weights, 6 where it keeps the means too)
                 + 7 K D² (folding, unfolding, their gradients)
 
-**CPU.** At D = 512, H = 8 and P = 196 the two are equal near K = 43. There the bytes decide: projecting passes over
+**CPU.** At D = 512, H = 8 and P = 196 the two are equal near K = 41. There the bytes decide: projecting passes over
 arrays of the patches' size some 27 times (normalised patches, keys, values and their gradients, each written and read);
 folding does so 3 times (x twice, dx), and works in scratch that stays in the outer caches, several times faster than
 memory. P is a dimension of each image's products, which run at full rate only in panels of ``_PANEL``: 196 patches cost

@@ -1,7 +1,7 @@
 """Multi-head attention pooling of many patches by few queries.
 
 ``attention_pool`` chooses between two orders of the same products: projecting every patch to keys and values, or
-folding these projections to the side of the queries (``folded``). The folded form is one ``torch.library`` operator; if
+folding these projections into the queries' side (``folded``). The folded form is one ``torch.library`` operator; if
 the backend is an ``Attention`` object instead of a name, the operator's function is called directly. The projected form
 is left to PyTorch's autograd.
 """
@@ -83,13 +83,14 @@ def attention_pool(
 
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)))
 
-    Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values
-    to the side of the queries where that takes less time (``cost``); the backward then keeps the arguments, the
+    Otherwise a bias of the keys cancels in the softmax. ``"auto"`` folds the projections of keys and values into the
+    queries' side where that takes less time (``cost``). What is then kept for the backward is the arguments, the
     result, the norms of the patches and at most two numbers for each query and head; on the CPU also the attention
-    weights of as many images as fit 256 MiB, and the weighted means of patches if they fit as well, so that it need
-    not compute them again. Softmax and sums are in float32 (float64 for float64), and the result is in the dtype of
-    ``x``, under autocast as well; deterministic. Differentiable once in ``x``, ``q``, ``k_weight``, ``v_weight``,
-    ``v_bias`` and ``k_bias``; the projected backends as often as PyTorch's own operators.
+    weights of as many images as fit into 256 MiB, and the weighted means of patches if they fit as well, so that the
+    backward need not compute them again. Softmax and sums are in float32 (float64 for float64), and the result is in
+    the dtype of ``x``, under autocast as well. The result is deterministic. It can be differentiated once in ``x``,
+    ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends can be differentiated as often
+    as PyTorch's own operators.
 
     Args:
         x: (B, P, D) patches, P >= 1. With ``normalize`` they are divided by their norms; patches of norm 0 (up to

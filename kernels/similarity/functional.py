@@ -47,11 +47,11 @@ def similarity_logsumexp(
             negative; a row without an id equals no other.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
             ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
-        strict: on a GPU, refuse what ``"auto"`` would leave to a slower backend than the fused one.
-        keep: bytes of exponentials that may be kept from forward to backward, which then need not form them again: all
-            take 4*N*M bytes (8 in float64); of fewer bytes, as many blocks as fit. Gradients have the same bits
-            whatever is kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere. Nothing is kept if no gradient is wanted;
-            only ``"blockwise"`` keeps any, and for other backends the number has no effect.
+        strict: on a GPU, raise an error where ``"auto"`` would fall back to a slower backend than the fused one.
+        keep: how many bytes of exponentials may be kept from forward to backward, which then need not compute them
+            again. All take 4*N*M bytes (8*N*M in float64); otherwise as many blocks are kept as fit. Gradients have the
+            same bits whatever is kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere. Nothing is kept if no gradient is
+            needed; only ``"blockwise"`` keeps any, and for other backends the number has no effect.
 
     Returns:
         lse_x (N,) and lse_y (M,), in nats, float32 (float64); ``-inf`` for a row without any pair.

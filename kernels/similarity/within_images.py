@@ -1,9 +1,10 @@
 """The part of a contrastive loss within images: cosines of the rows of one image, and gradients of raw embeddings.
 
 Backends see only pairs of different images. Pairs of one image, a (B, K, K) block, are formed here, a few images at a
-time. Their differences matter, so that no setting of the process may round these products: they are float64 wherever
-one could. The gradient of the embeddings is finished here as well, the contribution from between images included,
-because autograd would keep normalised copies and add up three full-size gradients.
+time. Their differences matter, so no setting of the process may round these products: PyTorch computes them in float64
+wherever a setting could, and on a GPU ``triton_rows`` in its most exact float32. The gradient of the embeddings is
+finished here as well, including the contribution from between images, because autograd would keep normalised copies and
+add up three full-size gradients.
 
 Where rows have several prefixes (``Operand.dims``), products of a prefix are partial sums of those of the next one, and
 each slice of the rows receives one product, with the sum of the weights of all prefixes that contain it.

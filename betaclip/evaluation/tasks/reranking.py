@@ -43,16 +43,16 @@ def reranked_ranks(
         images: number of images that this rank has.
         top_k: for a text the number of images, for an image the number of texts.
     """
-    nearest_images = _least_of_nearest(by_cls, images, len(text_embeds), top_k, process_group)
+    lowest_for_texts = _lowest_of_nearest(by_cls, images, len(text_embeds), top_k, process_group)
     scores = torch.full((images, len(text_embeds)), -torch.inf, device="cpu")
-    least = torch.full((images, 1), -torch.inf, device=text_embeds.device)
+    lowest_for_images = torch.full((images, 1), -torch.inf, device=text_embeds.device)
     hi = 0
     for batch in pictures:
         lo, hi = hi, hi + len(batch)
         near = by_cls(lo, hi)
-        least[lo:hi] = near.topk(min(top_k, near.shape[1])).values[:, -1:]
+        lowest_for_images[lo:hi] = near.topk(min(top_k, near.shape[1])).values[:, -1:]
         # Not "near >= ...": NaN is scored, and counts as better than the right one.
-        wanted = ~((near < nearest_images) & (near < least[lo:hi]))
+        wanted = ~((near < lowest_for_texts) & (near < lowest_for_images[lo:hi]))
         readable = [i for i, picture in enumerate(batch) if picture is not None]
         if readable:
             _, patches = encode_images(model, [picture for picture in batch if picture is not None])
@@ -60,20 +60,20 @@ def reranked_ranks(
             found = _scores_of_pairs(pool, patches, text_embeds, wanted[rows.to(wanted.device)])
             scores[lo + rows] = found.cpu()
 
-    def among(least: Tensor, by_image: bool) -> Scores:
+    def among(lowest: Tensor, by_image: bool) -> Scores:
         def block(lo: int, hi: int) -> Tensor:
-            limit = least[lo:hi] if by_image else least
+            limit = lowest[lo:hi] if by_image else lowest
             return scores[lo:hi].to(limit.device).masked_fill(by_cls(lo, hi) < limit, -torch.inf)
 
         return block
 
-    text_to_image, _ = retrieval_ranks(among(nearest_images, False), images, image_of_text, process_group)
-    _, image_to_text = retrieval_ranks(among(least, True), images, image_of_text, process_group)
+    text_to_image, _ = retrieval_ranks(among(lowest_for_texts, False), images, image_of_text, process_group)
+    _, image_to_text = retrieval_ranks(among(lowest_for_images, True), images, image_of_text, process_group)
     return text_to_image, image_to_text
 
 
-def _least_of_nearest(by_cls: Scores, images: int, texts: int, top_k: int, process_group: ProcessGroup) -> Tensor:
-    """(texts,) the least score of the ``top_k`` images of all ranks that are nearest to each text."""
+def _lowest_of_nearest(by_cls: Scores, images: int, texts: int, top_k: int, process_group: ProcessGroup) -> Tensor:
+    """(texts,) the lowest score of the ``top_k`` images of all ranks that are nearest to each text."""
     best = by_cls(0, 0)
     rows = max(1, MAX_PAIRS // max(1, texts))
     for lo in range(0, images, rows):
