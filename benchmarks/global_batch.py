@@ -1,4 +1,4 @@
-"""What the global batch costs a rank: time, bytes sent and memory, against the number of ranks.
+"""Measures what the global batch costs a rank: time, bytes sent and memory, against the number of ranks.
 
     python benchmarks/global_batch.py                                # 1, 2 and 4 processes
     python benchmarks/global_batch.py --smoke                        # seconds, tiny sizes, everything once
@@ -113,7 +113,7 @@ class RankComparison(Comparison):
         return Call(lambda: loss(self.batch), self.batch.leaves)
 
     def observe(self, run: Run) -> tuple[Sequence[Tensor], dict[str, Any], float]:
-        """What one call sends and takes, on the rank with most of it. Each rank calls as often as the others."""
+        """Measure one call: bytes sent, memory and time, of the rank with most. All ranks call equally often."""
         with Traffic() as traffic:
             run()
         outputs, peak, _ = with_peak_bytes(run, self.device, math.inf)

@@ -1,4 +1,4 @@
-"""What does a training step of β-CLIP cost, and its parts? Ours, and padded and dense as published.
+"""What do a training step of β-CLIP and its parts cost? betaclip's, and the published form, padded and dense.
 
     python benchmarks/train_step.py                          # ViT-B/16, 4 and 12 images (a GPU: 64), in minutes
     python benchmarks/train_step.py --smoke                  # a tiny model, everything once

@@ -40,14 +40,14 @@ _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 _COMMENT = b"betaclip sha256 "
 _COMMENT_BYTES = len(_COMMENT) + hashlib.sha256().digest_size
 
-# What a run needs to go on, with its type.
+# The entries that a run needs to resume, with their types.
 RUN_KEYS: dict[str, type] = {
     "step": int, "config": dict, "order": dict, "model": dict, "optimizer": dict, "scaler": dict, "columns": list,
     "interval": Tensor, "random": list,
 }  # fmt: skip
 MODEL_KEYS: dict[str, type] = {"model": dict}
 
-# Those after the last update, their average (EMA), or auto: the average if there is one.
+# raw: the weights after the last update; ema: their average (EMA); auto: the average if there is one.
 Weights = Literal["auto", "ema", "raw"]
 AVERAGED = "with the average of the weights (EMA); --weights raw takes those after the last update"
 

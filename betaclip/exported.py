@@ -50,7 +50,7 @@ def save_open_clip(model: BetaCLIP, folder: Path | str) -> None:
     config = towers_config(model.config.name)
     config["quick_gelu"] = model.config.quick_gelu or config.get("quick_gelu", False)
     config["text_cfg"]["context_length"] = model.context_length
-    # What betaclip.data.transforms does, in open_clip's words.
+    # The preprocessing of betaclip.data.transforms in open_clip's terms.
     preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "size": model.image_size,
                   "interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}  # fmt: skip
     with write_folder_atomically(folder) as partial:

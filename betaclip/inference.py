@@ -84,13 +84,13 @@ class Model:
         return _unit(self._queries(texts))
 
     def similarity(self, images: PictureLike | Sequence[PictureLike], texts: str | Sequence[str]) -> Tensor:
-        """(B, M) cosines of B whole pictures with M texts, as CLIP compares them."""
+        """Compare B whole pictures with M texts as CLIP does; returns (B, M) cosines."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def conditioned_similarity(
         self, images: PictureLike | Sequence[PictureLike], texts: str | Sequence[str], *, top_k: int | None = None
     ) -> Tensor:
-        """Cosines of M texts with B pictures as each text pools them.
+        """Compare M texts with B pictures as each text pools them; returns cosines.
 
         Args:
             images: B pictures.

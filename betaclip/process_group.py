@@ -45,7 +45,7 @@ class ProcessGroup:
             group = group.get_group()
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ValueError("process_group: expected one that this rank is in")
+            raise ValueError("process_group: expected one that this rank is in, got one of other ranks")
         return cls(rank, dist.get_world_size(group), group)
 
     @property

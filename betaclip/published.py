@@ -23,7 +23,7 @@ from betaclip.model.text_tower import stretched
 from betaclip.model.weights import read_file, read_metadata, read_weights, weights_of
 
 HEAD_WIDTH, POOL_HEADS = 64, 8  # of the released models
-# What files that we write say of their heads.
+# Names of the heads' sizes in the metadata of files that betaclip writes.
 _VISION, _TEXT, _POOL = "vision_head_width", "text_head_width", "pool_heads"
 
 
@@ -138,7 +138,7 @@ def _heads(metadata: Mapping[str, str], head_width: int | None, pool_heads: int 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint of the released training code holds beside the weights.
+    """The training state in a checkpoint of the released training code: everything but the weights.
 
     epochs: the number of epochs that are completed.
     moments: AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` by names of a BetaCLIP's parameters.

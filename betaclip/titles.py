@@ -56,7 +56,7 @@ class _Wrapper(textwrap.TextWrapper):
 
 @lru_cache(maxsize=256)
 def _letters(file: str) -> frozenset[str]:
-    """What a font has an outline for; nothing if it cannot be read."""
+    """The letters for which a font has an outline; none if the font cannot be read."""
     try:
         font = FT2Font(file)
     except (OSError, RuntimeError):

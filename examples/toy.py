@@ -1,4 +1,4 @@
-"""What the examples share: a batch of random pictures and texts, and a few updates on it. Nothing to download."""
+"""Code that the examples share: a batch of random pictures and texts, and a few updates on it. Nothing to download."""
 
 import torch
 

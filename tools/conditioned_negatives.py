@@ -1,6 +1,6 @@
-"""What conditioned negatives bring: ``betaclip train`` on scenes over seeds, β, J and the pooling block's rate.
+"""Measures what conditioned negatives bring: ``betaclip train`` on scenes over seeds, β, J and rates of the pool.
 
-Writes a table of means over seeds, with standard errors. A run that is complete is not repeated and one that was
+It writes a table of means over seeds, with standard errors. A run that is complete is not repeated and one that was
 interrupted is continued, so the grid may be stopped at any time.
 """
 

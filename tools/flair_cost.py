@@ -1,4 +1,4 @@
-"""What FLAIR's text-conditioned loss costs per step, beside holding the embeddings of all its pairs.
+"""Measures what FLAIR's text-conditioned loss costs per step, compared with holding the embeddings of all its pairs.
 
     python tools/flair_cost.py                        # ViT-B/16's sizes, in minutes
     python tools/flair_cost.py --images 8 --rounds 1  # seconds

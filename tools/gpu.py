@@ -154,7 +154,7 @@ def run(command: Sequence[str], log: Path, limit_s: float) -> int | None:
 
 
 def machine(log: Path) -> Facts:
-    """What ``gpu_facts`` says, from a process of its own: this one must not occupy the GPU."""
+    """Run ``gpu_facts`` in a process of its own, because this one must not occupy the GPU; return its facts."""
     status = run(["tools/gpu_facts.py"], log, 300)
     lines = log.read_text(encoding="utf-8").splitlines()
     found = [line for line in lines if line.startswith("{")]

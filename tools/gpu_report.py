@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TUNING = ROOT / "benchmarks" / "results" / "tuning.md"
 PASSED, FAILED, TIMED_OUT, UNFINISHED, NOT_RUN = "passed", "failed", "timed out", "unfinished", "not run"
-# What the files of rows end with, and what they hold.
+# The endings of the files of rows, and what these hold.
 FILES = {
     "": "Losses",
     "-pooling": "Pooling",
@@ -102,7 +102,7 @@ def failures(
 ) -> list[str]:
     """Tests and rows of ours that failed, and the ends of the logs of steps that did."""
     failed = [f"{name}: {x['reason']}" for name, x in tests.items() if x["outcome"] == FAILED]
-    # What was measured again counts as it was measured last.
+    # Of a case that was measured several times, the last measurement counts.
     last = {
         (row.get("benchmark"), case_of(row), *(row[k] for k in ("implementation", "phase", "dtype"))): row
         for row in rows
@@ -220,7 +220,7 @@ def lines_of(log: Path) -> list[str]:
 
 
 def left_out(log: Path) -> str:
-    """What a benchmark says that its limit of time cost, empty if nothing."""
+    """The line in which a benchmark says what its time limit cost; empty if it cost nothing."""
     return next((line for line in lines_of(log) if line.startswith("To stay within --minutes")), "")
 
 

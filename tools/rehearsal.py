@@ -225,7 +225,7 @@ def _die_at_checkpoint(arguments: tuple[str, ...]) -> None:
 
 
 def summary(runs: Path) -> Iterator[str]:
-    """What each run has measured."""
+    """Yield a line about what each run has measured."""
     for form in FORMS:
         last = json.loads((runs / form / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         names = ("global_loss", "beta_cal_loss", "images_per_s", "data_share", "peak_gib")

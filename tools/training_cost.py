@@ -1,4 +1,4 @@
-"""What a run of the published recipe costs per image: the figures that docs/published_run.md multiplies.
+"""Measures what a run of the published recipe costs per image: the figures that docs/published_run.md multiplies.
 
     python tools/training_cost.py       # on a CPU, in a minute or two
 

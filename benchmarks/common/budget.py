@@ -33,7 +33,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """What the timed rounds of the next comparison may take."""
+        """How long the timed rounds of the next comparison may take."""
         return max(min(self._seconds, self.left_s / 16), 0.0)
 
     @property

@@ -85,7 +85,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def prepare(self, name: str) -> Call:
-        """What to call.
+        """Build the call that is measured.
 
         Raises:
             Unavailable: it cannot run here.
@@ -115,13 +115,13 @@ class Comparison(ABC):
         return truth, "" if status == OK else f"float64 truth {status}"
 
     def heading(self, rows: list[Row]) -> str:
-        """What stands above the table."""
+        """The heading of the table."""
         sizes = (f"{x} = {value:,}" if isinstance(value, int) else value for x, value in self.case.sizes.items())
         rate = [f"torch.mm {float(row['mm_tflops']):.3g} TFLOP/s" for row in rows if row["mm_tflops"]][:1]
         return "   ".join((self.form, *sizes, self.case.dtype, *rate))
 
     def values(self, name: str, phase: str, outputs: Sequence[Tensor]) -> dict[str, Any]:
-        """What this benchmark reports of a call beside time and memory; "note" is appended to the row's."""
+        """The values that this benchmark reports of a call besides time and memory; "note" is appended to the row's."""
         truth, reason = self.truth
         if truth is None:
             return {"note": reason}

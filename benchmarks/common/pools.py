@@ -98,7 +98,7 @@ class PublishedPool(nn.Module):
 
 
 class ProjectedPool(PublishedPool):
-    """What a careful user would write instead: projections without nn.MultiheadAttention's copies and transposes."""
+    """The block as a careful user would write it: projections without nn.MultiheadAttention's copies and transposes."""
 
     def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__(dim, heads)

@@ -1,4 +1,4 @@
-"""What the benchmarks print: tables and a summary, all from CSV rows alone."""
+"""Formats what the benchmarks print, from CSV rows alone: tables and a summary."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -82,7 +82,7 @@ def table(rows: Sequence[Row], columns: Columns) -> str:
 
 
 def kept_within(rows: Sequence[Row], minutes: float, size: str, not_begun: Sequence[str]) -> list[str]:
-    """What a limit of ``minutes`` cost: rows that were measured once, and what was left out."""
+    """Say what a limit of ``minutes`` cost: rows that were measured once, and rows that were left out."""
     once = sum(row["rounds"] == "1" for row in rows)
     skipped = [f"{row['implementation']} at {row[size]}" for row in rows if row["status"] == SKIPPED]
     out = ", ".join(dict.fromkeys([*skipped, *not_begun])) or "nothing"

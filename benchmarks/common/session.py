@@ -1,4 +1,4 @@
-"""What the commands share: options, the run, and its end."""
+"""Code that all benchmark commands share: options, the run, and its end."""
 
 import argparse
 import gc

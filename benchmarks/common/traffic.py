@@ -1,4 +1,4 @@
-"""What a rank sends to the others while code runs: calls of torch.distributed, and the bytes that follow from them."""
+"""Counts what a rank sends to the others: calls of torch.distributed, and the bytes that follow from them."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -246,7 +246,7 @@ def encode(model: Any, images: Tensor, texts: Tensor) -> Embeddings:
 
 
 def encode_images(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`encode` returns of images: the embeddings (B, D) and (B, P, D).
+    """Encode images alone, as :func:`encode` does, into embeddings (B, D) and (B, P, D).
 
     Raises:
         NotImplementedError: the vision tower has no patches in the space of the texts; the message says why.

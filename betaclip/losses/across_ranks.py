@@ -60,7 +60,7 @@ class Wanted(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a rank calls, which must be the same on all."""
+    """The loss that a rank calls and its options, which must be the same on all ranks."""
 
     loss: str
     form: str
@@ -75,7 +75,7 @@ class Call(NamedTuple):
     text_ids: bool = False
 
 
-# What each entry of a call may be; its place there travels between ranks.
+# The possible values of each entry of a call. Ranks exchange the index of a value.
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "loss": ("BetaCALLoss", "ClipLoss"),
     "form": ("ce", "bce"),

@@ -90,8 +90,8 @@ def conditioned_loss(
     divisor: str = "pairs",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """What ``conditioned_negatives`` add to β-CAL at a ``conditioned_weight`` of 1, by itself. The arguments are those
-    of :class:`betaclip.BetaCALLoss`; the mean is over the texts of all ranks of ``group``."""
+    """The term that ``conditioned_negatives`` add to β-CAL at a ``conditioned_weight`` of 1, by itself. The arguments
+    are those of :class:`betaclip.BetaCALLoss`; the mean is over the texts of all ranks of ``group``."""
     check_choice("form", form, FORMS)
     check_choice("divisor", divisor, DIVISORS)
     batch = prepare(image_embeds, text_embeds, logit_scale, mask, None, padding)

@@ -66,7 +66,7 @@ class Options(NamedTuple):
     dims: Dims | None = None
 
     def check(self, form: str) -> "Options":
-        """These options.
+        """Check and return these options.
 
         Raises:
             ValueError: one is malformed, or means nothing in this form.
@@ -263,7 +263,8 @@ def _prepare(inputs: Inputs, options: Options, group: ProcessGroup | None) -> tu
     )  # fmt: skip
     ids = inputs.text_ids, inputs.extra_texts, inputs.extra_text_ids
     if options.label_smoothing and inputs.text_ids is not None:
-        raise ValueError("label_smoothing: expected 0 with text_ids, whose pairs have no logit to share a target")
+        expected = "0 with text_ids, which leave pairs without a logit to share the target"
+        raise ValueError(f"label_smoothing: expected {expected}, got {options.label_smoothing!r}")
     return prepare_text_ids(batch, *ids, group is not None)
 
 
@@ -307,13 +308,13 @@ def gathering_group(gather: bool | str, process_group: GroupLike | None) -> Proc
     """The ranks whose texts are contrasted; None for this rank alone."""
     if gather is False:
         if process_group is not None:
-            raise ValueError("process_group: expected None without gather, got a group")
+            raise ValueError("process_group: expected None without gather (it is False), got a group")
         return None
     if not (dist.is_available() and dist.is_initialized()):
         if gather == "auto":
             return None
-        reason = "no process group is initialised (torch.distributed.init_process_group, under torchrun)"
-        raise RuntimeError(f"gather={gather!r}: {reason}")
+        advice = "call torch.distributed.init_process_group, or leave gather at 'auto'"
+        raise RuntimeError(f"gather={gather!r}: no process group is initialised; {advice}")
     group = ProcessGroup.of(process_group)
     return None if gather == "auto" and group.size == 1 else group
 

@@ -1,4 +1,4 @@
-"""What the texts of a batch pool from each other's pictures.
+"""Pools the pictures of a batch by texts that are not their own.
 
 In β-CLIP others are chosen by shifts: the texts of image b also pool image b + shift, modulo the number of images. Each
 image then serves as many texts as any other, and pools them all in one call. In FLAIR each image pools one text of each
@@ -19,8 +19,8 @@ _COMPARED = 2**24  # cosines that are held at a time
 def pool_with_others(
     pool: nn.Module, patches: Tensor, text_embeds: Tensor, mask: Tensor, shifts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """What each image pools for its own texts, (B, K, D), and for each shift in turn for the texts of the image that
-    has this one as its other, (B, J K, D): in one call, so that patches are projected once."""
+    """Pool each image by its own texts, (B, K, D), and for each shift in turn by the texts of the image whose other
+    picture it is, (B, J K, D): in one call, so that patches are projected once."""
     if not shifts:
         return pool(patches, text_embeds, query_mask=mask), text_embeds[:, :0]
     asked, exists = (torch.cat([t, *(t.roll(shift, 0) for shift in shifts)], 1) for t in (text_embeds, mask))

@@ -173,7 +173,7 @@ def _plain(clip: Any, name: str, preprocess: dict[str, Any]) -> PlainClip:
 
 
 def _agreed_preprocessing(known: str) -> dict[str, Any]:
-    """What all tags of a model say of its pictures; nothing if they say different things."""
+    """The preprocessing on which all tags of a model agree; empty, with a warning, if they do not."""
     tags = open_clip.list_pretrained_tags_by_model(known)
     said = [{key: value for key, value in get_pretrained_cfg(known, tag).items() if key in _PREPROCESSING}
             for tag in tags]  # fmt: skip

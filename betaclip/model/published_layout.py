@@ -73,7 +73,7 @@ def not_published_reasons(clip: nn.Module, config: Any) -> list[str]:
 
 
 def not_plain_reasons(clip: Any) -> list[str]:
-    """What an open_clip model that is a BetaCLIP's has beyond OpenAI's CLIP."""
+    """List what a BetaCLIP's open_clip model has that OpenAI's CLIP lacks; empty if there is nothing."""
     reasons = []
     if getattr(clip, "logit_bias", None) is not None:
         reasons.append("it has a bias of the logits (init_logit_bias)")

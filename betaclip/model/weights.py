@@ -22,7 +22,7 @@ _HOLDERS = ("model", "state_dict", "model_state_dict", "module")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _WRAPPED = re.compile(rf"(^|(?<=\.))({'|'.join(map(re.escape, _WRAPPERS))})+")
 _PREFIX = "model."
-# What some wrappers and OpenAI's models count beside their weights, in integers.
+# Integers that some wrappers and OpenAI's models store beside their weights.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _COUNTS = ("n_averaged", *OPENAI_SIZES)
 _BATCH_NORM = ".num_batches_tracked"  # an integer, too, in open_clip's ResNets
@@ -134,7 +134,7 @@ def read_file(path: Path | str, *, allow_pickle: bool = False, mmap: bool = Fals
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """What a safetensors file says beside its tensors; nothing for files of other formats."""
+    """The metadata of a safetensors file; empty for files of other formats."""
     path = Path(path)
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
@@ -201,7 +201,7 @@ _SAFE_GLOBALS = threading.Lock()
 
 
 def _untrusted(path: Path, mmap: bool) -> Any:
-    """What a file of ``torch.save`` holds, if that is tensors, plain values and what stand-ins replace."""
+    """Read a file of ``torch.save`` that holds nothing but tensors, plain values and objects that stand-ins replace."""
     try:
         with _SAFE_GLOBALS, torch.serialization.safe_globals([(_StandIn, name) for name in _REPLACED]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))

@@ -87,7 +87,7 @@ class Panel:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the script shows the values of a step with."""
+        """The data with which the page's script shows the values of a step."""
         lines = [[[step, float(f"{value:.4g}")] for step, value in line.points] for line in self.lines]
         return {"first": self.x.low, "last": self.x.high, "lines": lines}
 

@@ -87,13 +87,13 @@ def shown_pictures(model: BetaCLIP, config: DataConfig, sets: Sequence[Retrieval
 def _sources(
     model: BetaCLIP, config: DataConfig, sets: Sequence[RetrievalSet]
 ) -> Iterator[tuple[str, Iterator[Shown]]]:
-    """What may be shown, the best first: where it is from, and the pictures of it that can be read."""
+    """Yield the sources of pictures, the best first: a sentence on where they are from, and those that can be read."""
     size, length = model.image_size, model.context_length
     if config.kind == "scenes":
         yield "Test scenes, which no training run sees.", _scenes(config.scenes_seed, size)
         return
     data: Any = config.create(size, length)
-    # What betaclip prepare wrote may lack the sentences of other pictures than those of the training.
+    # The file of betaclip prepare may lack the sentences of pictures that are not trained on.
     extracting: Any = replace(cast(Any, config), phrases=None)
     if isinstance(data, PairsDataset) and data.test_rows:
         whole = copy(data)
@@ -155,7 +155,7 @@ def _with_attention(model: BetaCLIP, tokenizer: Tokenizer, shown: Shown) -> Pict
 
 
 def _pointing(shares: Tensor, boxes: Sequence[Box]) -> Iterator[tuple[str, str]]:
-    """What is to be said about each text, briefly and in a sentence."""
+    """Describe each text in a figure and in a sentence."""
     rows, columns = shares.shape[1:]
     grid = on_grid(boxes, [(1, 1)] * len(boxes), (rows, columns))
     for mass, area in zip(*mass_in_boxes(shares.flatten(1), grid, (rows, columns)), strict=True):

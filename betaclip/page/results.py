@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from betaclip.evaluation.report import Results
 
 SCENES = "scenes"
-# What the set of a result and its run are joined by in results.json. Results on scenes have the run alone.
+# Joins a result's set and its run in results.json. Results on scenes have the run alone.
 JOINT = ", "
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What was measured: values by run, and the value that chance gives, as shares of 1."""
+    """A quantity that was measured: its values by run, and the value that chance gives, as shares of 1."""
 
     title: str
     note: str

@@ -166,7 +166,7 @@ def _answers(
 def _questions(
     model: Encoder, tokenizer: Tokenize, choices: Sequence[Choice], pictures: dict[Hashable, Picture]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`choose` takes of questions after the model."""
+    """The arguments of :func:`choose` for these questions, without the model."""
     keys = [_key(choice.image) for choice in choices]
     number = {key: i for i, key in enumerate(pictures)}
     device = model.logit_scale.device

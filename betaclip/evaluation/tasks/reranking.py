@@ -29,8 +29,8 @@ def reranked_ranks(
     top_k: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`~betaclip.evaluation.tasks.ranking.retrieval_ranks` returns, where the ``top_k`` candidates that are
-    nearest by CLS are ordered by their text-conditioned cosines, and all others come last.
+    """Rank as :func:`~betaclip.evaluation.tasks.ranking.retrieval_ranks` does, but order the ``top_k`` candidates that
+    are nearest by CLS by their text-conditioned cosines, and put all others last.
 
     Candidates that are as near as the last of the ``top_k`` are ordered with them, so that ties decide nothing.
 
