@@ -8,8 +8,8 @@ together stays the same. On the CPU a rank has one thread and ranks talk over gl
 Times are the slowest rank's, from a common start; bytes and memory are those of the rank with most.
 
 "sent" is what NCCL's rings send for the calls that were made; gloo sends the bytes of a reduce-scatter twice. Other
-columns are those of loss_throughput.py. Forms "ce" and "bce" are β-CAL, which only betaclip has; "clip" is CLIP's loss of
-as many pairs as there are texts, in which other libraries are measured, too.
+columns are those of loss_throughput.py. Forms "ce" and "bce" are β-CAL, which only betaclip has; "clip" is CLIP's loss
+of as many pairs as there are texts, in which other libraries are measured, too.
 """
 
 import argparse

@@ -282,8 +282,10 @@ def load_checkpoint(
     head_width: int | None = None,
     pool_heads: int | None = None,
 ) -> BetaCLIP:
-    """Load the model of a checkpoint: one of betaclip's, the latest in a run's folder, a file of :func:`save_weights`,
-    a file in the published or in FLAIR's layout, or a folder that ``betaclip export`` wrote. LoRA's adapters are merged.
+    """Load a model, and merge LoRA's adapters into it.
+
+    The model may be in a checkpoint of betaclip's, a run's folder (its latest checkpoint), a file of
+    :func:`save_weights`, a file in the published or in FLAIR's layout, or a folder that ``betaclip export`` wrote.
 
     Args:
         path: the file or folder.

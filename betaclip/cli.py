@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one on rendered scenes"),
+    "train": Command("betaclip.train", "TrainConfig", "main", "train a model; by default a small one, on scenes"),
     "evaluate": Command(
         "betaclip.evaluation.run",
         "EvaluateConfig",

@@ -135,9 +135,9 @@ def define_operator(name: str, function: Callable[..., Any], arguments: str, res
     """Register ``function`` as the operator ``betaclip::name``.
 
     Args:
-        name: of the operator.
+        name: the operator's name.
         function: its implementation.
-        arguments: those of the function, as in a schema of PyTorch.
+        arguments: the function's arguments, as in a schema of PyTorch.
         results: number of tensors that it returns.
     """
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"

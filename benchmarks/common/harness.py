@@ -161,8 +161,8 @@ def with_peak_bytes(run: Run, device: torch.device, seconds: float) -> tuple[Any
 
     On the CPU it is resident memory, whose high-water mark Linux lets a process reset: it counts everything
     (libraries' scratch, temporaries, the results), needs no child process, and after ``release`` nothing freed
-    earlier hides in it. The same code must have been called before, as what a library allocates once does not count.
-    Scratch that betaclip keeps between calls does count: it is let go of first. The heap's
+    earlier hides in it. The same code must have been called before, since allocations that a library makes once do not
+    count. Scratch that betaclip keeps between calls does count, because it is freed before the call. The heap's
     fragmentation varies, so the peak is the median of three calls if those fit into ``seconds``.
     """
     peaks: list[int | None] = []

@@ -112,7 +112,7 @@ def _betaclip(backend: str, form: str, batch: Batch, gather: bool | str = False,
 
 
 def reference(form: str, batch: Batch) -> Loss:
-    """The definition of correct: betaclip's dense reference, to be called in float64."""
+    """Betaclip's dense reference, the definition of correct; call it in float64."""
     return _betaclip("reference", form, batch)
 
 
@@ -122,7 +122,7 @@ def _units(b: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _open_clip(form: str, batch: Batch, over_ranks: bool = False) -> Loss:
-    """Over ranks its ``--local-loss --gather-with-grad``."""
+    """open_clip's loss; over ranks with its ``--local-loss --gather-with-grad``."""
     library = peer("open_clip.loss", batch.image)
     ranks = {"local_loss": True, "gather_with_grad": True} if over_ranks else {}
     if over_ranks:

@@ -78,7 +78,7 @@ def least_flop(part: str, phase: str, images: int, texts_per_image: int, patches
 
 
 class PublishedPool(nn.Module):
-    """Step by step as in the released code, which leaves the attention to nn.MultiheadAttention."""
+    """The block step by step as in the released code, which leaves the attention to nn.MultiheadAttention."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def bound(pool: PublishedPool | TextConditionedPool, part: str, batch: PoolBatch
 
 
 def published(part: str, batch: PoolBatch) -> Pool:
-    """In float64 the definition of correct."""
+    """The published pooling; in float64 it is the definition of correct."""
     return bound(batch.pool, part, batch)
 
 

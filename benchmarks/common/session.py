@@ -39,7 +39,7 @@ class Benchmark:
     folder: str = "benchmarks"
 
     def parser(self, description: str | None) -> argparse.ArgumentParser:
-        """With the options that all benchmarks have."""
+        """Make a parser with the options that all benchmarks have."""
         parser = argparse.ArgumentParser(
             description=description,
             epilog="Prints tables, appends one row per case to <device>*.csv, and draws a figure from that file.",
@@ -47,7 +47,7 @@ class Benchmark:
         )
         add = parser.add_argument
         add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: bfloat16 on a GPU")
-        add("--implementations", nargs="+", metavar="NAME", help="those whose names begin so (default: all)")
+        add("--implementations", nargs="+", metavar="NAME", help="those whose names begin with NAME (default: all)")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         add("--seconds", type=float, default=1.5, help="timed per table and phase, one round at least (default 1.5)")
         if self.minutes is not None:

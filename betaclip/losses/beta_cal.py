@@ -28,7 +28,7 @@ class BetaCALLoss(nn.Module):
         reduction: ``"mean"``, or ``"none"`` for the loss of each text.
         label_smoothing: the share of each row's target in the softmax form that is spread over all texts, from 0 to 1;
             must be 0 with ``text_ids``.
-        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
+        strict: on a GPU, raise an error where ``backend="auto"`` would take a slower backend than the fused one.
         keep: bytes of exponentials that the softmax form may keep from forward to backward, for 6·N²·D FLOP instead of
             8; ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`beta_cal_ce_loss`. The sigmoid form keeps the
             cosines of batches of up to 724 texts on the CPU, at most 2 MiB, and nothing else.

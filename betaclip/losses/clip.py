@@ -27,7 +27,7 @@ class ClipLoss(nn.Module):
         reduction: ``"mean"``, or ``"none"`` for the loss of each pair, the mean of its two directions.
         label_smoothing: the share of each row's target that is spread over all texts, from 0 to 1; must be 0 with
             ``text_ids``.
-        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
+        strict: on a GPU, raise an error where ``backend="auto"`` would take a slower backend than the fused one.
         keep: bytes of exponentials that may be kept from forward to backward, for 6·B²·D FLOP instead of 8;
             ``"auto"``: 256 MiB on the CPU, 0 elsewhere. See :func:`betaclip.beta_cal_ce_loss`.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:

@@ -25,7 +25,7 @@ class SigLipLoss(nn.Module):
             and texts of all ranks; see :func:`betaclip.beta_cal_ce_loss`. B is then the number of all ranks' images.
         process_group: the ranks to gather from; None for the default group.
         reduction: ``"mean"``, or ``"none"`` for the loss of each image with all texts; ``"mean"`` is the mean of these.
-        strict: on a GPU, raise an error where ``backend="auto"`` would fall back to a slower backend than the fused one.
+        strict: on a GPU, raise an error where ``backend="auto"`` would take a slower backend than the fused one.
         dims: lengths of prefixes of the embeddings, such as ``(512, 256, 128)``, or a mapping of lengths to weights:
             the loss is the (weighted) sum of the losses of all prefixes, each normalised by itself (Matryoshka);
             :func:`betaclip.beta_cal_ce_loss` has the details. None for whole embeddings.

@@ -47,7 +47,7 @@ def similarity_logsumexp(
             negative; a row without an id equals no other.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` (Hopper, half precision; never taken by ``"auto"`` yet),
             ``"blockwise"`` or ``"reference"``; or a ``SimilarityBackend`` object.
-        strict: on a GPU, raise an error where ``"auto"`` would fall back to a slower backend than the fused one.
+        strict: on a GPU, raise an error where ``"auto"`` would take a slower backend than the fused one.
         keep: how many bytes of exponentials may be kept from forward to backward, which then need not compute them
             again. All take 4*N*M bytes (8*N*M in float64); otherwise as many blocks are kept as fit. Gradients have the
             same bits whatever is kept. ``"auto"``: 256 MiB on the CPU, 0 elsewhere. Nothing is kept if no gradient is
