@@ -208,11 +208,11 @@ class BetaCLIP(nn.Module):
             images: (B, 3, H, W).
             texts: the texts of these B images.
             texts_per_image: K; the largest number of texts of an image if None.
-            other_pictures: J numbers; the texts of image b also pool the images b + number, modulo B. A multiple of B
+            other_pictures: J shifts: the texts of image b also pool the images b + shift, modulo B. A multiple of B
                 stands for no picture.
-            other_texts: (B, J) int64, texts of other images that each image is scored with beside its own: number b K +
-                k for text k of image b, below 0 for none.
-            pooled: whether to pool the images for their own texts; other pictures need it.
+            other_texts: (B, J) int64, texts of other images that each image is scored with, besides its own: number
+                b K + k for text k of image b, below 0 for none.
+            pooled: whether to pool each image by its own texts; ``other_pictures`` need it.
 
         Returns:
             By name, with no embedding normalised:
@@ -228,7 +228,7 @@ class BetaCLIP(nn.Module):
             - with ``other_pictures``, ``conditioned_negatives`` (B, K, J), the cosines of each text with what it pools
               from other pictures; ``conditioned_mask`` (B, K, J) bool, False where there is no text or no picture, or
               the picture has an equal text of its own; and ``conditioned_leak`` (B, K) bool, whether the embedding that
-              a text pools from the first of them is nearer to this text than to all different ones of the batch.
+              a text pools from the first other picture is nearer to this text than to all different texts of the batch.
             - with ``other_texts``, ``scores`` (B, K + J), the cosines of the image's own and the other texts with what
               they pool from it; and ``scores_mask`` of the same shape, bool, False where there is no text, or one that
               equals an own text.

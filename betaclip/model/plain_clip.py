@@ -36,9 +36,10 @@ _log = logging.getLogger(__name__)
 
 
 class PlainClip(nn.Module):
-    """A CLIP or SigLIP of open_clip, which encodes as a BetaCLIP does what that encodes.
+    """A CLIP or SigLIP of open_clip with the methods of a BetaCLIP that encode images and texts.
 
-    Pictures come normalised by CLIP's mean and standard deviation, as everywhere here; the model's own replace these.
+    Pictures come normalised by CLIP's mean and standard deviation, as everywhere in betaclip; the model replaces these
+    by its own.
 
     Args:
         clip: an open_clip model. The blocks of a vision tower that a BetaCLIP could have are replaced in place, which

@@ -25,7 +25,8 @@ class RaggedTexts:
         image_index: (N,) int64 image of each text, sorted. An image's first text is its caption.
         num_images: B; an image may have no text.
         levels: (N,) int64 level of each text in its image's hierarchy (``betaclip.data.batches``), below 0 for a text
-            that only fills a slot, where the mask of ``BetaCLIP.forward`` is False. None: not known, and no text does.
+            that only fills a slot, where the mask of ``BetaCLIP.forward`` is False. None: not known, and no text is
+            such a filler.
 
     Raises:
         ValueError: the tensors are malformed or disagree; the message names the one.
@@ -79,7 +80,8 @@ class RaggedTexts:
                              f"got {int(self.lengths.sum())}")  # fmt: skip
         index = self.image_index
         if len(index) and (bool((index.diff() < 0).any()) or int(index[0]) < 0 or int(index[-1]) >= self.num_images):
-            raise ValueError(f"image_index: expected sorted numbers below {self.num_images}, got {index.tolist()}")
+            got = f"{index.tolist()!r:.80}"
+            raise ValueError(f"image_index: expected sorted numbers below {self.num_images}, got {got}")
 
     @cached_property
     def packing(self) -> Packing:
@@ -88,10 +90,10 @@ class RaggedTexts:
 
     @cached_property
     def ids(self) -> Tensor:
-        """(N,) int64, at least 0: numbers of the texts that depend on nothing but their tokens, equal for equal texts.
+        """(N,) int64, at least 0: numbers that depend only on a text's tokens and are equal for equal texts.
 
-        Sums of the tokens times odd random numbers, one for each position: two different texts get the same number with
-        a probability of 2^-45 or so.
+        They are sums of the tokens times odd random numbers, one for each position. Two different texts get the same
+        number with a probability of some 2^-45.
         """
         if not len(self.lengths):
             return self.lengths.new_empty(0)
