@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from betaclip.kernels.fused_attention import fused_attention
 from betaclip.kernels.precision import accumulation_dtype
 
 
@@ -100,7 +101,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Te
     """
     short = 1 < q.shape[2] and k.shape[2] <= SHORT and q.dtype in (torch.float32, torch.float64)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not short:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return fused_attention(q, k, v, is_causal=is_causal)
     logits = q @ (k * q.shape[3] ** -0.5).mT
     if is_causal:
         later = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).triu_(1)

@@ -112,8 +112,12 @@ def cuda_on_cpu(stand_in_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest) -> None:
     """Provide the backend "cuda": the real one on a GPU, elsewhere its binding over the stand-in library."""
+    from betaclip.kernels import libbetaclip
+
     if not torch.cuda.is_available():
         request.getfixturevalue("cuda_on_cpu")
+    elif reasons := libbetaclip.not_supported_reasons(torch.device("cuda")):
+        pytest.skip("; ".join(reasons))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from betaclip.kernels.fused_attention import fused_attention
 from betaclip.layers import attention
 from betaclip.model.packing import Bucket, Packing, Rows, to_device
 
@@ -145,7 +146,7 @@ class Buckets(PackedAttention):
         for i, (query, lengths) in enumerate(zip(q.split(counts), self.lengths.split(counts), strict=True)):
             k, v = keys_values[2 * i : 2 * i + 2]
             exists = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
-            outs.append(F.scaled_dot_product_attention(query[:, :, None], k, v, exists[:, None, None])[:, :, 0])
+            outs.append(fused_attention(query[:, :, None], k, v, exists[:, None, None])[:, :, 0])
         return torch.cat(outs)
 
 
@@ -170,7 +171,7 @@ class Sequences(PackedAttention):
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, q_longest: int, window: tuple[int, int]
     ) -> Tensor:
-        # Newer PyTorch may prefer cuDNN, which has been reported to be slow here and once to be wrong.
+        # Newer PyTorch may prefer cuDNN, reported to be slow here and once wrong; see also fused_attention.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out: Any = varlen_attn(q, k, v, q_starts, self.starts, q_longest, self.longest, window_size=window)
         return out

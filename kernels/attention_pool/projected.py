@@ -9,6 +9,7 @@ from torch import Tensor
 
 from betaclip.kernels.attention_pool import rows
 from betaclip.kernels.attention_pool.folded import Pooling
+from betaclip.kernels.fused_attention import fused_attention
 from betaclip.kernels.precision import accumulation_dtype, unit_rows
 
 
@@ -76,7 +77,7 @@ def sdpa(pooling: Pooling, k_bias: Tensor | None) -> Tensor:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         mask = None if mask is None else F.pad(mask, (0, 1), value=True)
     q, k, v = (_heads(t, unit) for t in (unit.q, k, v))
-    return _finish(F.scaled_dot_product_attention(q, k, v, mask, scale=unit.scale), unit, added)
+    return _finish(fused_attention(q, k, v, mask, scale=unit.scale), unit, added)
 
 
 def mean_attention(pooling: Pooling) -> Tensor:

@@ -161,7 +161,7 @@ def test_stream_is_handed_over(cuda_on_cpu, monkeypatch):
 
     monkeypatch.setattr(binding, "current", current)
     x, y, _, _ = operands(5, 6, 8, torch.float16)
-    sides, scale = [Operand(rows, None, None, rows.dtype) for rows in (x, y)], torch.tensor(2.0)
+    sides, scale = [Operand(rows.cpu(), None, None, rows.dtype) for rows in (x, y)], torch.tensor(2.0)
     stream = ctypes.c_void_p.in_dll(cuda_on_cpu, "stand_in_stream")
     incoming = [torch.ones(5), torch.ones(6)]
     for operation in (

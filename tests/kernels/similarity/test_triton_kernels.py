@@ -190,6 +190,7 @@ def test_ids_in_any_order():
     torch.testing.assert_close(torch.cat(ours).double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts launches on meta tensors, which the interpreter alone takes")
 @pytest.mark.parametrize(
     "form, launches, most_calls",
     [
