@@ -128,7 +128,7 @@ def test_is_served_only_by_name(cuda_on_cpu, monkeypatch):
     monkeypatch.delenv("BETACLIP_BACKEND", raising=False)
     assert resolve("similarity_softplus", "auto", BACKENDS, x, x) == "blockwise"
     assert resolve("similarity_softplus", "cuda", BACKENDS, x, x) == "cuda"
-    with pytest.raises(NotImplementedError, match="cuda: never chosen by 'auto': so far it has run on one GPU"):
+    with pytest.raises(NotImplementedError, match="cuda: never chosen by 'auto': so far it has run on two GPUs"):
         resolve("similarity_softplus", "auto", {"cuda": BACKENDS["cuda"]}, x, x)
     monkeypatch.setenv("BETACLIP_BACKEND", "cuda")
     assert resolve("similarity_softplus", "auto", BACKENDS, x, x) == "cuda"
