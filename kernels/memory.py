@@ -23,9 +23,11 @@ _MADV_HUGEPAGE = 14  # of <sys/mman.h> on Linux
 
 
 class _Kept(threading.local):
+    """A thread's buffers by the number of blocks around theirs, and by dtype; and how many blocks are open."""
+
     def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-        self.in_use = False
+        self.buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.depth = 0
 
 
 _kept = _Kept()
@@ -38,29 +40,24 @@ def scratch(
     """One uninitialised tensor of each shape, valid inside the ``with`` block.
 
     On the CPU, every call in a thread returns the same memory, unless the tensors take more than ``max_kept_bytes``.
-
-    Raises:
-        RuntimeError: a block is already open in this thread; both would have the same memory.
+    A block inside another one has memory of its own.
     """
-    if _kept.in_use:
-        raise RuntimeError(
-            "scratch: expected no open block in this thread, got a nested one; ask for all shapes at once"
-        )
     sizes = [math.prod(shape) for shape in shapes]
     total = sum(sizes)
     if device.type == "cpu" and total * dtype.itemsize <= max_kept_bytes:
-        buffer = _kept.buffers.get(dtype)
+        place = _kept.depth, dtype
+        buffer = _kept.buffers.get(place)
         if buffer is None or buffer.numel() < total:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written in training
-                buffer = _kept.buffers[dtype] = on_huge_pages(torch.empty(total, dtype=dtype, device=device))
+                buffer = _kept.buffers[place] = on_huge_pages(torch.empty(total, dtype=dtype, device=device))
     else:
         buffer = on_huge_pages(torch.empty(total, dtype=dtype, device=device))
-    _kept.in_use = True
+    _kept.depth += 1
     try:
         parts = buffer[:total].split(sizes)
         yield [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
     finally:
-        _kept.in_use = False
+        _kept.depth -= 1
 
 
 def on_huge_pages(t: Tensor) -> Tensor:

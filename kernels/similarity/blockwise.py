@@ -60,11 +60,13 @@ class Blockwise:
         with self._tiles(rows, cols, scale) as tiles:
             lse_shift = tiles.lse_shift()
             for block in tiles.blocks():
-                logits = tiles.logits(block, lse_shift, block.place_in(self.kept))
-                for of_rows, of_cols, tile in zip(row_sums, col_sums, logits, strict=True):
-                    tile.exp_()
-                    of_rows[block.rows].add_(tile.sum(1))
-                    of_cols[block.cols].add_(tile.sum(0))
+                # The product is formed in scratch, which is in cache, whether or not exponentials are kept elsewhere.
+                places = [None] * (len(row_sums) - 1) + [block.place_in(self.kept)]
+                logits = tiles.logits(block, lse_shift)
+                for of_rows, of_cols, tile, place in zip(row_sums, col_sums, logits, places, strict=True):
+                    e = torch.exp(tile, out=tile if place is None else place)
+                    of_rows[block.rows].add_(e.sum(1))
+                    of_cols[block.cols].add_(e.sum(0))
             lse_x, lse_y = row_sum.log_().add_(lse_shift), col_sum.log_().add_(lse_shift)
             least = lse_shift - MAX_BELOW_SHIFT[rows.dtype]
             lowest, highest = zip(extremes(lse_x), extremes(lse_y), strict=True)

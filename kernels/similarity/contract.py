@@ -15,8 +15,6 @@ from betaclip.kernels.similarity.prefixes import prefix_factors, prefix_slices
 class Operand:
     """The rows on one side, to be normalised on the way if ``inverse_norm`` is given.
 
-    Backends that read blocks never hold the normalised rows of both sides.
-
     rows: (N, D) floating point.
     image_id: (N,) contiguous int32, < 0 for rows that take no part; None on both sides of an operation, or neither.
     inverse_norm: (N,) in accumulation dtype, 0 for rows that count as zero; or None to use the rows as they are.
@@ -25,6 +23,8 @@ class Operand:
     complete: whether every row is known to take part and to have a direction. Only on the CPU does anybody look.
     dims: lengths of P prefixes of the rows, ascending up to D, the same on both sides; normalised rows then have norm 1
     or 0. Empty for whole rows alone, P = 1.
+    unit: (N, D) the normalised rows in accumulation dtype, zero where ``inverse_norm`` is; valid during a call, and only
+    where they have been formed.
     """
 
     rows: Tensor
@@ -34,6 +34,7 @@ class Operand:
     text_id: Tensor | None = None
     complete: bool = False
     dims: tuple[int, ...] = ()
+    unit: Tensor | None = None
 
     @property
     def accumulation(self) -> torch.dtype:

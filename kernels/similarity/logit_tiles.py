@@ -35,7 +35,10 @@ class ValidRows:
         self.operand, self.index = operand, index
         self.image_id = operand.image_id if operand.image_id is None or index is None else operand.image_id[index]
         self.text_id = operand.text_id if operand.text_id is None or index is None else operand.text_id[index]
-        self.dtype, self.rows = operand.accumulation, operand.rows
+        self.dtype = operand.accumulation
+        self.rows, self.inverse_norm = operand.rows, operand.inverse_norm
+        if operand.unit is not None:
+            self.rows, self.inverse_norm = operand.unit, None
         self.count = self.rows.shape[0] if index is None else index.shape[0]
         self.slices = operand.slices
 
@@ -54,13 +57,13 @@ class ValidRows:
     def block(self, lo: int, hi: int, factor: float, buffer: Tensor) -> Tensor:
         """(hi - lo, D) rows times ``factor``, in ``buffer`` unless they can be used as they are."""
         part = slice(lo, hi) if self.index is None else self.index[lo:hi]
-        rows, inverse = self.rows[part], self.operand.inverse_norm
+        rows, inverse = self.rows[part], self.inverse_norm
         out = buffer[: rows.numel()].view(rows.shape)
         if inverse is not None:
             scaled = inverse[part] if factor == 1 else inverse[part] * factor
             return torch.mul(rows, scaled[:, None], out=out)
-        if factor == 1 and rows.dtype == self.dtype:
-            return rows
+        if rows.dtype == self.dtype:
+            return rows if factor == 1 else torch.mul(rows, factor, out=out)
         return out.copy_(rows).mul_(factor)  # torch.mul(rows, factor) would round to the dtype of the rows
 
     def max_norm(self) -> float:
@@ -141,7 +144,8 @@ class Block(NamedTuple):
 class LogitTiles:
     """Tiles of the logits of two operands, all in the same scratch; pairs of the same image or text hold -inf.
 
-    Columns are the outer loop: their block of y is formed once, and the blocks of x again for each.
+    Rows are the outer loop: their block of x is formed once, and the blocks of y again for each, unless they can be used
+    as they are.
     """
 
     def __init__(
@@ -157,26 +161,24 @@ class LogitTiles:
         self.x, self.y, self.block = x, y, block
         self.scale, self.bias = float(scale), 0.0 if bias is None else float(bias)
         self.left, self.right, self._scratch_tile, *self._tiles = buffers
-        few = x.count * y.count <= _FEW_PAIRS
-        self._search_rows = max(x.count, 1) if few else search_rows
-        self._same_image = [(0, y.count)] if few else _same_image_ranges(x.image_id, y.image_id, search_rows)
+        self._few = x.count * y.count <= _FEW_PAIRS
+        self._search_rows = max(x.count, 1) if self._few else search_rows
 
     def blocks(self, wanted_x: Tensor | None = None, wanted_y: Tensor | None = None) -> Iterator[Block]:
         """All blocks; or those with a wanted row or column, of which there is a bool for each."""
-        for begin, end in ranges(self.y.count, self.block[1]):
-            right = self.y.block(begin, end, 1.0, self.right)
-            wanted = wanted_x if wanted_y is None or not bool(wanted_y[begin:end].any()) else None
-            for lo, hi in ranges(self.x.count, self.block[0]):
-                if wanted is None or bool(wanted[lo:hi].any()):
-                    left = self.x.block(lo, hi, self.scale, self.left)
-                    before = begin * self.x.count + lo * (end - begin)
+        for lo, hi in ranges(self.x.count, self.block[0]):
+            left = self.x.block(lo, hi, self.scale, self.left)
+            wanted = wanted_y if wanted_x is None or not bool(wanted_x[lo:hi].any()) else None
+            for begin, end in ranges(self.y.count, self.block[1]):
+                if wanted is None or bool(wanted[begin:end].any()):
+                    right = self.y.block(begin, end, 1.0, self.right)
+                    before = lo * self.y.count + begin * (hi - lo)
                     yield Block(slice(lo, hi), slice(begin, end), left, right, before)
 
-    def logits(self, block: Block, shift: float, out: Tensor | None = None, longest: bool = True) -> Iterator[Tensor]:
-        """The tile S - shift, (r, c), of each prefix, the shortest first; that of the ``longest`` in ``out`` if it is
-        given, or not at all. Tiles may be written over, and stay until those of the next block are formed."""
+    def logits(self, block: Block, shift: float, longest: bool = True) -> Iterator[Tensor]:
+        """The tile S - shift, (r, c), of each prefix, the shortest first, with or without that of the ``longest``.
+        Tiles may be written over, and stay until those of the next block are formed."""
         *shorter, product = (self._view(tile, block) for tile in self._tiles)
-        product = product if out is None else out
         for prefix, part in enumerate(self.x.slices if longest else self.x.slices[:-1]):
             left, right = columns(block.left, part), columns(block.right, part).T
             tile = product.addmm_(left, right) if prefix else torch.mm(left, right, out=product)
@@ -218,6 +220,14 @@ class LogitTiles:
     def _view(buffer: Tensor, block: Block) -> Tensor:
         return buffer[: math.prod(block.shape)].view(block.shape)
 
+    @cached_property
+    def _same_image(self) -> list[tuple[int, int]]:
+        """For each ``_search_rows`` rows, a range of columns that holds all pairs of the same image; not needed where
+        all exponentials are kept."""
+        if self._few:
+            return [(0, self.y.count)]
+        return _same_image_ranges(self.x.image_id, self.y.image_id, self._search_rows)
+
     def _exclude_same_image(self, tile: Tensor, rows: slice, cols: slice) -> None:
         x_image_id, y_image_id, step = self.x.image_id, self.y.image_id, self._search_rows
         if x_image_id is None or y_image_id is None:
@@ -258,9 +268,12 @@ def _same_image_ranges(x_image_id: Tensor | None, y_image_id: Tensor | None, sea
     """
     if x_image_id is None or y_image_id is None or x_image_id.numel() == 0:
         return []
-    chunks = x_image_id.split(search_rows)
+    count = x_image_id.numel()
     if bool((y_image_id[1:] < y_image_id[:-1]).any()):
-        return [(0, y_image_id.numel())] * len(chunks)
-    lowest, highest = (torch.stack(ends) for ends in zip(*(chunk.aminmax() for chunk in chunks), strict=True))
+        return [(0, y_image_id.numel())] * -(-count // search_rows)
+    whole = count - count % search_rows
+    chunks = [x_image_id[:whole].view(-1, search_rows), x_image_id[whole:].view(1, -1)]
+    ends = [chunk.aminmax(dim=1) for chunk in chunks if chunk.numel()]
+    lowest, highest = (torch.cat(parts) for parts in zip(*ends, strict=True))
     first, last = torch.searchsorted(y_image_id, lowest), torch.searchsorted(y_image_id, highest, right=True)
     return list(zip(first.tolist(), last.tolist(), strict=True))

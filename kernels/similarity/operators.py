@@ -12,7 +12,8 @@ operator, which torch.compile takes into its graph. An object, such as a backend
 same function directly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,11 +32,11 @@ from betaclip.kernels.backends import (
     run_operator,
     without_autocast,
 )
-from betaclip.kernels.memory import on_huge_pages
+from betaclip.kernels.memory import on_huge_pages, scratch
 from betaclip.kernels.similarity import cuda_backend
 from betaclip.kernels.similarity.all_cosines import AllCosines
 from betaclip.kernels.similarity.blockwise import Blockwise
-from betaclip.kernels.similarity.contract import Operand, SimilarityBackend
+from betaclip.kernels.similarity.contract import Operand, SimilarityBackend, zero_rows
 from betaclip.kernels.similarity.each_prefix import EachPrefix
 from betaclip.kernels.similarity.reference import Reference
 from betaclip.kernels.similarity.within_images import Images, cosines, inverse_norms, may_be_padded, raw_gradients
@@ -52,8 +53,8 @@ Backend = str | SimilarityBackend
 # On the CPU 256 MiB hold all of them up to N = 8192. No GPU backend keeps any.
 KEEP_BYTES = {"cpu": 256 * 2**20}
 
-# Up to so many elements, 16-bit rows are widened once on the CPU, which reads them faster then. More of them are
-# widened a block at a time, for memory in proportion to the inputs.
+# On the CPU, normalised rows are formed once per call: in memory as large as the inputs. Up to so many elements also
+# those of 16-bit rows, which take twice that; more of them are widened a block at a time.
 _WIDENED_ELEMENTS = 2**21
 
 
@@ -219,11 +220,11 @@ def _logsumexp(  # type: ignore[no-untyped-def]
     few = _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
     if few is not None:
         return *few.logsumexp(scale), few.within_images(), kept
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
-    with nvtx.annotate("between images", domain="betaclip"):
-        chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
-        lse_x, lse_y = chosen.similarity_logsumexp_fwd(*operands, scale)
-    return lse_x, lse_y, _cosines(operands, scale, layout), kept
+    with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
+        with nvtx.annotate("between images", domain="betaclip"):
+            chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
+            lse_x, lse_y = chosen.similarity_logsumexp_fwd(*operands, scale)
+        return lse_x, lse_y, _cosines(operands, scale, layout), kept
 
 
 @without_autocast
@@ -239,14 +240,13 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
         dlogits = few.logsumexp_gradient(scale, lse_x, lse_y, dlse_x, dlse_y)
         dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
         return dx.to(x.dtype), dy.to(y.dtype), dscale
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
-    with nvtx.annotate("between images, backward", domain="betaclip"):
-        chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
-        dx, dy, dscale = chosen.similarity_logsumexp_bwd(
-            *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
-        )
-    dx, dy = _finish(operands, dx, dy, dcosines, layout)
-    return dx.to(x.dtype), dy.to(y.dtype), dscale
+    with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
+        with nvtx.annotate("between images, backward", domain="betaclip"):
+            chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
+            dx, dy, dscale = chosen.similarity_logsumexp_bwd(
+                *operands, scale, lse_x, lse_y, dlse_x, dlse_y, need_dx, need_dy
+            )
+        return *_finish(operands, dx, dy, dcosines, layout), dscale
 
 
 @without_autocast
@@ -263,18 +263,18 @@ def _softplus(  # type: ignore[no-untyped-def]
         few = _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
         if few is not None:
             return few.softplus_sums(scale, bias), few.within_images(), *nothing, kept
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
-    with nvtx.annotate("between images", domain="betaclip"):
-        chosen = local_backend("similarity_softplus", backend, *operands)
-        if with_gradients:
-            drows = scale.new_ones(max(len(dims), 1), x.shape[0]) if row_weights is None else row_weights
-            rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
-                *operands, scale, bias, drows, need_dx, need_dy
-            )
-        else:
-            rows = chosen.similarity_softplus_fwd(*operands, scale, bias)
-            dx, dy, dscale, dbias = nothing
-    return rows, _cosines(operands, scale, layout), dx, dy, dscale, dbias, kept
+    with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
+        with nvtx.annotate("between images", domain="betaclip"):
+            chosen = local_backend("similarity_softplus", backend, *operands)
+            if with_gradients:
+                drows = scale.new_ones(max(len(dims), 1), x.shape[0]) if row_weights is None else row_weights
+                rows, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
+                    *operands, scale, bias, drows, need_dx, need_dy
+                )
+            else:
+                rows = chosen.similarity_softplus_fwd(*operands, scale, bias)
+                dx, dy, dscale, dbias = nothing
+        return rows, _cosines(operands, scale, layout), dx, dy, dscale, dbias, kept
 
 
 @without_autocast
@@ -295,19 +295,17 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
             dbias = dlogits.sum()
             dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
             return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
-    operands = _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype)
-    if formed:
-        dx, dy, dscale, dbias = formed
-        if write_over:
-            dx, dy = _finish(operands, dx.mul_(dsums), dy.mul_(dsums), dcosines, layout)
-        else:
-            dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums)
-        return dx.to(x.dtype), dy.to(y.dtype), dsums * dscale, dsums * dbias
-    with nvtx.annotate("between images, backward", domain="betaclip"):
-        chosen = local_backend("similarity_softplus", backend, *operands)
-        _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(*operands, scale, bias, dsums, need_dx, need_dy)
-    dx, dy = _finish(operands, dx, dy, dcosines, layout)
-    return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
+    with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
+        if formed:
+            dx, dy, dscale, dbias = formed
+            dx, dy = _finish(operands, dx, dy, dcosines, layout, dsums, write_over)
+            return dx, dy, dsums * dscale, dsums * dbias
+        with nvtx.annotate("between images, backward", domain="betaclip"):
+            chosen = local_backend("similarity_softplus", backend, *operands)
+            _, dx, dy, dscale, dbias = chosen.similarity_softplus_fwd_bwd(
+                *operands, scale, bias, dsums, need_dx, need_dy
+            )
+        return *_finish(operands, dx, dy, dcosines, layout), dscale, dbias
 
 
 def _few_rows(x: Tensor, images: int, dims: Sequence[int], backend: Backend) -> bool:
@@ -343,33 +341,45 @@ def _with_kept(backend: SimilarityBackend, kept: Tensor) -> SimilarityBackend:
     return replace(backend, kept=kept) if isinstance(backend, Blockwise) else backend
 
 
+@contextmanager
 def _operands(  # type: ignore[no-untyped-def]
     x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype
-) -> tuple[Operand, Operand]:
+) -> Iterator[tuple[Operand, Operand]]:
+    """Both operands, whose normalised rows, where they are formed, are valid inside the ``with`` block."""
     if y_image_id is None:
         y_image_id = x_image_id
     if y_text_id is None:
         y_text_id = x_text_id
     dims = tuple(dims)
     if not images:
-        return (
+        yield (
             Operand(x, x_image_id, None, dtype, x_text_id, dims=dims),
             Operand(y, y_image_id, None, dtype, y_text_id, dims=dims),
         )
-    x, y = _widened(x), _widened(y)
+        return
     padded_x = may_be_padded(x_image_id)
     padded_y = padded_x if y_image_id is x_image_id else may_be_padded(y_image_id)
-    inverse_x, complete_x = inverse_norms(x, x_image_id, scale.dtype, padded_x)
-    inverse_y, complete_y = inverse_norms(y, y_image_id, scale.dtype, padded_y)
-    return (
-        Operand(x, x_image_id, inverse_x, dtype, x_text_id, complete_x, dims),
-        Operand(y, y_image_id, inverse_y, dtype, y_text_id, complete_y, dims),
-    )
+    formed = [x.device.type == "cpu" and (t.dtype == scale.dtype or t.numel() <= _WIDENED_ELEMENTS) for t in (x, y)]
+    shapes = [tuple(t.shape) if form else (0,) for t, form in zip((x, y), formed, strict=True)]
+    with scratch(shapes, scale.dtype, x.device) as room:
+        unit_x, unit_y = (unit if form else None for unit, form in zip(room, formed, strict=True))
+        yield (
+            _embeddings(x, x_image_id, x_text_id, padded_x, scale.dtype, dtype, dims, unit_x),
+            _embeddings(y, y_image_id, y_text_id, padded_y, scale.dtype, dtype, dims, unit_y),
+        )
 
 
-def _widened(x: Tensor) -> Tensor:
-    """``x`` in float32 if it is 16 bits wide, on the CPU and not large."""
-    return x.float() if x.device.type == "cpu" and x.itemsize < 4 and x.numel() <= _WIDENED_ELEMENTS else x
+def _embeddings(  # type: ignore[no-untyped-def]
+    rows, image_id, text_id, padded: bool, accumulation, dtype, dims, unit: Tensor | None
+) -> Operand:
+    """Rows to be normalised; their normalised copy is formed in ``unit``."""
+    wide = rows if unit is None or rows.dtype == unit.dtype else unit.copy_(rows)
+    inverse, complete = inverse_norms(wide, image_id, accumulation, padded)
+    if unit is not None:
+        torch.mul(wide, inverse.unsqueeze(1), out=unit)
+        if not complete:
+            zero_rows(unit, inverse)
+    return Operand(rows, image_id, inverse, dtype, text_id, complete, dims, unit)
 
 
 def _cosines(operands: tuple[Operand, Operand], scale: Tensor, images: Images) -> Tensor:
@@ -386,14 +396,16 @@ def _finish(
     dcosines: Tensor,
     images: Images,
     gain: Tensor | None = None,
+    write_over: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and y themselves, from those of the rows that a backend multiplied, times ``gain``."""
+    """The gradients of x and y themselves, from those of the rows that a backend multiplied, times ``gain``; these may
+    be written over."""
     if operands[0].inverse_norm is None:
         dx, dy = (
             (g if gain is None else g * gain).to(side.rows.dtype) for g, side in zip((dx, dy), operands, strict=True)
         )
         return dx, dy
-    return raw_gradients(*operands, images, dx, dy, dcosines, gain)
+    return raw_gradients(*operands, images, dx, dy, dcosines, gain, write_over)
 
 
 logsumexp = define_operator(

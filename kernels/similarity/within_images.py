@@ -24,7 +24,7 @@ from betaclip.kernels.similarity.prefixes import columns, prefix_factors, sums_f
 
 # Elements of one operand that are held at a time: few on the CPU, for its cache and for memory in proportion to the
 # inputs; many elsewhere, where each chunk is a few dozen launches.
-_CHUNK_ELEMENTS = {"cpu": 2**17}
+_CHUNK_ELEMENTS = {"cpu": 2**19}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**22
 
 
@@ -67,6 +67,8 @@ class Images(NamedTuple):
         inverse = self.rows(x.inverse_norm, lo, hi)
         if self.slots is not None:
             inverse = inverse.masked_fill(self.slots[lo:hi] < 0, 0)
+        elif x.unit is not None and x.unit.dtype == buffer.dtype:
+            return self.rows(x.unit, lo, hi), inverse.unsqueeze(2)
         unit = torch.mul(self.rows(x.rows, lo, hi), inverse.unsqueeze(2), out=buffer[: hi - lo])
         complete = x.complete and self.slots is None
         return unit if complete else zero_rows(unit, inverse), inverse.unsqueeze(2)
@@ -145,24 +147,24 @@ def raw_gradients(
     dy: Tensor,
     dcosines: Tensor,
     gain: Tensor | None = None,
+    write_over: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the raw embeddings x and y in their dtypes; empty for a side whose ``dx`` or ``dy`` is.
 
-    A normalised row receives ``gain * dx`` from between the images (dx itself if gain is None, which may then be
-    written over), and ``dcosines @ unit(other side)`` from within.
+    A normalised row receives ``gain * dx`` from between the images (dx itself if gain is None), and
+    ``dcosines @ unit(other side)`` from within. ``write_over``: whether dx and dy may be written over.
     """
     if row_kernels_serve(x.rows) and not x.dims:
         return _raw_gradients_by_kernels(x, y, images, (dx, dy), dcosines[0], gain)
+    shape, dtype = images.buffer_shape(x.rows), exact_dtype(dcosines)
+    in_place = write_over and images.slots is None and dx.dtype == dtype
     outs = [
-        between
-        if gain is None and images.slots is None and between.dtype == side.rows.dtype
-        else on_huge_pages(between.new_empty(between.shape, dtype=side.rows.dtype))
+        between if in_place else on_huge_pages(between.new_empty(between.shape, dtype=side.rows.dtype))
         for side, between in ((x, dx), (y, dy))
     ]
     if images.slots is not None:
         for out in outs:
             out.zero_()
-    shape, dtype = images.buffer_shape(x.rows), exact_dtype(dcosines)
     with nvtx.annotate("within images, backward", domain="betaclip"), scratch([shape] * 4, dtype, dx.device) as buffers:
         x_buffer, y_buffer, sum_buffer, product_buffer = buffers
         for lo, hi in images.chunks(x.rows):
@@ -179,7 +181,7 @@ def raw_gradients(
                     continue
                 direct = images.slots is None and out.dtype == dtype
                 g = images.rows(out, lo, hi) if direct else sum_buffer[: hi - lo]
-                if not direct or out is not between:
+                if not in_place or gain is not None:
                     torch.mul(images.rows(between, lo, hi), 1.0 if gain is None else gain, out=g)
                 for part, weight in zip(x.slices, of_other, strict=True):
                     if x.dims:  # in place on a slice, PyTorch would take a product for each image
@@ -191,7 +193,7 @@ def raw_gradients(
                 _through_norm(g, own, own_inverse, buffer)
                 if not direct:
                     images.write_rows(out, lo, hi, g)
-    return outs[0], outs[1]
+    return outs[0].to(x.rows.dtype), outs[1].to(y.rows.dtype)
 
 
 def _raw_gradients_by_kernels(

@@ -27,17 +27,19 @@ def test_parts_do_not_overlap():
         assert [set(part.flatten().tolist()) for part in parts] == [{0.0}, {1.0}, set()]
 
 
-def test_nested_blocks_are_refused():
-    with (
-        scratch([(4,)], torch.float32, CPU),
-        pytest.raises(RuntimeError, match="expected no open block"),
-        scratch([(2,)], torch.float64, CPU),
-    ):
-        pass
+def test_nested_blocks_have_memory_of_their_own():
+    forget()
+    with scratch([(4,)], torch.float32, CPU) as (outer,):
+        outer.fill_(1)
+        with scratch([(3,)], torch.float32, CPU) as (inner,):
+            inner.fill_(2)
+        with scratch([(2,)], torch.float32, CPU) as (again,):
+            assert again.data_ptr() == inner.data_ptr()
+        assert outer.tolist() == [1] * 4 and kept_bytes() == 4 * 7
     with pytest.raises(ValueError, match="fails"), scratch([(4,)], torch.float32, CPU):
         raise ValueError("fails")
-    with scratch([(4,)], torch.float32, CPU):  # a block that failed is closed
-        pass
+    with scratch([(4,)], torch.float32, CPU) as (after,):  # a block that failed is closed
+        assert after.data_ptr() == outer.data_ptr()
 
 
 def test_large_scratch_is_not_kept():

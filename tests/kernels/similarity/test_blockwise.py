@@ -135,12 +135,8 @@ def test_kept_exponentials_have_the_same_bits(norm, scale, used, ids, dtype):
     weight_x, weight_y, of_rows = torch.rand(n), torch.rand(m), ids(n, m)
     itemsize = accumulation_dtype(dtype).itemsize
     flops, gradients = [], []
-    rows, pairs = (n - 7, (n - 7) * (m - 7)) if of_rows else (n, n * m)  # without padding
-    for keep in (
-        0,
-        (rows * 56 - 1) * itemsize,
-        n * m * itemsize,
-    ):  # two of three tiles down the first columns
+    cols, pairs = (m - 7, (n - 7) * (m - 7)) if of_rows else (m, n * m)  # without padding
+    for keep in (0, (40 * cols - 1) * itemsize, n * m * itemsize):  # two of three tiles along the first rows
         lse_x, lse_y = similarity_logsumexp(x, y, torch.tensor(float(scale)), **of_rows, backend=BACKEND, keep=keep)
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flop}) as flop:
             gradients.append(torch.autograd.grad(_total(lse_x, weight_x) + _total(lse_y, weight_y), (x, y)))
