@@ -52,9 +52,9 @@ class AllCosines:
     ) -> "AllCosines | None":
         """None if a norm is extreme.
 
-        room: takes the matrix if it has N * N elements; ``filled``: and then has it already. Of accumulation dtype.
+        x, y: (N, D) in accumulation dtype, in which they may hold anything in padded rows.
+        room: takes the matrix if it has N * N elements; ``filled``: and then has it already.
         """
-        x, y = x.to(room.dtype), y.to(room.dtype)
         padding = image_id < 0 if may_be_padded(image_id) else None
         if padding is not None:
             x, y = (rows.masked_fill(padding.unsqueeze(1), 0) for rows in (x, y))

@@ -23,8 +23,8 @@ class Operand:
     complete: whether every row is known to take part and to have a direction. Only on the CPU does anybody look.
     dims: lengths of P prefixes of the rows, ascending up to D, the same on both sides; normalised rows then have norm 1
     or 0. Empty for whole rows alone, P = 1.
-    unit: (N, D) the normalised rows in accumulation dtype, zero where ``inverse_norm`` is; valid during a call, and only
-    where they have been formed.
+    unit: (N, D) the normalised rows in accumulation dtype, zero where ``inverse_norm`` is, if they have been formed;
+    valid during a call.
     """
 
     rows: Tensor

@@ -144,8 +144,8 @@ class Block(NamedTuple):
 class LogitTiles:
     """Tiles of the logits of two operands, all in the same scratch; pairs of the same image or text hold -inf.
 
-    Rows are the outer loop: their block of x is formed once, and the blocks of y again for each, unless they can be used
-    as they are.
+    Rows are the outer loop: their block of x is formed once, and the blocks of y again for each, unless these can be
+    used as they are.
     """
 
     def __init__(

@@ -217,9 +217,9 @@ def _logsumexp(  # type: ignore[no-untyped-def]
     """Log-sum-exps (P, N) and (P, M), cosines, and up to ``keep`` bytes of exponentials for the backward."""
     layout = Images(images, texts_per_image, slots)
     kept = on_huge_pages(scale.new_empty(_kept_elements(x, y, scale, keep, backend)))
-    few = _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
-    if few is not None:
-        return *few.logsumexp(scale), few.within_images(), kept
+    with _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept) as few:
+        if few is not None:
+            return *few.logsumexp(scale), few.within_images(), kept
     with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
         with nvtx.annotate("between images", domain="betaclip"):
             chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
@@ -235,11 +235,11 @@ def _logsumexp_backward(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx and dy like x and y, or (0,) where they are not needed, and dscale ()."""
     layout = Images(images, texts_per_image, slots)
-    few = _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept, filled=True)
-    if few is not None:
-        dlogits = few.logsumexp_gradient(scale, lse_x, lse_y, dlse_x, dlse_y)
-        dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
-        return dx.to(x.dtype), dy.to(y.dtype), dscale
+    with _all_cosines("similarity_logsumexp", x, y, x_image_id, x_text_id, layout, dims, backend, kept, True) as few:
+        if few is not None:
+            dlogits = few.logsumexp_gradient(scale, lse_x, lse_y, dlse_x, dlse_y)
+            dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
+            return dx.to(x.dtype), dy.to(y.dtype), dscale
     with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
         with nvtx.annotate("between images, backward", domain="betaclip"):
             chosen = _with_kept(local_backend("similarity_logsumexp", backend, *operands), kept)
@@ -260,9 +260,9 @@ def _softplus(  # type: ignore[no-untyped-def]
     kept = scale.new_empty(_kept_elements(x, y, scale, keep, backend))
     nothing = (scale.new_zeros(shape) for shape in ((0,), (0,), (), ()))
     if not with_gradients:
-        few = _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept)
-        if few is not None:
-            return few.softplus_sums(scale, bias), few.within_images(), *nothing, kept
+        with _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept) as few:
+            if few is not None:
+                return few.softplus_sums(scale, bias), few.within_images(), *nothing, kept
     with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
         with nvtx.annotate("between images", domain="betaclip"):
             chosen = local_backend("similarity_softplus", backend, *operands)
@@ -289,12 +289,12 @@ def _softplus_backward(  # type: ignore[no-untyped-def]
     """
     layout = Images(images, texts_per_image, slots)
     if not formed:
-        few = _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept, filled=True)
-        if few is not None:
-            dlogits = few.softplus_gradient(scale, bias, dsums)
-            dbias = dlogits.sum()
-            dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
-            return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
+        with _all_cosines("similarity_softplus", x, y, x_image_id, x_text_id, layout, dims, backend, kept, True) as few:
+            if few is not None:
+                dlogits = few.softplus_gradient(scale, bias, dsums)
+                dbias = dlogits.sum()
+                dx, dy, dscale = few.gradients(dlogits, scale, dcosines, need_dx, need_dy)
+                return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
     with _operands(x, y, scale, x_image_id, y_image_id, x_text_id, y_text_id, images, dims, dtype) as operands:
         if formed:
             dx, dy, dscale, dbias = formed
@@ -316,17 +316,30 @@ def _few_rows(x: Tensor, images: int, dims: Sequence[int], backend: Backend) -> 
     return 0 < x.shape[0] <= min(blocks.rows, blocks.cols) and x.shape[0] ** 2 <= blocks.max_matrix
 
 
+@contextmanager
 def _all_cosines(  # type: ignore[no-untyped-def]
     operation: str, x, y, image_id, text_id, images: Images, dims, backend: Backend, room: Tensor, filled: bool = False
-) -> AllCosines | None:
-    """The matrix of a few rows that runs ``operation`` instead of tiles; None if these have to. The columns of
-    embeddings of images have the ids of the rows."""
-    few = None
-    if _few_rows(x, images.num_images, dims, backend):
-        few = AllCosines.of(x, y, image_id, text_id, images, room, filled)
-    if few is not None and isinstance(backend, str):
-        count_run(operation, backend)
-    return few
+) -> Iterator[AllCosines | None]:
+    """The matrix of a few rows that runs ``operation`` instead of tiles, inside the ``with`` block; None if these have
+    to. The columns of embeddings of images have the ids of the rows."""
+    if not _few_rows(x, images.num_images, dims, backend):
+        yield None
+        return
+    with _wide_rows(x, y, room.dtype) as rows:
+        few = AllCosines.of(*rows, image_id, text_id, images, room, filled)
+        if few is not None and isinstance(backend, str):
+            count_run(operation, backend)
+        yield few
+
+
+@contextmanager
+def _wide_rows(x: Tensor, y: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y in ``dtype``, in scratch unless they have it already."""
+    if x.dtype == dtype == y.dtype:
+        yield x, y
+        return
+    with scratch([tuple(t.shape) for t in (x, y)], dtype, x.device) as (wide_x, wide_y):
+        yield wide_x.copy_(x), wide_y.copy_(y)
 
 
 def _kept_elements(x: Tensor, y: Tensor, scale: Tensor, keep: int, backend: Backend) -> int | torch.SymInt:
