@@ -32,7 +32,7 @@ from betaclip.kernels.backends import (
     run_operator,
     without_autocast,
 )
-from betaclip.kernels.memory import on_huge_pages, scratch
+from betaclip.kernels.memory import MAX_KEPT_BYTES, on_huge_pages, scratch
 from betaclip.kernels.similarity import cuda_backend
 from betaclip.kernels.similarity.all_cosines import AllCosines
 from betaclip.kernels.similarity.blockwise import Blockwise
@@ -53,8 +53,8 @@ Backend = str | SimilarityBackend
 # On the CPU 256 MiB hold all of them up to N = 8192. No GPU backend keeps any.
 KEEP_BYTES = {"cpu": 256 * 2**20}
 
-# On the CPU, normalised rows are formed once per call: in memory as large as the inputs. Up to so many elements also
-# those of 16-bit rows, which take twice that; more of them are widened a block at a time.
+# On the CPU, normalised rows are formed once per call, if those of both sides fit into the scratch that a thread keeps.
+# Those of 16-bit rows take twice the memory of the inputs: more elements than this are widened a block at a time.
 _WIDENED_ELEMENTS = 2**21
 
 
@@ -372,7 +372,8 @@ def _operands(  # type: ignore[no-untyped-def]
         return
     padded_x = may_be_padded(x_image_id)
     padded_y = padded_x if y_image_id is x_image_id else may_be_padded(y_image_id)
-    formed = [x.device.type == "cpu" and (t.dtype == scale.dtype or t.numel() <= _WIDENED_ELEMENTS) for t in (x, y)]
+    fit = x.device.type == "cpu" and (x.numel() + y.numel()) * scale.itemsize <= MAX_KEPT_BYTES
+    formed = [fit and (t.dtype == scale.dtype or t.numel() <= _WIDENED_ELEMENTS) for t in (x, y)]
     shapes = [tuple(t.shape) if form else (0,) for t, form in zip((x, y), formed, strict=True)]
     with scratch(shapes, scale.dtype, x.device) as room:
         unit_x, unit_y = (unit if form else None for unit, form in zip(room, formed, strict=True))

@@ -1,5 +1,7 @@
 """Cosines within images, and gradients of raw embeddings, however many images are taken at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,9 +44,15 @@ def test_matches_autograd(ragged, dims, chunk_elements):
     du, dv = torch.randn_like(x), torch.randn_like(y)
     expected = torch.autograd.grad((truth * dcosines).sum() + 3 * (u * du).sum() + 3 * (v * dv).sum(), (x, y))
     gain = torch.tensor(3.0, dtype=torch.float64)
-    for terms in ((du, dv, dcosines, gain), (3 * du, 3 * dv, dcosines)):
+    given = du.clone(), dv.clone()
+    gained = ((du, dv, dcosines, gain, False), (du.clone(), dv.clone(), dcosines, gain))
+    for terms in (*gained, (3 * du, 3 * dv, dcosines)):
         ours = raw_gradients(*sides, images, *terms)
         torch.testing.assert_close(ours, expected)
+    assert torch.equal(du, given[0]) and torch.equal(dv, given[1])
+    with_units = [replace(side, unit=t.detach()) for side, t in zip(sides, (u, v), strict=True)]
+    torch.testing.assert_close(cosines(*with_units, images), truth.detach())
+    torch.testing.assert_close(raw_gradients(*with_units, images, 3 * du, 3 * dv, dcosines), expected)
 
 
 def test_inverse_norms():
