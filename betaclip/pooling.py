@@ -14,7 +14,7 @@ from betaclip.kernels.attention_pool.operators import attention_pool, attention_
 from betaclip.kernels.precision import accumulation_dtype, autocast_dtype, unit_rows
 from betaclip.layers import LayerNorm, QuickGELU, check_attention, has_hooks
 from betaclip.pair_chunks import Budget, plan_pairs
-from betaclip.pooling_inputs import check_inputs, check_pairs
+from betaclip.pooling_inputs import check_inputs, check_pairs, check_texts
 
 CLIP_LOGIT_SCALE = math.log(1 / 0.07)  # what CLIP starts from, arXiv 2103.00020
 
@@ -145,6 +145,7 @@ class TextConditionedPool(nn.Module):
         patches: Tensor,
         queries: Tensor,
         *,
+        texts: Tensor | None = None,
         patch_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         need_weights: bool = False,
@@ -154,14 +155,17 @@ class TextConditionedPool(nn.Module):
         Args:
             patches: (B, P, D) patch embeddings of any norm.
             queries: (B, K, D) text embeddings of any norm, or (K, D) for the same texts with every image.
+            texts: (B, Q) int64, with queries (M, D): the texts to embed each image for, below 0 for none, which gives
+                zeros. Each text is projected once, however many images it is for.
             patch_mask: (B, P) bool, True = valid patch. An image without valid patches gives zeros.
             query_mask: (B, K) bool, True = valid text. Masked texts give zeros, and may hold anything, NaN included.
+                None with ``texts``.
             need_weights: also return the attention weights, for example to draw them.
 
         Returns:
-            (B, K, D) text-conditioned image embeddings, not normalised; with ``need_weights`` also the (B, K, P)
-            attention weights, averaged over heads, without that of the key of zeros. The dtype is that of the patches,
-            or autocast's where it is enabled.
+            (B, K, D) text-conditioned image embeddings, not normalised, with ``texts`` (B, Q, D); with ``need_weights``
+            also the (B, K, P) attention weights, averaged over heads, without that of the key of zeros. The dtype is
+            that of the patches, or autocast's where it is enabled.
 
         Raises:
             ValueError: an argument is malformed or disagrees with another; the message names it.
@@ -178,7 +182,12 @@ class TextConditionedPool(nn.Module):
             >>> torch.allclose(weights.sum(-1), torch.ones(4, 3))
             True
         """
+        if texts is not None:
+            check_texts(patches, queries, texts, query_mask)
         operands = self._operands(patches, queries, patch_mask, query_mask)
+        if texts is not None:
+            query_mask = texts >= 0
+            operands = operands._replace(queries=F.embedding(texts.clamp_min(0), operands.queries[0]))
         out = self._mlp(self._attention(operands, patch_mask))
         out = _zero_without(out, patch_mask, query_mask)
         if not need_weights:

@@ -63,6 +63,20 @@ def check_pairs(
         return
     if images is not None:
         raise ValueError("texts: expected None with images, which choose the pairs too, got a tensor")
+    _check_numbers(patches, texts, count)
+
+
+def check_texts(patches: Tensor, queries: Tensor, texts: Tensor, query_mask: Tensor | None) -> None:
+    """Raise a ValueError for numbers of texts that ``forward`` cannot take."""
+    if queries.dim() != 2:
+        raise ValueError(f"queries: expected (M, D) with texts, which number them, got shape {tuple(queries.shape)}")
+    if query_mask is not None:
+        raise ValueError("query_mask: expected None with texts, which are below 0 for none, got a tensor")
+    _check_numbers(patches, texts, len(queries))
+
+
+def _check_numbers(patches: Tensor, texts: Tensor, count: int) -> None:
+    """texts: for each of B images numbers up to ``count`` - 1."""
     expect("texts", texts, "as for patches", device=patches.device)
     if texts.dim() != 2 or len(texts) != len(patches) or texts.dtype not in (torch.int64, torch.int32):
         expected = f"integers of shape ({len(patches)}, Q)"

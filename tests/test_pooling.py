@@ -155,6 +155,23 @@ def test_queries_shared_by_all_images():
     torch.testing.assert_close(pool(patches, shared, query_mask=mask), expected)
 
 
+@pytest.mark.parametrize("options", [{"norm_inputs": True}, FLAIR_BLOCK])
+def test_numbered_texts(options):
+    """As if each image had the texts of its numbers; a negative number is no text."""
+    pool = block(**options)
+    patches, queries = (torch.randn(shape, dtype=torch.float64, device=DEVICE) for shape in ((3, 5, 16), (4, 16)))
+    texts = torch.tensor([[0, 3], [-1, 1], [3, 3]], device=DEVICE)
+    valid = texts >= 0
+    leaves = [t.requires_grad_() for t in (patches, queries, pool.attn.in_proj_weight)]
+    ours, weights = pool(patches, queries, texts=texts, need_weights=True)
+    truth = pool(patches, queries[texts], query_mask=valid, need_weights=True)
+    torch.testing.assert_close((ours, weights), truth)
+    assert not ours[1, 0].any() and ours[1, 1].all()
+    gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (ours, truth[0]))
+    for ours, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
 def test_autocast():
     """Products in its dtype, LayerNorm and softmax in float32; parameters and gradients stay as they are."""
     pool, (patches, queries) = block().float(), (t.float() for t in inputs())
@@ -347,6 +364,23 @@ def test_unknown_backend():
         (
             {"query_mask": (torch.ones(2, 6) > 0).to("meta")},
             r"query_mask: expected device cpu as for patches, got meta",
+        ),
+        ({"texts": torch.zeros(2, 3).long()}, r"queries: expected \(M, D\) with texts, .*, got shape \(2, 6, 8\)"),
+        (
+            {"queries": torch.ones(6, 8), "texts": torch.tensor([[0], [6]])},
+            r"texts: expected numbers up to 5, or below 0 for none, got 6",
+        ),
+        (
+            {"queries": torch.ones(6, 8), "texts": torch.zeros(2, 3)},
+            r"texts: expected integers of shape \(2, Q\), got torch.float32 \(2, 3\)",
+        ),
+        (
+            {
+                "queries": torch.ones(6, 8),
+                "texts": torch.zeros(2, 6).long(),
+                "query_mask": torch.ones(2, 6) > 0,
+            },
+            r"query_mask: expected None with texts, .*, got a tensor",
         ),
     ],
 )

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from betaclip.model.flair_layout import FLAIR_SETTINGS, from_flair, is_flair, to_flair
 from betaclip.model.open_clip_towers import check_tag, create_towers, load_towers, needs_quick_gelu, towers_config
-from betaclip.model.other_pictures import conditioned_outputs, pool_with_others, sampled_texts
+from betaclip.model.other_pictures import (
+    conditioned_outputs,
+    no_conditioned_outputs,
+    plan_others,
+    pool_with_others,
+    sampled_texts,
+)
 from betaclip.model.packing import to_device
 from betaclip.model.published_layout import (
     from_published,
@@ -242,7 +248,8 @@ class BetaCLIP(nn.Module):
             image_embeds, patches = self._encode_image(images, cls_only=not pools)
         with _range("text tower"):
             distinct = self._encode_distinct(texts)
-            index, filled, mask, ids = (to_device(t, images.device) for t in _slots(texts, texts_per_image))
+            planned = _slots(texts, texts_per_image)
+            index, filled, mask, ids = (to_device(t, images.device) for t in planned)
             # Empty slots take the appended row of zeros.
             text_embeds = F.embedding(index, F.pad(distinct, (0, 0, 0, 1))).clone()  # FSDP2 warns of views
         out = {
@@ -258,9 +265,14 @@ class BetaCLIP(nn.Module):
         with _range("pooling"):
             if pooled or other_pictures:
                 shifts = [number for number in other_pictures if len(images) and number % len(images)]
-                out["pooled_embeds"], others = pool_with_others(self.pool, patches, text_embeds, filled, shifts)
-                if other_pictures:
-                    out |= conditioned_outputs(others, text_embeds, index, mask, shifts, len(other_pictures))
+                if shifts:
+                    others = plan_others(planned[1], shifts).to(images.device)
+                    out["pooled_embeds"], for_others = pool_with_others(self.pool, patches, text_embeds, filled, others)
+                    out |= conditioned_outputs(for_others, others, text_embeds, index, mask, len(other_pictures))
+                else:
+                    out["pooled_embeds"] = self.pool(patches, text_embeds, query_mask=filled)
+                    if other_pictures:
+                        out |= no_conditioned_outputs(text_embeds, mask, len(other_pictures))
             if other_texts is not None:
                 own = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
                 chosen, valid = sampled_texts(own, to_device(other_texts, mask.device), index, mask)

@@ -86,11 +86,19 @@ def test_gradients():
         assert gradient is not None and gradient.any(), name
 
 
-def test_patches_are_pooled_in_one_call(monkeypatch):
-    model, batch, calls = tiny_model(), tiny_batch(B), []
-    monkeypatch.setattr(model.pool, "forward", lambda x, t, query_mask: calls.append(t.shape) or t)
-    model(batch.images, batch.texts, other_pictures=[1, 3, 0])
-    assert calls == [(B, 3 * K, 8)]
+def test_pictures_are_pooled_in_one_call(monkeypatch):
+    """Each for its own three slots and then for the texts of others, of which none has more than four."""
+    model, pictures, calls = tiny_model(), torch.randn(B, 3, IMAGE_SIZE, IMAGE_SIZE), []
+    pool = model.pool.forward
+    monkeypatch.setattr(model.pool, "forward", lambda x, t, texts: calls.append(texts) or pool(x, t, texts=texts))
+    model(pictures, RaggedTexts.of(TOKENS), other_pictures=[1, 3, 0])
+    (texts,) = calls
+    assert texts.tolist() == [
+        [0, 1, 2, 9, 10, 11, 3],
+        [3, -1, -1, 0, 1, 2, -1],
+        [-1, -1, -1, 3, 9, 10, 11],
+        [9, 10, 11, 0, 1, 2, -1],
+    ]
 
 
 @pytest.mark.parametrize("images", [0, 1])
