@@ -1,6 +1,7 @@
 """Draws the layout of a scene.
 
-The share of a pixel that a shape covers follows from the pixel's distance to the shape's edge.
+The share of a pixel that a shape covers follows from the pixel's distance to the shape's edge. A picture is drawn as
+three planes, one of each colour: NumPy's inner loops then run along rows of pixels, and not over three colours.
 """
 
 from functools import lru_cache
@@ -23,20 +24,22 @@ def draw(layout: Layout, size: int) -> tuple[npt.NDArray[np.uint8], list[Box]]:
     """The picture, (size, size, 3), and each thing's box (x0, y0, x1, y1) of the pixels that it covers half or more."""
     canvas = _background(layout, size)
     boxes = [_draw_thing(canvas, thing) for thing in layout.things]
-    return np.rint(canvas).astype(np.uint8), boxes
+    return np.rint(canvas, out=canvas).astype(np.uint8).transpose(1, 2, 0), boxes
 
 
 def _rgb(values: tuple[float, float, float]) -> Array:
-    return np.array(values, np.float32)
+    """(3, 1, 1)"""
+    return np.array(values, np.float32)[:, None, None]
 
 
 def _background(layout: Layout, size: int) -> Array:
-    canvas = np.empty((size, size, 3), np.float32)
+    """(3, size, size)"""
+    canvas = np.empty((3, size, size), np.float32)
     canvas[:] = _rgb(BACKGROUNDS[layout.background])
     if layout.texture == "shaded":
         ramp = _ramp(size)
         across, down = (np.float32(slope) for slope in layout.slope)
-        canvas += (ramp * across + ramp[:, None] * down)[..., None]
+        canvas += ramp * across + ramp[:, None] * down
         np.minimum(canvas, 255, out=canvas)  # no background is dark enough to fall below 0
     return canvas
 
@@ -49,7 +52,7 @@ def _ramp(size: int) -> Array:
 
 def _draw_thing(canvas: Array, thing: Thing) -> Box:
     """Draw a thing onto the canvas; return its box."""
-    size = len(canvas)
+    size = canvas.shape[1]
     reach = thing.radius * size + 1
     x0, y0 = (max(0, int(centre * size - reach)) for centre in (thing.x, thing.y))
     x1, y1 = (min(size, int(centre * size + reach) + 1) for centre in (thing.x, thing.y))
@@ -63,9 +66,9 @@ def _draw_thing(canvas: Array, thing: Thing) -> Box:
     covered, colours = _below(distance), _rgb(thing.rgb)
     if thing.kind.pattern != "plain":
         share = _marked(thing.kind.pattern, x, y, np.float32(_PERIOD * size))
-        colours = colours * (1 - (1 - _MARK) * share[..., None])
-    region = canvas[y0:y1, x0:x1]
-    region += covered[..., None] * (colours - region)
+        colours = colours * (1 - (1 - _MARK) * share)
+    region = canvas[:, y0:y1, x0:x1]
+    region += covered * (colours - region)
     half = covered >= 0.5
     columns, rows = (np.flatnonzero(half.any(axis)) for axis in (0, 1))
     return x0 + int(columns[0]), y0 + int(rows[0]), x0 + int(columns[-1]) + 1, y0 + int(rows[-1]) + 1
