@@ -6,6 +6,7 @@ to be downloaded, and there are so many scenes that none is seen twice.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, combinations, islice, product, zip_longest
 from random import Random
 from typing import NamedTuple
@@ -117,14 +118,20 @@ class ScenesDataset(Dataset[Example]):
 
     def __getitem__(self, draw: Draw) -> Example:
         shown = scene(self.seed, draw.index, self.size, self.split)
-        texts = [shown.caption, *shown.sentences, *shown.phrases]
+        parts = [*shown.sentences, *shown.phrases]
         return Example(
             normalize(shown.image),
-            texts,
-            [self.tokenizer(text) for text in texts],
+            [shown.caption, *parts],
+            [self.tokenizer(shown.caption), *(list(_ids(self.tokenizer, text)) for text in parts)],
             [CAPTION] + [SENTENCE] * len(shown.sentences) + [PHRASE] * len(shown.phrases),
             f"scenes/{self.split}/{self.seed}/{draw.index}",
         )
+
+
+@lru_cache(maxsize=1 << 16)
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of a sentence or a phrase, cached because many scenes have the same."""
+    return tuple(tokenizer(text))
 
 
 @dataclass(frozen=True, kw_only=True)
