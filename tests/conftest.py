@@ -17,6 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so set before any is imported
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes of their own, which import torch first
+# The first backward decides on autograd's threads: after a compilation, which pretends that there is a GPU, it would
+# start some, and processes that tests fork could not go backward.
+torch.ones((), requires_grad=True).backward()
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
     torch.set_num_threads(1)
