@@ -4,7 +4,6 @@ import os
 import runpy
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from support.paths import ROOT
 from support.programs import load_program
 from torch import Tensor, nn
+from torch.distributed.run import get_args_parser
 
 from betaclip import cli
 from betaclip.errors import Stopped
@@ -220,9 +220,10 @@ class Cluster:
         path.chmod(0o755)
 
     def torchrun(self, then: str) -> None:
-        real, file = sys.executable, self.folder / "torchrun.txt"
-        helps = f'[ "$*" = --help ] && exec {real} -m torch.distributed.run --help'
-        self.write("torchrun", f"{helps}\nprintf '%s\\n' \"$@\" > {file}\n{then}")
+        """torchrun's own help; else what it is called with, and then this."""
+        called, helps = self.folder / "torchrun.txt", self.folder / "help.txt"
+        helps.write_text(get_args_parser().format_help())
+        self.write("torchrun", f'[ "$*" = --help ] && exec cat {helps}\nprintf \'%s\\n\' "$@" > {called}\n{then}')
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         slurm = {"JOB_ID": "12", "JOB_NAME": "betaclip", "JOB_NODELIST": "node[7-8]", "JOB_NUM_NODES": "2"}
@@ -238,8 +239,6 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def test_slurm_script_calls_torchrun(cluster: Cluster) -> None:
     """With arguments that torchrun and the trainer take."""
-    from torch.distributed.run import get_args_parser
-
     assert len((EXAMPLES / "slurm.sh").read_text(encoding="utf-8").splitlines()) < 60
     assert cluster.start("--config", "scenes", "--run.seed", "3").wait() == 0
     called = get_args_parser().parse_args((cluster.folder / "torchrun.txt").read_text().splitlines())
