@@ -19,7 +19,7 @@ from betaclip.training.config import TrainingConfig
 from betaclip.training.log import read_metrics
 from betaclip.training.trainer import Trainer
 
-TRIALS, KILLS = 2, 3
+KILLS = 3
 TIMES = ("images_per_s", "data_share", "peak_gib")
 
 
@@ -53,9 +53,8 @@ def outcome(run: Trainer) -> tuple[list[dict[str, float]], dict[str, torch.Tenso
 
 
 @pytest.mark.skipif(START != "fork", reason="the patched model and data reach a child by fork only")
-@pytest.mark.parametrize("trial", range(TRIALS))
 @pytest.mark.parametrize("files", [("",), WRITING], ids=["anywhere", "while writing"])
-def test_goes_on(tmp_path: Path, chosen: random.Random, files: tuple[str, ...], trial: int) -> None:
+def test_goes_on(tmp_path: Path, chosen: random.Random, files: tuple[str, ...]) -> None:
     counter = multiprocessing.get_context(START).Value("q", 0)
 
     def count(call: int) -> None:
