@@ -83,26 +83,25 @@ def test_three_ranks(tmp_path, checks):
     processes(3, checks, tmp_path)
 
 
-@pytest.mark.slow
 @needs_gloo
 def test_torchrun(tmp_path):
     """The group exists inside the context only."""
-    (tmp_path / "program.py").write_text(
-        "import torch.distributed as dist\n"
-        "from betaclip.process_group import initialized\n"
-        "with initialized('auto') as (group, device):\n"
-        "    assert group.size == 2 and group.gather_objects(group.rank) == [0, 1]\n"
-        "assert not dist.is_initialized()\n"
-    )
-    done = forkserver.run(tmp_path, launch, ["--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")])
+    done = forkserver.run(tmp_path, launch)
     assert done.code == 0, done.stderr
 
 
-def launch(arguments: list[str]) -> None:
-    """What torchrun does, with its imports done."""
-    from torch.distributed.run import main
+def launch() -> None:
+    """What torchrun does; but its ranks fork from a process with its imports done."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    main(arguments)
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
+    elastic_launch(LaunchConfig(1, 1, 2, **rendezvous, max_restarts=0, start_method="fork"), rank_of_torchrun)()
+
+
+def rank_of_torchrun() -> None:
+    with initialized("auto") as (group, _):
+        assert group.size == 2 and group.gather_objects(group.rank) == [0, 1]
+    assert not dist.is_initialized()
 
 
 def test_devices():
