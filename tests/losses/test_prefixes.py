@@ -171,7 +171,7 @@ def test_gradcheck(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_compile(form):
     b, loss = batch(), BetaCALLoss(form, dims=DIMS)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     values = [f(b.image, b.text, b.scale, mask=b.mask, weights=b.weights) for f in (compiled, loss)]
     assert_equal(*(gradients(value, b.leaves) for value in values))
 
