@@ -189,13 +189,15 @@ kind = "mixture"
 def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
     """Every command takes a run's adapters merged, and the average of its weights unless it is told otherwise."""
     pytest.importorskip("peft", reason="needs peft, of the extra 'test'")
+    monkeypatch.setattr(train, "write_curves", lambda *_: None)  # both are slow, and tested above
+    monkeypatch.setattr(train, "attention_figure", lambda *_: Figure((1, 1)))
     published = ["--model.context-length", "248", "--model.quick-gelu", "--model.no-pool-norm-inputs"]
     trained = ["--lora.rank", "2", "--lora.targets", "out_proj", "c_fc", "--optimizer.ema-decay", "0.5"]
     main([*tiny, *published, *trained, "--optimizer.layer-decay", "0.8", "--run.no-compare-global"])
     monkeypatch.setitem(sys.modules, "peft", None)  # only training needs it
     run = str(tmp_path / "a")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert set(results) == {"β-CLIP", "β-CLIP (EMA)"}
+    assert set(results) == {"β-CLIP", "β-CLIP (EMA)"} and not (tmp_path / "a" / "global_only").exists()
     raw, average, chosen = (betaclip.load(run, weights=weights).model for weights in ("raw", "ema", "auto"))
     assert not raw.averaged and average.averaged and chosen.averaged
     layer = "clip.visual.transformer.resblocks.0.attn.out_proj.weight"
@@ -213,12 +215,6 @@ def test_adapters_and_averages(tiny, tmp_path, capsys, monkeypatch):
     started = create_model(replace(average.config, pretrained=str(checkpoint.latest(tmp_path / "a"))))
     for other in (exported, started):
         assert all(torch.equal(tensor, average.state_dict()[name]) for name, tensor in other.state_dict().items())
-
-
-def test_no_comparison(tiny, tmp_path):
-    options = ["--run.no-compare-global", "--run.steps", "1", "--evaluation.scenes", "0"]
-    main([*tiny, *options, "--optimizer.backbone.warmup", "0", "--optimizer.pool.warmup", "0"])
-    assert not (tmp_path / "a" / "global_only").exists()
 
 
 def test_errors_are_one_line(tiny, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Tests on a GPU: a hang, a crash or a lost device costs no other test, and a call goes on where the last one ended."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +41,10 @@ def outcomes(record):
     return {Path(name.split("::")[-1]).name: (x["outcome"], x["reason"]) for name, x in record.outcomes().items()}
 
 
-def test_every_test_has_an_outcome(tmp_path, record, capfd):
+def test_every_test_has_an_outcome(tmp_path, record, capfd, monkeypatch):
+    (tmp_path / "packages").mkdir()  # all that is asked of PyTorch, whose import takes longer than all else
+    (tmp_path / "packages" / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
     (tmp_path / "test_x.py").write_text(TESTS)
     (tmp_path / "test_y.py").write_text("import no_such_package\n")
     files = [str(tmp_path / name) for name in ("test_x.py", "test_y.py")]
