@@ -119,7 +119,7 @@ def opcheck(operator, *arguments):
 
 
 def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend, dims=()):
-    """The four operators, the backward ones for any gradients that are needed."""
+    """The four operators, the backward ones with either gradient needed and not."""
     options = (images, texts_per_image, dims, dtype, backend)
     pairs = x.shape[0] * y.shape[0]
     for elements in (0, pairs, 2 * pairs):  # of which the operator makes an output no larger than the matrix
@@ -129,7 +129,7 @@ def opcheck_all(x, y, scale, bias, ids, images, texts_per_image, dtype, backend,
     lse_x, lse_y, cosines, kept = logsumexp(x, y, scale, *ids, pairs * scale.itemsize, *options)
     assert kept.shape == (pairs if backend == "blockwise" else 0,)
     incoming = torch.ones_like(lse_x), torch.ones_like(lse_y)
-    for need in ((True, True), (True, False), (False, True), (False, False)):
+    for need in ((True, False), (False, True)):
         opcheck(logsumexp_backward, x, y, scale, *ids, lse_x, lse_y, kept, *incoming, cosines, *need, *options)
         forward = (x, y, scale, bias, *ids, incoming[0], True, *need, 0, *options)
         opcheck(softplus, *forward)
