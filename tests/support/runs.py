@@ -1,6 +1,7 @@
 """Runs of a tiny model on noise, in place of the model and the data that the settings name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from betaclip.model.beta_clip import BetaCLIP
 from betaclip.process_group import SINGLE_PROCESS, ProcessGroup
 from betaclip.training import trainer
 from betaclip.training.config import GroupConfig, LossConfig, OptimizerConfig, RunConfig, TrainingConfig
+from betaclip.training.log import read_metrics
 from betaclip.training.step import TrainStep
 from betaclip.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 STEPS = 9
 LOSS = LossConfig(beta=0.1)
+MEASURED = ("loss", "global_loss", "beta_cal_loss", "logit_scale", "pool_logit_scale", "norm_backbone", "norm_pool")
 
 
 def config(folder: Path, name: str = "run", loss: LossConfig = LOSS, **run: Any) -> TrainingConfig:
@@ -57,3 +60,19 @@ def at_step(number: int, do: Callable[[], None]) -> Callable[..., Any]:
         return call(self, batch, step, images)
 
     return patched
+
+
+def measured(run: Trainer) -> list[list[float]]:
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    return [[row[name] for name in MEASURED] for row in rows if "loss" in row]
+
+
+def assert_same_run(ours: Trainer, truth: Trainer) -> None:
+    """Bit for bit: everything that was logged, and the parameters at the end."""
+    assert measured(ours) == measured(truth) and len(measured(truth)) == STEPS
+    for (name, a), t in zip(ours.model.named_parameters(), truth.model.parameters(), strict=True):
+        assert torch.equal(a, t), name
+
+
+def averaged(settings: TrainingConfig) -> TrainingConfig:
+    return replace(settings, optimizer=replace(settings.optimizer, ema_decay=0.7))
