@@ -415,10 +415,9 @@ def _finish(
     """The gradients of x and y themselves, from those of the rows that a backend multiplied, times ``gain``; these may
     be written over."""
     if operands[0].inverse_norm is None:
-        dx, dy = (
-            (g if gain is None else g * gain).to(side.rows.dtype) for g, side in zip((dx, dy), operands, strict=True)
-        )
-        return dx, dy
+        if gain is not None:
+            dx, dy = (g.mul_(gain) if write_over else g * gain for g in (dx, dy))
+        return dx.to(operands[0].rows.dtype), dy.to(operands[1].rows.dtype)
     return raw_gradients(*operands, images, dx, dy, dcosines, gain, write_over)
 
 
