@@ -88,7 +88,8 @@ def attention_pool(
     result, the norms of the patches and at most two numbers for each query and head; on the CPU also the attention
     weights of as many images as fit into 256 MiB, and the weighted means of patches if they fit as well, so that the
     backward need not compute them again. Softmax and sums are in float32 (float64 for float64), and the result is in
-    the dtype of ``x``, under autocast as well. The result is deterministic. It can be differentiated once in ``x``,
+    the dtype of ``x``, under autocast as well. The result is deterministic, and so are its gradients, except
+    that on GPUs those of ``"sdpa"`` vary by rounding. It can be differentiated once in ``x``,
     ``q``, ``k_weight``, ``v_weight``, ``v_bias`` and ``k_bias``; the projected backends can be differentiated as often
     as PyTorch's own operators.
 
