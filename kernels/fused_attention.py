@@ -12,9 +12,9 @@ def fused_attention(
 ) -> Tensor:
     """``F.scaled_dot_product_attention``, with right gradients on Hopper.
 
-    There PyTorch prefers cuDNN's kernels in 16 bits. With torch 2.11 on an H100 they took the strides of one gradient
-    for those of another of the same shape: the gradients of q, k and v were wrong by 5 to 59 % where that of the result
-    was a slice of another tensor in some calls and a whole one in others, or were NaN.
+    There PyTorch prefers cuDNN's kernels in 16 bits. With torch 2.11 on an H100 they seemed to take the strides of
+    one gradient for those of another of the same shape: gradients were wrong by 5 to 59 % where that of the result was
+    a slice of another tensor after it had been a whole one in an earlier call, and a training run had NaN.
     """
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)

@@ -102,7 +102,7 @@ def failures(
 ) -> list[str]:
     """Tests and rows of ours that failed, and the ends of the logs of steps that did."""
     failed = [f"{name}: {x['reason']}" for name, x in tests.items() if x["outcome"] == FAILED]
-    # Of a case that was measured several times, the last measurement counts.
+    # The last measurement counts where a case was measured several times.
     last = {
         (row.get("benchmark"), case_of(row), *(row[k] for k in ("implementation", "phase", "dtype"))): row
         for row in rows

@@ -1,10 +1,12 @@
 """Runs of a tiny model on noise, in place of the model and the data that the settings name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.tiny import TinyDataset, tiny_model
 from torch import nn
@@ -42,6 +44,19 @@ def put_tiny(patch: Callable[[Any, str, Any], None], dataset: TinyDataset | None
 
     patch(trainer, "create_model", create_model)
     patch(DataConfig, "create", lambda *_, **__: dataset or TinyDataset(14))
+
+
+@contextmanager
+def tiny_runs() -> Iterator[None]:
+    """Replace the model and data of the settings, and use one thread, so that processes compute alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            put_tiny(patch.setattr)
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train(settings: TrainingConfig, process_group: ProcessGroup = SINGLE_PROCESS, **options: Any) -> Trainer:

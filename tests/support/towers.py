@@ -1,5 +1,6 @@
 """open_clip models too small to learn anything, and texts for them, packed and padded."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from betaclip.model.texts import RaggedTexts
 
 START, END, VOCABULARY = 90, 91, 92
+# Their configuration, as a name for ``ModelConfig``.
+TINY = json.dumps(
+    {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 40, "layers": 2, "head_width": 10},
+        "text_cfg": {"context_length": 77, "vocab_size": 92, "width": 24, "heads": 3, "layers": 2},
+    }
+)
 
 
 def clip_model(kind: type[nn.Module] = CLIP, *, vision: Any = (), text: Any = (), **options: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.published import released_checkpoint
-from support.runs import CPU, STEPS, assert_same_run, averaged, config, measured, put_tiny, train
+from support.runs import CPU, STEPS, assert_same_run, averaged, config, measured, put_tiny, tiny_runs, train
 from support.tiny import TinyDataset, tiny_batch
 
 from betaclip import checkpoint as checkpoints
@@ -25,13 +25,9 @@ from betaclip.training.trainer import Evaluated, Trainer
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Replace the model and data of the settings, and use one thread, so that processes compute alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    put_tiny(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(threads)
+def tiny() -> Iterator[None]:
+    with tiny_runs():
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import needs_gloo, processes
-from support.runs import CPU, LOSS, STEPS, assert_same_run, at_step, averaged, config, measured, put_tiny, train
+from support.runs import (
+    CPU,
+    LOSS,
+    STEPS,
+    assert_same_run,
+    at_step,
+    averaged,
+    config,
+    measured,
+    put_tiny,
+    tiny_runs,
+    train,
+)
 from support.steps import assert_same
 from support.tiny import START, TinyDataset
 
@@ -31,25 +43,16 @@ from betaclip.training.trainer import Evaluated, Trainer
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Replace the model and data of the settings, and use one thread, so that processes compute alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    put_tiny(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(threads)
+def tiny() -> Iterator[None]:
+    with tiny_runs():
+        yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run without interruption."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        put_tiny(patch.setattr)
-        run = train(config(tmp_path_factory.mktemp("whole"), "whole"))
-    torch.set_num_threads(threads)
-    return run
+    with tiny_runs():
+        return train(config(tmp_path_factory.mktemp("whole"), "whole"))
 
 
 def killed(settings: TrainingConfig, step: int, number: int, group: bool) -> None:
